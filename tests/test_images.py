@@ -1,0 +1,291 @@
+"""What can sensibly be read is read; everything else is one clear sentence."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dte_lab.images import MIN_SIDE, ImageError, read_image, save_png, to_square_tensor
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def quadrants(size=(64, 48)) -> Image.Image:
+    """Red and green above, blue and white below: shows every rotation and flip."""
+    image = Image.new("RGB", (2, 2))
+    image.putdata([RED, GREEN, BLUE, WHITE])
+    return image.resize(size, Image.Resampling.NEAREST)
+
+
+def corners(image: Image.Image) -> list[tuple[int, int, int]]:
+    """Colours inside the four corners: upper left, upper right, lower left, lower right."""
+    width, height = image.size
+    return [image.getpixel((x, y)) for y in (4, height - 5) for x in (4, width - 5)]
+
+
+def assert_colours(actual, expected, tolerance):
+    assert np.abs(np.array(actual, int) - np.array(expected, int)).max() <= tolerance
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG whose header claims a size, followed by next to no data."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checksum = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 64))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize(
+    ("suffix", "options", "tolerance"),
+    [
+        ("png", {}, 0),
+        ("bmp", {}, 0),
+        ("tiff", {}, 0),
+        ("ppm", {}, 0),
+        ("webp", {"lossless": True}, 0),
+        ("jpg", {"quality": 95, "subsampling": 0}, 3),
+        ("gif", {}, 3),
+    ],
+)
+def test_formats_are_read(tmp_path, suffix, options, tolerance):
+    path = tmp_path / f"picture.{suffix}"
+    quadrants().save(path, **options)
+    image = read_image(path)
+    assert image.mode == "RGB" and image.size == (64, 48)
+    assert_colours(corners(image), [RED, GREEN, BLUE, WHITE], tolerance)
+
+
+def test_path_string_file_and_image_give_the_same_picture(tmp_path):
+    path = tmp_path / "picture.png"
+    quadrants().save(path)
+    expected = read_image(path).tobytes()
+    assert read_image(str(path)).tobytes() == expected
+    assert read_image(io.BytesIO(path.read_bytes())).tobytes() == expected
+    assert read_image(Image.open(path)).tobytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("orientation", "stored_as"),
+    [
+        (1, None),
+        (2, Image.Transpose.FLIP_LEFT_RIGHT),
+        (3, Image.Transpose.ROTATE_180),
+        (4, Image.Transpose.FLIP_TOP_BOTTOM),
+        (6, Image.Transpose.ROTATE_90),  # the reader turns it clockwise
+        (8, Image.Transpose.ROTATE_270),
+    ],
+)
+def test_exif_orientation_is_undone(tmp_path, orientation, stored_as):
+    stored = quadrants() if stored_as is None else quadrants().transpose(stored_as)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "phone.jpg"
+    stored.save(path, exif=exif, quality=95, subsampling=0)
+    image = read_image(path)
+    assert image.size == (64, 48)
+    assert_colours(corners(image), [RED, GREEN, BLUE, WHITE], 3)
+
+
+def test_unreadable_exif_is_ignored(tmp_path):
+    path = tmp_path / "picture.jpg"
+    quadrants().save(path, exif=b"Exif\0\0II*\0\xff\xff\xff\xff junk", quality=95, subsampling=0)
+    assert_colours(corners(read_image(path)), [RED, GREEN, BLUE, WHITE], 3)
+
+
+def test_transparency_is_put_on_white(tmp_path):
+    half = Image.new("RGBA", (32, 32), (255, 0, 0, 128))
+    half.paste((0, 0, 0, 0), (0, 0, 16, 32))  # invisible black becomes white, not black
+    half.save(tmp_path / "rgba.png")
+    image = read_image(tmp_path / "rgba.png")
+    assert image.getpixel((4, 16)) == WHITE
+    assert_colours(image.getpixel((28, 16)), (255, 127, 127), 1)
+
+    half.convert("LA").save(tmp_path / "la.png")
+    assert read_image(tmp_path / "la.png").getpixel((4, 16)) == WHITE
+
+
+def test_palette_with_alpha_is_put_on_white(tmp_path):
+    image = Image.new("P", (32, 32), 0)
+    image.putpalette([0, 0, 0, 0, 0, 255])
+    image.paste(1, (16, 0, 32, 32))
+    image.save(tmp_path / "palette.png", transparency=bytes([0, 255]))
+    image.save(tmp_path / "palette.gif", transparency=0)
+    for name in ("palette.png", "palette.gif"):
+        read = read_image(tmp_path / name)
+        assert (read.getpixel((4, 16)), read.getpixel((28, 16))) == (WHITE, BLUE)
+
+
+def test_colour_key_transparency_of_an_rgb_png(tmp_path):
+    quadrants().save(tmp_path / "key.png", transparency=RED)
+    assert corners(read_image(tmp_path / "key.png")) == [WHITE, GREEN, BLUE, WHITE]
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_16_bit_grey_is_scaled(tmp_path, suffix):
+    ramp = np.linspace(0, 65535, 32).astype(np.uint16)
+    path = tmp_path / f"deep.{suffix}"
+    Image.fromarray(np.tile(ramp, (32, 1))).save(path)
+    row = np.asarray(read_image(path))[0].astype(int)  # (32, 3)
+    assert np.abs(row - np.round(ramp / 257).astype(int)[:, None]).max() <= 1
+    assert row[0, 0] == 0 and row[-1, 0] == 255
+
+
+def test_16_bit_rgb_png_is_scaled(tmp_path):
+    """Written by hand, since Pillow does not write this common format."""
+    pixel = struct.pack(">HHH", 65535, 32768, 0)
+    rows = (b"\0" + pixel * 32) * 32
+
+    def chunk(kind, data):
+        checksum = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", 32, 32, 16, 2, 0, 0, 0)
+    path = tmp_path / "deep.png"
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+    assert_colours(read_image(path).getpixel((5, 5)), (255, 128, 0), 1)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "tiff"])
+def test_cmyk_is_converted(tmp_path, suffix):
+    path = tmp_path / f"print.{suffix}"
+    Image.new("CMYK", (32, 32), (0, 255, 255, 0)).save(path)
+    assert_colours(read_image(path).getpixel((5, 5)), RED, 3)
+
+
+@pytest.mark.parametrize("mode", ["1", "L"])
+def test_grey_and_black_and_white(tmp_path, mode):
+    Image.new(mode, (32, 32), 1 if mode == "1" else 200).save(tmp_path / "grey.png")
+    value = 255 if mode == "1" else 200
+    assert read_image(tmp_path / "grey.png").getpixel((5, 5)) == (value,) * 3
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tiff"])
+def test_first_frame_of_an_animation(tmp_path, suffix):
+    frames = [Image.new("RGB", (32, 32), colour) for colour in (RED, GREEN, BLUE)]
+    path = tmp_path / f"moving.{suffix}"
+    options = {"lossless": True} if suffix == "webp" else {}
+    frames[0].save(path, save_all=True, append_images=frames[1:], **options)
+    assert Image.open(path).n_frames == 3
+    assert read_image(path).getpixel((5, 5)) == RED
+
+
+def test_smallest_size_is_accepted(tmp_path):
+    quadrants((MIN_SIDE, MIN_SIDE)).save(tmp_path / "small.png")
+    assert read_image(tmp_path / "small.png").size == (MIN_SIDE, MIN_SIDE)
+
+
+def bad_files(folder):
+    """(name, words of the message) of files that cannot be used."""
+    (folder / "text.png").write_text("not a picture\n" * 50)
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "folder.png").mkdir()
+    (folder / "huge.png").write_bytes(png_header(20_000, 20_000))
+    (folder / "large.png").write_bytes(png_header(10_001, 10_000))
+    Image.new("RGB", (1, 1)).save(folder / "dot.png")
+    Image.new("RGB", (400, MIN_SIDE - 1)).save(folder / "thin.png")
+    Image.new("F", (32, 32)).save(folder / "float.tiff")
+    Image.fromarray(np.full((32, 32), 1_000_000, np.int32)).save(folder / "int.tiff")
+    (folder / "postscript.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n")
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    for suffix in ("jpg", "png", "webp", "gif", "bmp"):
+        buffer = io.BytesIO()
+        Image.fromarray(noise).save(buffer, format={"jpg": "jpeg"}.get(suffix, suffix))
+        data = buffer.getvalue()
+        (folder / f"truncated.{suffix}").write_bytes(data[: len(data) // 2])
+    return {
+        "missing.png": "does not exist",
+        "folder.png": "is a folder",
+        "text.png": "not a picture",
+        "empty.png": "is empty",
+        "dot.png": "too small (1 x 1",
+        "thin.png": "too small",
+        "huge.png": "too large",
+        "large.png": "too large (10001 x 10000",
+        "float.tiff": "floating-point",
+        "int.tiff": "more than 16 bits",
+        "postscript.png": "not a picture",
+        **{f"truncated.{s}": "damaged" for s in ("jpg", "png", "webp", "gif", "bmp")},
+    }
+
+
+def test_bad_files_are_answered_in_one_line(tmp_path):
+    for name, words in bad_files(tmp_path).items():
+        with pytest.raises(ImageError) as caught:
+            read_image(tmp_path / name)
+            pytest.fail(f"{name} was read")
+        message = str(caught.value)
+        assert words in message and name in message and "\n" not in message
+        assert message.endswith("."), message
+
+
+def test_damaged_files_never_raise_anything_else():
+    """Flip bytes of small files of every format: a picture comes out, or an ImageError."""
+    rng = np.random.default_rng(0)
+    for kind in ("png", "jpeg", "gif", "webp", "tiff", "bmp", "ppm", "ico"):
+        buffer = io.BytesIO()
+        quadrants((32, 32)).save(buffer, format=kind)
+        clean = np.frombuffer(buffer.getvalue(), np.uint8)
+        for _ in range(60):
+            data = clean.copy()
+            where = rng.integers(0, min(len(data), 400), 6)
+            data[where] = rng.integers(0, 256, 6)
+            try:
+                image = read_image(io.BytesIO(data.tobytes()))
+            except ImageError as error:
+                assert "\n" not in str(error)
+            else:
+                assert image.mode == "RGB" and min(image.size) >= MIN_SIDE
+
+
+def test_square_tensor_keeps_the_centre():
+    image = Image.new("RGB", (192, 64), BLUE)
+    image.paste(RED, (64, 0, 128, 64))
+    for upright in (image, image.transpose(Image.Transpose.ROTATE_90)):
+        tensor = to_square_tensor(upright, 32)
+        assert tensor.shape == (3, 32, 32) and tensor.dtype == torch.float32
+        assert torch.equal(tensor[0], torch.ones(32, 32))  # red everywhere
+        assert torch.equal(tensor[2], -torch.ones(32, 32))
+
+
+def test_square_tensor_is_exact_at_the_same_size_and_antialiased_when_smaller():
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    tensor = to_square_tensor(Image.fromarray(noise), 64)
+    assert np.array_equal(((tensor + 1) * 127.5).round().numpy().transpose(1, 2, 0), noise)
+
+    stripes = np.zeros((256, 256, 3), np.uint8)
+    stripes[:, ::2] = 255
+    small = to_square_tensor(Image.fromarray(stripes), 64)
+    assert small.abs().max() < 0.1  # mid-grey; without antialiasing it would be black or white
+
+
+def test_save_png_round_trip_and_failed_write(tmp_path, monkeypatch):
+    path = tmp_path / "out" / "picture.png"
+    save_png(quadrants(), path)
+    before = path.read_bytes()
+    assert read_image(path).tobytes() == quadrants().tobytes()
+
+    def full_disk(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_png(Image.new("RGB", (64, 64)), path)
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == ["picture.png"]
