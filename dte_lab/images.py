@@ -46,21 +46,24 @@ def read_image(source: str | Path | BinaryIO | Image.Image) -> Image.Image:
     return _decode(io.BytesIO(data), name)
 
 
-def to_square_tensor(image: Image.Image, resolution: int):
-    """RGB picture to a float32 tensor (3, resolution, resolution) in [-1, 1].
+def square(image: Image.Image, resolution: int) -> Image.Image:
+    """The centre square of the shorter side, resized with an antialiased bicubic filter.
 
-    The centre square of the shorter side is kept and resized with an antialiased bicubic filter.
-    A picture that already has this size is passed through exactly.
+    A picture that already has this size comes out unchanged.
     """
-    import torch  # here, so that a bad picture is reported before torch is loaded
-
     width, height = image.size
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
     # Cropped first: with resize(box=...) the filter would see pixels outside the square.
-    square = image.crop((left, top, left + side, top + side))
-    square = square.resize((resolution, resolution), Image.Resampling.BICUBIC)
-    array = np.asarray(square, dtype=np.float32) / 127.5 - 1  # (H, W, 3)
+    image = image.crop((left, top, left + side, top + side))
+    return image.resize((resolution, resolution), Image.Resampling.BICUBIC)
+
+
+def to_square_tensor(image: Image.Image, resolution: int):
+    """RGB picture to `square` to a float32 tensor (3, resolution, resolution) in [-1, 1]."""
+    import torch  # here, so that a bad picture is reported before torch is loaded
+
+    array = np.asarray(square(image, resolution), dtype=np.float32) / 127.5 - 1  # (H, W, 3)
     return torch.from_numpy(array).permute(2, 0, 1).contiguous()  # (3, H, W)
 
 

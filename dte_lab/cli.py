@@ -1,0 +1,343 @@
+"""The `dte` command.
+
+    dte personalize PICTURE --prompt "S* on the beach" --out out/
+    dte generate out/concept.safetensors --prompt "S* at night" --out out/
+    dte pretrain | dte world ...        how the shipped weights were made
+
+Whatever the user can put right is answered by one line, `error: ...`, and exit status 2. Prompts,
+pictures and the output folder are checked before any slow work. DTE_DEBUG=1 shows tracebacks.
+"""
+
+import logging
+import os
+import re
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from itertools import chain, count
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dte_lab import __version__, placeholder_token
+from dte_lab.images import read_image, save_png, square
+
+app = typer.Typer(
+    help="Personalize a text-to-image model from one picture.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+world = typer.Typer(help="Build, train and evaluate the small world.", no_args_is_help=True)
+train = typer.Typer(help="Train a part of the small base model.", no_args_is_help=True)
+app.add_typer(world, name="world")
+world.add_typer(train, name="train")
+
+Prompts = Annotated[
+    list[str],
+    typer.Option(
+        "--prompt", help=f"What to draw, with {placeholder_token} for the concept; repeatable."
+    ),
+]
+Seeds = Annotated[
+    list[int], typer.Option("--seed", help="One picture per prompt and seed; repeatable.")
+]
+Out = Annotated[Path, typer.Option("--out", help="Folder for what is written.")]
+BackboneName = Annotated[
+    str, typer.Option("--backbone", help="small, sd15, or a folder in the Stable Diffusion layout.")
+]
+EncoderFolder = Annotated[
+    Path | None, typer.Option("--encoder", help="By default the folder encoder in the backbone's.")
+]
+Alpha = Annotated[
+    float | None,
+    typer.Option("--alpha", min=0, max=1, help="Blend of the dual path: 1 soft only, 0 hard only."),
+]
+Guidance = Annotated[float, typer.Option("--guidance-scale", min=0)]
+InferenceSteps = Annotated[int, typer.Option("--num-inference-steps", min=1, max=1000)]
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"dte_lab {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def personalize(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Pictures of it.")],
+    prompt: Prompts,
+    out: Out,
+    steps: Annotated[int, typer.Option(min=0, max=12, help="Tuning steps, 0 for none.")] = 12,
+    seed: Seeds = (0,),
+    backbone: BackboneName = "small",
+    encoder: EncoderFolder = None,
+    guidance_scale: Guidance = 3.0,
+    num_inference_steps: InferenceSteps = 25,
+    alpha: Alpha = None,
+) -> None:
+    """Learn the concept of one picture, or of a few, and draw it in new settings."""
+    start = time.perf_counter()
+    prompt, seed = distinct(prompt), distinct(seed)
+    check_prompts(prompt)
+    pictures = [read_image(path) for path in images]
+    prepare_folder(out)
+    pipe = load_pipeline(backbone, encoder)
+    pipe.prompt_encoder.tokenize(prompt)  # a prompt may be too long for the text encoder
+
+    results = {"predicted only": pipe.personalize(pictures, num_steps=0, seed=seed[0])}
+    if steps:
+        results["tuned"] = pipe.personalize(pictures, num_steps=steps, seed=seed[0])
+    concept = results["tuned" if steps else "predicted only"]
+    concept.save(out / "concept.safetensors")  # first, since it is the costly part
+
+    drawn = {}
+    for name, result in results.items():
+        drawn[name] = pipe.generate(
+            result,
+            prompt,
+            seeds=seed,
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+            alpha_blend=alpha,
+        )
+    names = save_pictures(list(drawn.values())[-1], prompt, seed, out)
+    inputs = [square(picture, pipe.backbone.resolution) for picture in pictures]
+    save_contact_sheet(inputs, drawn, prompt, seed, out / "contact_sheet.png")
+
+    typer.echo("nearest real words of v* (cosine)")
+    for name, result in results.items():
+        words = (f"{word} {cosine:.2f}" for word, cosine in result.info["words_after"])
+        typer.echo(f"  {name:<16}{', '.join(words)}")
+    peak = concept.info["peak_memory_mb"]
+    typer.echo(
+        f"learned in {concept.info['seconds']:.1f} s with {steps} tuning steps"
+        f" ({time.perf_counter() - start:.1f} s in all)"
+        + (f", peak memory {peak / 1024:.1f} GB" if peak else "")
+    )
+    typer.echo(f"wrote {', '.join([*names, 'contact_sheet.png', 'concept.safetensors'])} to {out}")
+
+
+@app.command()
+def generate(
+    concept: Annotated[Path, typer.Argument(metavar="CONCEPT", help="A concept.safetensors.")],
+    prompt: Prompts,
+    out: Out,
+    seed: Seeds = (0,),
+    backbone: Annotated[
+        str | None, typer.Option(help="By default the one that the concept was made with.")
+    ] = None,
+    encoder: EncoderFolder = None,
+    guidance_scale: Guidance = 3.0,
+    num_inference_steps: InferenceSteps = 25,
+    alpha: Alpha = None,
+) -> None:
+    """Draw a concept that `dte personalize` saved in further settings."""
+    prompt, seed = distinct(prompt), distinct(seed)
+    check_prompts(prompt)
+    quiet_libraries()
+    from dte_lab import Concept
+
+    loaded = Concept.load(concept)
+    prepare_folder(out)
+    drawn = load_pipeline(backbone or loaded.backbone, encoder).generate(
+        loaded,
+        prompt,
+        seeds=seed,
+        guidance_scale=guidance_scale,
+        num_inference_steps=num_inference_steps,
+        alpha_blend=alpha,
+    )
+    typer.echo(f"wrote {', '.join(save_pictures(drawn, prompt, seed, out))} to {out}")
+
+
+def distinct(values: Sequence) -> list:
+    """The values in the given order, each once."""
+    return list(dict.fromkeys(values))
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Raise ValueError unless every prompt names the concept."""
+    for prompt in prompts:
+        if placeholder_token not in prompt:
+            raise ValueError(
+                f"the prompt {prompt!r} does not contain {placeholder_token}, which stands for the "
+                f'concept; write for example "{placeholder_token} on the beach".'
+            )
+
+
+def prepare_folder(out: Path) -> None:
+    """Make the output folder and try it, so that a full run cannot end without a place to write.
+
+    Raises OSError when it cannot be made or written.
+    """
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file; --out needs a folder.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"the output folder {out} cannot be written ({reason}).") from error
+
+
+def load_pipeline(backbone: str, encoder: Path | None):
+    """DTEPipeline for a backbone; one that lies on the disk never needs the network."""
+    typer.echo(f"loading the backbone {backbone} ...", err=True)
+    if backbone != "sd15":
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    quiet_libraries()
+    from dte_lab import DTEPipeline
+
+    return DTEPipeline.from_pretrained(backbone, encoder=encoder)
+
+
+def quiet_libraries() -> None:
+    """Silence what the libraries say about themselves; our own warnings become one line each."""
+    for module in ("diffusers", "transformers", "torch", "huggingface_hub", "accelerate"):
+        warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
+    warnings.showwarning = lambda message, *_: typer.echo(f"warning: {message}", err=True)
+    logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def picture_names(prompts: Sequence[str], seeds: Sequence[int]) -> list[list[str]]:
+    """File names per prompt and seed, such as on-the-beach_seed0.png for "S* on the beach".
+
+    Prompts that would get the same name are numbered.
+    """
+    taken, names = set(), []
+    for prompt in prompts:
+        slug = re.sub(r"[^a-z0-9]+", "-", prompt.replace(placeholder_token, " ").lower())
+        slug = slug.strip("-")[:60].rstrip("-") or "concept"
+        name = next(n for n in chain([slug], (f"{slug}-{i}" for i in count(2))) if n not in taken)
+        taken.add(name)
+        names.append([f"{name}_seed{seed}.png" for seed in seeds])
+    return names
+
+
+def save_pictures(drawn, prompts: Sequence[str], seeds: Sequence[int], out: Path) -> list[str]:
+    """Write one PNG per prompt and seed; return their names."""
+    names = picture_names(prompts, seeds)
+    for row, row_names in zip(drawn, names, strict=True):
+        for picture, name in zip(row, row_names, strict=True):
+            save_png(picture, out / name)
+    return [name for row_names in names for name in row_names]
+
+
+def save_contact_sheet(pictures, drawn: dict, prompts, seeds, path: Path) -> None:
+    """One row per prompt: an input picture, then for each result one picture per seed."""
+    from dte_lab.plots import contact_sheet
+
+    rows = [
+        [pictures[r % len(pictures)], *(p for result in drawn.values() for p in result[r])]
+        for r in range(len(prompts))
+    ]
+    columns = ["input"]
+    for name in drawn:
+        columns += [name if len(seeds) == 1 else f"{name}\nseed {seed}" for seed in seeds]
+    save_png(contact_sheet(rows, prompts, columns), path)
+
+
+Steps = Annotated[int | None, typer.Option(min=1, help="Stop after this many steps.")]
+Minutes = Annotated[float | None, typer.Option(min=0, help="Stop after this time.")]
+
+
+@app.command()
+def pretrain(out: Out, steps: Steps = None, minutes: Minutes = None) -> None:
+    """Pre-train the tuning encoder on the train concepts of the small world."""
+    from dte_lab.world import train_encoder  # TODO-LEAD
+
+    train_encoder.main(out, **given(steps=steps, minutes=minutes))
+
+
+@world.command()
+def build(
+    packages: Annotated[Path, typer.Option(help="Folder with the archives from `npm pack`.")],
+) -> None:
+    """Build the sprite atlases from four npm packages."""
+    from dte_lab.world import build
+
+    build.main(packages)
+
+
+@train.command("autoencoder")
+def train_autoencoder(out: Out, steps: Steps = None, minutes: Minutes = None) -> None:
+    """Train the autoencoder; writes OUT/vae."""
+    from dte_lab.world import train_autoencoder
+
+    train_autoencoder.main(out, **given(steps=steps, minutes=minutes))
+
+
+@train.command("clip")
+def train_clip(out: Out, steps: Steps = None, minutes: Minutes = None) -> None:
+    """Train the tokenizer and CLIP; writes OUT/tokenizer, text_encoder, image_encoder, ..."""
+    from dte_lab.world import train_clip
+
+    train_clip.main(out, **given(steps=steps, minutes=minutes))
+
+
+@train.command("unet")
+def train_unet(out: Out, steps: Steps = None, minutes: Minutes = None) -> None:
+    """Train the UNet on the latents of the small world; writes OUT/unet."""
+    from dte_lab.world import train_unet
+
+    train_unet.main(out, **given(steps=steps, minutes=minutes))
+
+
+@world.command()
+def evaluate(out: Out, backbone: BackboneName = "small") -> None:
+    """Measure the method on the held-out concepts; writes JSON to OUT."""
+    from dte_lab.world import evaluate  # TODO-LEAD
+
+    evaluate.main(out, backbone)
+
+
+def given(**options) -> dict:
+    """The options that the user gave; the others keep the default of the called function."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `dte` and exit: 0, 2 after a mistake that the user can put right, 130 on Ctrl-C."""
+    if os.environ.get("DTE_DEBUG"):
+        app(arguments)
+    try:
+        code = app(arguments, prog_name="dte", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        code = fail("interrupted.", 130)
+    except OSError as error:
+        known = error.strerror and error.filename
+        code = fail(f"{error.filename}: {error.strerror}." if known else error)
+    except ValueError as error:
+        code = fail(error)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # a mistake of ours: show where
+            raise
+        code = fail(error.format_message())  # a wrong option
+    sys.exit(code)
+
+
+def fail(message: object, code: int = 2) -> int:
+    """Say what was wrong in one line on stderr; returns the exit status."""
+    if str(message):  # empty after a help text
+        typer.echo(f"error: {' '.join(str(message).split())}", err=True)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,307 @@
+"""The `dte` command as a user meets it: what it writes, and how it answers mistakes."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dte_lab.cli import check_prompts, distinct, main, picture_names
+
+PROMPTS = ["--prompt", "S* on the beach", "--prompt", "S* at night"]
+FAST = ["--num-inference-steps", "2"]
+
+
+@pytest.fixture(scope="session")
+def model(tiny_path, tiny_backbone, tiny_config, tmp_path_factory):
+    """Folder with the tiny backbone and a fresh encoder, as `--backbone` takes it."""
+    from dte_lab import TuningEncoder
+
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    shutil.copytree(tiny_path, folder)
+    TuningEncoder.from_backbone(tiny_backbone, tiny_config).save_pretrained(folder / "encoder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photo(picture, tmp_path_factory):
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    picture.save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished(model, photo, tmp_path_factory):
+    """Output folder of one `dte personalize` in a process of its own, and what it printed."""
+    out = tmp_path_factory.mktemp("finished") / "new" / "folder"
+    command = [sys.executable, "-m", "dte_lab.cli", "personalize", photo, *PROMPTS, "--out", out]
+    command += ["--backbone", model, "--steps", "2", "--seed", "0", "--seed", "7", *FAST]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return out, result
+
+
+@pytest.fixture
+def dte(capsys):
+    """Run `dte` in this process: (exit status, stdout, stderr)."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in arguments])
+        output = capsys.readouterr()
+        return caught.value.code or 0, output.out, output.err
+
+    return run
+
+
+@pytest.fixture
+def refused(dte):
+    """Run `dte`, demand one error line and exit status 2, and return that line."""
+
+    def run(*arguments):
+        code, out, err = dte(*arguments)
+        assert code == 2, err
+        lines = [line for line in err.splitlines() if not line.startswith("loading ")]
+        assert len(lines) == 1 and lines[0].startswith("error: "), err
+        assert not out
+        return lines[0]
+
+    return run
+
+
+def test_personalize_writes_everything(finished):
+    out, result = finished
+    pictures = [f"{name}_seed{s}.png" for name in ("on-the-beach", "at-night") for s in (0, 7)]
+    names = {path.name for path in out.iterdir()}
+    assert names == {*pictures, "contact_sheet.png", "concept.safetensors"}
+    for name in pictures:
+        image = Image.open(out / name)
+        assert image.size == (16, 16) and image.mode == "RGB"
+    arrays = [np.asarray(Image.open(out / name)) for name in pictures]
+    assert not np.array_equal(arrays[0], arrays[1])  # the seed matters
+    assert not np.array_equal(arrays[0], arrays[2])  # so does the prompt
+
+
+def test_personalize_tells_what_it_learned(finished):
+    _, result = finished
+    lines = result.stdout.splitlines()
+    (predicted,) = (line for line in lines if line.strip().startswith("predicted only"))
+    (tuned,) = (line for line in lines if line.strip().startswith("tuned"))
+    for line in (predicted, tuned):
+        words = line.replace("predicted only", "").replace("tuned", "").split(", ")
+        assert len(words) == 5
+        cosines = [float(word.split()[-1]) for word in words]
+        assert cosines == sorted(cosines, reverse=True) and max(cosines) <= 1
+    assert any("2 tuning steps" in line and "peak memory" in line for line in lines)
+    assert "on-the-beach_seed7.png" in lines[-1] and "concept.safetensors" in lines[-1]
+
+
+def test_nothing_but_progress_is_on_stderr(finished):
+    _, result = finished
+    for line in result.stderr.replace("\r", "\n").splitlines():
+        assert not line.strip() or line.startswith(("loading ", "tuning:", "sampling:")), line
+
+
+def test_contact_sheet_shows_input_prediction_and_tuned(finished, photo):
+    out, _ = finished
+    sheet = np.asarray(Image.open(out / "contact_sheet.png"))
+    tuned = Image.open(out / "at-night_seed7.png")
+    enlarged = np.asarray(tuned.resize((192, 192), Image.Resampling.LANCZOS))[4:-4, 4:-4]
+    tile, gap, margin = 192, 12, 24
+    right, bottom = sheet.shape[1] - margin, sheet.shape[0] - margin
+    assert sheet.shape[1] == margin + tile + gap + 5 * (tile + gap) - gap + margin  # 1 + 2 + 2
+    corner = sheet[bottom - tile + 4 : bottom - 4, right - tile + 4 : right - 4]
+    assert np.array_equal(corner, enlarged)
+
+
+def test_generate_draws_the_same_picture_again(finished, model, tmp_path, dte):
+    """Same concept, prompt and seed, same picture, in another process; and alpha matters."""
+    out, _ = finished
+    concept = out / "concept.safetensors"
+    # The backbone is not named: the concept knows it.
+    arguments = ["generate", concept, "--prompt", "S* at night", *FAST]
+    code, stdout, stderr = dte(*arguments, "--seed", "7", "--out", tmp_path)
+    assert code == 0, stderr
+    assert f"loading the backbone {model}" in stderr and "at-night_seed7.png" in stdout
+    again = np.asarray(Image.open(tmp_path / "at-night_seed7.png"), int)
+    first = np.asarray(Image.open(out / "at-night_seed7.png"), int)
+    assert np.abs(again - first).max() <= 1
+
+    for alpha in ("0", "1"):
+        folder = tmp_path / alpha
+        assert dte(*arguments, "--out", folder, "--alpha", alpha, "--backbone", model)[0] == 0
+    pictures = [np.asarray(Image.open(tmp_path / a / "at-night_seed0.png")) for a in "01"]
+    assert not np.array_equal(*pictures)
+
+
+def test_no_tuning_steps_leave_the_prediction(photo, model, tmp_path, dte):
+    arguments = ["--prompt", "S*", "--out", tmp_path, "--backbone", model, *FAST]
+    code, out, err = dte("personalize", photo, photo, *arguments, "--steps", "0")
+    assert code == 0, err
+    assert "predicted only" in out and "tuned" not in out
+    assert (tmp_path / "concept_seed0.png").exists()
+
+
+def test_prompt_without_placeholder(refused, photo, tmp_path):
+    error = refused("personalize", photo, "--prompt", "a cat", "--out", tmp_path / "out")
+    assert "S*" in error and "'a cat'" in error
+    assert not (tmp_path / "out").exists()  # nothing was touched
+    error = refused("generate", "x.safetensors", "--prompt", "a cat", "--out", tmp_path / "out")
+    assert "S*" in error
+
+
+def test_prompt_too_long_is_found_before_tuning(refused, photo, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "dte_lab.DTEPipeline.personalize", lambda *_, **__: pytest.fail("slow work")
+    )
+    prompt = "the red apple on the beach " * 20 + "S*"
+    arguments = ["--prompt", prompt, "--out", tmp_path, "--backbone", model]
+    assert "too long" in refused("personalize", photo, *arguments)
+
+
+@pytest.mark.parametrize("name", ["missing.png", "text.png", "truncated.jpg", "dot.png", "folder"])
+def test_bad_pictures(refused, tmp_path, name):
+    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "folder").mkdir()
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "whole.jpg")
+    data = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "truncated.jpg").write_bytes(data[: len(data) // 2])
+    error = refused("personalize", tmp_path / name, *PROMPTS, "--out", tmp_path / "out")
+    assert name in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_folder_that_cannot_be_used(refused, photo, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("keep me")
+    assert "is a file" in refused("personalize", photo, *PROMPTS, "--out", file)
+    assert "cannot be written" in refused("personalize", photo, *PROMPTS, "--out", file / "below")
+    assert file.read_text() == "keep me"
+    if hasattr(os, "geteuid") and os.geteuid() != 0:  # root may write everywhere
+        locked = tmp_path / "locked"
+        locked.mkdir(mode=0o500)
+        assert "cannot be written" in refused("personalize", photo, *PROMPTS, "--out", locked)
+
+
+def test_unknown_backbone_and_encoder(refused, photo, model, tmp_path):
+    arguments = ["personalize", photo, *PROMPTS, "--out", tmp_path]
+    assert "no-such-model" in refused(*arguments, "--backbone", "no-such-model")
+    error = refused(*arguments, "--backbone", model, "--encoder", tmp_path / "no-encoder")
+    assert "no-encoder" in error
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "text", "truncated", "flipped"])
+def test_damaged_concept_file(refused, finished, tmp_path, damage):
+    data = (finished[0] / "concept.safetensors").read_bytes()
+    contents = {
+        "empty": b"",
+        "text": b"not a concept",
+        "truncated": data[: len(data) // 2],
+        "flipped": data[:20] + bytes(255 - byte for byte in data[20:60]) + data[60:],
+    }
+    path = tmp_path / "concept.safetensors"
+    if damage in contents:
+        path.write_bytes(contents[damage])
+    assert "concept" in refused("generate", path, *PROMPTS, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_failed_write_keeps_what_was_there(refused, photo, model, tmp_path, monkeypatch):
+    """The disk fills up after the concept is saved: it stays, and no half-written file appears."""
+    old = tmp_path / "on-the-beach_seed0.png"
+    old.write_bytes(b"an older picture")
+    real, calls = os.fsync, []
+
+    def full_after_the_first_file(handle):
+        calls.append(handle)
+        if len(calls) > 1:
+            raise OSError(28, "No space left on device", str(old))
+        return real(handle)
+
+    monkeypatch.setattr("os.fsync", full_after_the_first_file)
+    with pytest.raises(SystemExit) as caught:
+        main(
+            ["personalize", str(photo), *PROMPTS, "--out", str(tmp_path), "--steps", "0", *FAST]
+            + ["--backbone", str(model)]
+        )
+    assert caught.value.code == 2
+    assert old.read_bytes() == b"an older picture"
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["concept.safetensors", "on-the-beach_seed0.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["bogus"], "bogus"),
+        (["personalize"], "IMAGE"),
+        (["personalize", "a.png", "--out", "x"], "--prompt"),
+        (["personalize", "a.png", *PROMPTS], "--out"),
+        (["personalize", "a.png", *PROMPTS, "--out", "x", "--steps", "13"], "--steps"),
+        (["personalize", "a.png", *PROMPTS, "--out", "x", "--alpha", "2"], "--alpha"),
+        (["personalize", "a.png", *PROMPTS, "--out", "x", "--seed", "one"], "--seed"),
+        (["world", "train", "bogus"], "bogus"),
+    ],
+)
+def test_wrong_usage_is_one_line_too(refused, arguments, words):
+    assert words in refused(*arguments)
+
+
+def test_help_and_version(dte):
+    import dte_lab
+
+    assert dte("--version") == (0, f"dte_lab {dte_lab.__version__}\n", "")
+    for command in ([], ["--help"], ["personalize", "--help"], ["world", "train", "--help"]):
+        code, out, err = dte(*command)
+        assert code == 0 and "Usage" in out and not err
+
+
+def test_mistakes_of_ours_keep_their_traceback(monkeypatch):
+    def broken(path):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("dte_lab.cli.read_image", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["personalize", "a.png", *PROMPTS, "--out", "x"])
+
+
+def test_interrupt_is_quiet(monkeypatch, dte):
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dte_lab.cli.read_image", interrupted)
+    code, _, err = dte("personalize", "a.png", *PROMPTS, "--out", "x")
+    assert code == 130 and len(err.splitlines()) <= 1
+
+
+def test_picture_names_are_safe_and_distinct():
+    prompts = [
+        "S* on the beach",
+        "S* on the beach!",
+        "S*",
+        "../../S*",
+        "é S* 夜",
+        "S* " + "x" * 300,
+    ]
+    names = [name for row in picture_names(prompts, [0, -1]) for name in row]
+    assert len(set(names)) == len(names) == 12
+    assert names[:2] == ["on-the-beach_seed0.png", "on-the-beach_seed-1.png"]
+    assert all(Path(name).name == name and len(name) < 80 for name in names)
+    numbered = [name for (name,) in picture_names(["S* a", "a S*", "S* a 2"], [0])]
+    assert numbered == ["a_seed0.png", "a-2_seed0.png", "a-2-2_seed0.png"]
+
+
+def test_repeated_values_are_dropped():
+    assert distinct([3, 1, 3]) == [3, 1]
+
+
+def test_check_prompts_accepts_the_placeholder_anywhere():
+    check_prompts(["S*", "a photo of S* at night"])
+    with pytest.raises(ValueError, match="'S at night'"):
+        check_prompts(["S*", "S at night"])
