@@ -22,7 +22,7 @@ from typing import Annotated
 
 import typer
 
-from dte_lab import __version__, placeholder_token
+from dte_lab import __version__, placeholder_token, training_cli
 from dte_lab.images import read_image, save_png, square
 
 app = typer.Typer(
@@ -30,10 +30,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-world = typer.Typer(help="Build, train and evaluate the small world.", no_args_is_help=True)
-train = typer.Typer(help="Train a part of the small base model.", no_args_is_help=True)
-app.add_typer(world, name="world")
-world.add_typer(train, name="train")
 
 Prompts = Annotated[
     list[str],
@@ -253,63 +249,8 @@ def save_contact_sheet(pictures, drawn: dict, prompts, seeds, path: Path) -> Non
     save_png(contact_sheet(rows, prompts, columns), path)
 
 
-Steps = Annotated[int | None, typer.Option(min=1, help="Stop after this many steps.")]
-Minutes = Annotated[float | None, typer.Option(min=0, help="Stop after this time.")]
-
-
-@app.command()
-def pretrain(out: Out, steps: Steps = None, minutes: Minutes = None) -> None:
-    """Pre-train the tuning encoder on the train concepts of the small world."""
-    from dte_lab.world import train_encoder  # TODO-LEAD
-
-    train_encoder.main(out, **given(steps=steps, minutes=minutes))
-
-
-@world.command()
-def build(
-    packages: Annotated[Path, typer.Option(help="Folder with the archives from `npm pack`.")],
-) -> None:
-    """Build the sprite atlases from four npm packages."""
-    from dte_lab.world import build
-
-    build.main(packages)
-
-
-@train.command("autoencoder")
-def train_autoencoder(out: Out, steps: Steps = None, minutes: Minutes = None) -> None:
-    """Train the autoencoder; writes OUT/vae."""
-    from dte_lab.world import train_autoencoder
-
-    train_autoencoder.main(out, **given(steps=steps, minutes=minutes))
-
-
-@train.command("clip")
-def train_clip(out: Out, steps: Steps = None, minutes: Minutes = None) -> None:
-    """Train the tokenizer and CLIP; writes OUT/tokenizer, text_encoder, image_encoder, ..."""
-    from dte_lab.world import train_clip
-
-    train_clip.main(out, **given(steps=steps, minutes=minutes))
-
-
-@train.command("unet")
-def train_unet(out: Out, steps: Steps = None, minutes: Minutes = None) -> None:
-    """Train the UNet on the latents of the small world; writes OUT/unet."""
-    from dte_lab.world import train_unet
-
-    train_unet.main(out, **given(steps=steps, minutes=minutes))
-
-
-@world.command()
-def evaluate(out: Out, backbone: BackboneName = "small") -> None:
-    """Measure the method on the held-out concepts; writes JSON to OUT."""
-    from dte_lab.world import evaluate  # TODO-LEAD
-
-    evaluate.main(out, backbone)
-
-
-def given(**options) -> dict:
-    """The options that the user gave; the others keep the default of the called function."""
-    return {name: value for name, value in options.items() if value is not None}
+app.command()(training_cli.pretrain)
+app.add_typer(training_cli.world, name="world")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

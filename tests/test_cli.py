@@ -1,5 +1,7 @@
 """The `dte` command as a user meets it: what it writes, and how it answers mistakes."""
 
+import importlib
+import inspect
 import os
 import shutil
 import subprocess
@@ -260,6 +262,51 @@ def test_help_and_version(dte):
     for command in ([], ["--help"], ["personalize", "--help"], ["world", "train", "--help"]):
         code, out, err = dte(*command)
         assert code == 0 and "Usage" in out and not err
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "arguments"),
+    [
+        ("world build", "dte_lab.world.build", ["--packages", "npm"]),
+        ("world train autoencoder", "dte_lab.world.train_autoencoder", ["--out", "x"]),
+        ("world train clip", "dte_lab.world.train_clip", ["--out", "x", "--minutes", "1"]),
+        ("world train unet", "dte_lab.world.train_unet", ["--out", "x", "--parts", "y"]),
+    ],
+)
+def test_training_commands_fit_the_functions_they_call(
+    dte, monkeypatch, command, module, arguments
+):
+    function = importlib.import_module(module).main
+    calls = []
+
+    def record(*args, **options):
+        calls.append(inspect.signature(function).bind(*args, **options).arguments)
+
+    monkeypatch.setattr(f"{module}.main", record)
+    steps = ["--steps", "5"] if "train" in command else []
+    code, _, err = dte(*command.split(), *arguments, *steps)
+    assert code == 0, err
+    (call,) = calls
+    assert call.get("steps") == (5 if steps else None)
+
+
+def test_pretrain_starts_a_run(dte, monkeypatch, model, tmp_path):
+    def record(backbone, encoder, dataset, config, **options):
+        item = dataset[0]
+        assert {"image", "target", "prompt", "concept"} <= set(item)
+        assert (config.steps, options["out_dir"]) == (3, tmp_path)
+        assert encoder.config.clip_dim and len(options["eval_images"]) == 4
+
+    monkeypatch.setattr("dte_lab.pretrain.pretrain", record)
+    code, _, err = dte("pretrain", "--out", tmp_path, "--backbone", model, "--steps", "3")
+    assert code == 0, err
+
+
+def test_sample_concepts_were_never_trained_on():
+    from dte_lab.training_cli import SAMPLE_CONCEPTS
+    from dte_lab.world.sprites import split_names
+
+    assert set(SAMPLE_CONCEPTS) <= set(split_names("val"))
 
 
 def test_mistakes_of_ours_keep_their_traceback(monkeypatch):

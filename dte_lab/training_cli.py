@@ -1,0 +1,103 @@
+"""The commands that made the shipped weights: `dte pretrain` and `dte world ...`.
+
+Each training command writes logs, sample grids and checkpoints to `--out` and, when called again
+with the same folder, goes on where it stopped.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+world = typer.Typer(help="Build, train and evaluate the small world.", no_args_is_help=True)
+train = typer.Typer(help="Train a part of the small base model.", no_args_is_help=True)
+world.add_typer(train, name="train")
+
+Out = Annotated[Path, typer.Option("--out", help="Folder for what is written.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Train this many steps in all.")]
+Minutes = Annotated[float | None, typer.Option(min=0, help="Stop this call after so long.")]
+Device = Annotated[str, typer.Option(help="cpu, or cuda for a GPU.")]
+Backbone = Annotated[str, typer.Option(help="small, or a folder with a model of the small world.")]
+
+SAMPLE_CONCEPTS = ("strawberry", "peacock", "tractor", "cupcake")  # val: not trained on
+
+
+def pretrain(
+    out: Out,
+    backbone: Backbone = "small",
+    steps: Steps = None,
+    minutes: Minutes = None,
+    device: Device = "cpu",
+) -> None:
+    """Pre-train the tuning encoder on the train concepts of the small world; writes OUT/encoder."""
+    from dte_lab.backbone import load_backbone
+    from dte_lab.encoder import TuningEncoder
+    from dte_lab.pretrain import PretrainConfig, pretrain
+    from dte_lab.world.pairs import ConceptPairs
+    from dte_lab.world.scenes import render_image
+
+    parts = load_backbone(backbone, device)
+    pretrain(
+        parts,
+        TuningEncoder.from_backbone(parts),
+        ConceptPairs(),
+        PretrainConfig(**given(steps=steps, max_minutes=minutes)),
+        out_dir=out,
+        eval_images=[render_image(name, "fluent", "white") for name in SAMPLE_CONCEPTS],
+        eval_prompts=("a picture of S*", "a picture of S* on the beach"),
+    )
+
+
+@world.command()
+def build(
+    packages: Annotated[Path, typer.Option(help="Folder with the archives from `npm pack`.")],
+) -> None:
+    """Build the sprite atlases from four npm packages."""
+    from dte_lab.world import build
+
+    build.main(packages)
+
+
+@train.command()
+def autoencoder(
+    out: Out, steps: Steps = None, minutes: Minutes = None, device: Device = "cpu"
+) -> None:
+    """Train the autoencoder; writes OUT/vae."""
+    from dte_lab.world import train_autoencoder
+
+    train_autoencoder.main(out, device=device, **given(steps=steps, minutes=minutes))
+
+
+@train.command()
+def clip(out: Out, steps: Steps = None, minutes: Minutes = None, device: Device = "cpu") -> None:
+    """Train CLIP; writes OUT/tokenizer, text_encoder, image_encoder and feature_extractor."""
+    from dte_lab.world import train_clip
+
+    train_clip.main(out, device=device, **given(steps=steps, minutes=minutes))
+
+
+@train.command()
+def unet(
+    out: Out,
+    parts: Annotated[Path, typer.Option(help="Folder with vae, text_encoder and tokenizer.")],
+    steps: Steps = None,
+    minutes: Minutes = None,
+    device: Device = "cpu",
+) -> None:
+    """Train the UNet on the latents of the small world; writes OUT/unet and OUT/scheduler."""
+    from dte_lab.world import train_unet
+
+    train_unet.main(out, parts, device=device, **given(steps=steps, minutes=minutes))
+
+
+@world.command()
+def evaluate(out: Out, backbone: Backbone = "small") -> None:
+    """Measure the method on the held-out concepts; writes JSON to OUT."""
+    from dte_lab.world import evaluate  # TODO-LEAD
+
+    evaluate.main(out, backbone)
+
+
+def given(**options) -> dict:
+    """The options that the user gave; the others keep the default of the called function."""
+    return {name: value for name, value in options.items() if value is not None}
