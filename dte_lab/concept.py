@@ -1,0 +1,98 @@
+"""A personalized concept: everything `generate` needs beside the backbone, in one small file."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from dte_lab.dual_path import check_offsets, projection_shapes
+from dte_lab.encoder import DTEConfig
+from dte_lab.files import write_atomically
+
+FORMAT = "dte-concept-1"
+
+
+@dataclass
+class Concept:
+    """v* and the low-rank offsets of one concept.
+
+    v_star: (1, d). offsets: {"layer.projection": (A (1, Din, r), B (1, r, Dout))}.
+    backbone: name of the backbone it belongs to. config: the encoder's DTEConfig.
+    info: what happened: seconds, peak_memory_mb, losses, words_before, words_after, ...
+    """
+
+    v_star: torch.Tensor
+    offsets: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    backbone: str
+    config: DTEConfig = field(default_factory=DTEConfig)
+    info: dict = field(default_factory=dict)
+
+    @property
+    def nearest_words(self):
+        """[[word, cosine similarity], ...] of the usable words nearest to v*."""
+        return self.info.get("words_after", [])
+
+    @property
+    def seconds(self):
+        """Wall-clock time that `personalize` took."""
+        return self.info.get("seconds", 0.0)
+
+    def save(self, path):
+        """Write a safetensors file, atomically. Raises OSError when the folder is not writable."""
+        tensors = {"v_star": self.v_star}
+        for key, (a, b) in self.offsets.items():
+            tensors |= {f"offsets.{key}.A": a, f"offsets.{key}.B": b}
+        metadata = {
+            "format": FORMAT,
+            "backbone": self.backbone,
+            "config": json.dumps(asdict(self.config)),
+            "info": json.dumps(self.info),
+        }
+        tensors = {key: t.detach().float().cpu().contiguous() for key, t in tensors.items()}
+        write_atomically(path, save(tensors, metadata))
+
+    @classmethod
+    def load(cls, path):
+        """Read a file that `save` wrote.
+
+        Raises FileNotFoundError when there is none and ValueError when it is damaged.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"There is no concept file at {path}.")
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"its format is {metadata.get('format')}, not {FORMAT}")
+            keys = [key[8:-2] for key in tensors if key.startswith("offsets.") and key[-2:] == ".A"]
+            offsets = {
+                key: (tensors[f"offsets.{key}.A"], tensors[f"offsets.{key}.B"]) for key in keys
+            }
+            if not all(t.isfinite().all() for t in tensors.values()):
+                raise ValueError("it holds values that are not finite")
+            return cls(
+                tensors["v_star"],
+                offsets,
+                metadata["backbone"],
+                DTEConfig(**json.loads(metadata["config"])),
+                json.loads(metadata["info"]),
+            )
+        except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
+            raise ValueError(
+                f"{path} is not a readable concept file ({error}): "
+                "copy it again, or make a new one with personalize."
+            ) from error
+
+    def check(self, backbone):
+        """Raise ValueError when the concept does not fit the backbone."""
+        width = backbone.text_encoder.config.hidden_size
+        if self.v_star.shape != (1, width):
+            raise ValueError(
+                f"The concept's v* has shape {tuple(self.v_star.shape)}, "
+                f"but backbone {backbone.name} needs (1, {width})."
+            )
+        check_offsets(self.offsets, projection_shapes(backbone.unet))

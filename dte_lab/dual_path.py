@@ -1,0 +1,167 @@
+"""Low-rank offsets on attention projections, and the dual path that blends them with the prior.
+
+Every attention branch runs twice and the two results are blended:
+
+    out = alpha_blend * attention(x; W + A B, soft text with v*)
+        + (1 - alpha_blend) * attention(x; W, hard text with v_h)
+
+(paper, section on the dual path; `pairing="figure"`). The paper's text can also be read as
+giving the offsets to the hard path: `pairing="text"`. The offsets are one pair of matrices *per
+sample*, so they live on the attention processor; `functional_call` would give silently wrong
+gradients under gradient checkpointing.
+"""
+
+from contextlib import contextmanager
+
+import torch.nn.functional as F
+
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
+PAIRINGS = ("figure", "text")
+
+
+def attention_layers(unet):
+    """{name: Attention} of the UNet's transformer blocks, in the order of their names.
+
+    attn1 is self-attention, attn2 cross-attention with the text.
+    """
+    return {
+        name: module
+        for name, module in sorted(unet.named_modules())
+        if name.endswith((".attn1", ".attn2")) and hasattr(module, "to_q")
+    }
+
+
+def projection_shapes(unet):
+    """{"layer.projection": (Din, Dout)} of everything that offsets can change."""
+    shapes = {}
+    for name, attn in attention_layers(unet).items():
+        for projection in PROJECTIONS:
+            linear = attn.to_out[0] if projection == "to_out" else getattr(attn, projection)
+            shapes[f"{name}.{projection}"] = (linear.in_features, linear.out_features)
+    return shapes
+
+
+class DualPathProcessor:
+    """Attention processor of one layer; see the module's docstring for what it computes.
+
+    offsets: {projection: (A (B, Din, r), B (B, r, Dout))}, B may be 1 for the whole batch.
+    hard_hidden_states: (B, L, d) text of the hard path; None runs the soft path alone.
+    """
+
+    def __init__(self, offsets, hard_hidden_states=None, alpha_blend=1.0, pairing="figure"):
+        self.offsets = offsets
+        self.hard = hard_hidden_states
+        self.alpha = alpha_blend
+        self.pairing = pairing
+
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None
+    ):
+        if attention_mask is not None:
+            raise ValueError("The dual path does not support attention masks.")
+        x, soft_text = hidden_states, encoder_hidden_states  # (B, T, C), (B, L, d) or None
+        is_cross = soft_text is not None
+        to_out = attn.to_out[0]
+
+        q = attn.to_q(x)  # (B, T, H*hs), shared by both paths
+        k, v = _key_value(attn, soft_text if is_cross else x)  # (B, S, H*hs)
+
+        soft_offset, hard_offset = self._offset, _no_offset
+        if self.pairing == "text":
+            soft_offset, hard_offset = hard_offset, soft_offset
+
+        text = soft_text if is_cross else x
+        out = _attend(
+            q + soft_offset("to_q", x),
+            k + soft_offset("to_k", text),
+            v + soft_offset("to_v", text),
+            attn.heads,
+        )
+        extra = soft_offset("to_out", out)  # (B, T, C), what the offset adds after the projection
+
+        if self.hard is not None:
+            text = self.hard.to(x) if is_cross else x
+            if is_cross:
+                k, v = _key_value(attn, text)
+            hard = _attend(
+                q + hard_offset("to_q", x),
+                k + hard_offset("to_k", text),
+                v + hard_offset("to_v", text),
+                attn.heads,
+            )
+            # The projection is affine and the coefficients sum to 1: blend first, project once.
+            out = self.alpha * out + (1 - self.alpha) * hard
+            extra = self.alpha * extra + (1 - self.alpha) * hard_offset("to_out", hard)
+
+        out = to_out(out) + extra
+        return attn.to_out[1](out)  # dropout
+
+    def _offset(self, projection, x):
+        """x A B, per sample: (B, T, Din) -> (B, T, Dout)."""
+        if projection not in self.offsets:
+            return 0
+        a, b = self.offsets[projection]
+        return x @ a.to(x) @ b.to(x)
+
+
+def _no_offset(projection, x):
+    return 0
+
+
+def _key_value(attn, text):
+    return attn.to_k(text), attn.to_v(text)
+
+
+def _attend(q, k, v, heads):
+    """Scaled dot-product attention on (B, T, H*hs)."""
+    q, k, v = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in (q, k, v))  # (B, H, T, hs)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, T, H*hs)
+
+
+@contextmanager
+def dual_path(unet, offsets, hard_hidden_states=None, alpha_blend=1.0, pairing="figure"):
+    """Run the UNet with offsets, and blended with the hard path, inside a `with` block.
+
+    offsets: {"layer.projection": (A (B, Din, r), B (B, r, Dout))}, B = 1 serves any batch.
+    hard_hidden_states: (B, L, d), needed unless alpha_blend is 1, where only the soft path runs.
+    The previous processors come back when the block is left, also by an exception. With gradient
+    checkpointing `backward` must run inside the block, since it computes the forward pass anew.
+
+    Raises ValueError for an unknown pairing, unknown or misshapen offsets, missing hard states, and
+    a UNet that already carries a PEFT LoRA.
+    """
+    layers = attention_layers(unet)
+    _check(unet, layers, offsets, hard_hidden_states, alpha_blend, pairing)
+    if alpha_blend == 1:
+        hard_hidden_states = None
+    before = {name: attn.processor for name, attn in layers.items()}
+    try:
+        for name, attn in layers.items():
+            own = {p: offsets[f"{name}.{p}"] for p in PROJECTIONS if f"{name}.{p}" in offsets}
+            attn.set_processor(DualPathProcessor(own, hard_hidden_states, alpha_blend, pairing))
+        yield unet
+    finally:
+        for name, attn in layers.items():
+            attn.set_processor(before[name])
+
+
+def _check(unet, layers, offsets, hard_hidden_states, alpha_blend, pairing):
+    if pairing not in PAIRINGS:
+        raise ValueError(f"Unknown pairing {pairing!r}: use one of {PAIRINGS}.")
+    if hard_hidden_states is None and alpha_blend != 1:
+        raise ValueError(f"alpha_blend is {alpha_blend}, so the hard path needs its text states.")
+    if any(hasattr(attn.to_q, "base_layer") for attn in layers.values()):
+        raise ValueError("The UNet carries a PEFT LoRA: unload it before using the dual path.")
+    check_offsets(offsets, projection_shapes(unet))
+
+
+def check_offsets(offsets, shapes):
+    """Raise ValueError where offsets {key: (A, B)} do not fit the UNet's {key: (Din, Dout)}."""
+    for key, (a, b) in offsets.items():
+        if key not in shapes:
+            raise ValueError(f"The UNet has no projection {key}: the offsets are of another model.")
+        if (a.shape[-2], b.shape[-1]) != shapes[key] or a.shape[-1] != b.shape[-2]:
+            raise ValueError(
+                f"The offsets of {key} have shapes {tuple(a.shape)} and {tuple(b.shape)}, "
+                f"expected (B, {shapes[key][0]}, r) and (B, r, {shapes[key][1]})."
+            )

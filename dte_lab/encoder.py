@@ -1,0 +1,241 @@
+"""The tuning encoder: one picture (and a noisy latent) -> v* and the low-rank offsets.
+
+    v*      = zero-shot guess + token_scale * token head      (paper: head 1, token embedder)
+    A, B    = LoRA hypernetwork                               (paper: head 2, W' = W + A B)
+
+The zero-shot guess is ours: CLIP's similarity between the picture and "a picture of a WORD" mixes
+the embeddings of the few best words. A fresh encoder is therefore an exact no-op on the UNet's
+weights, and its v* already names the picture.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+
+from dte_lab.backbone import WEIGHTS
+from dte_lab.dual_path import projection_shapes
+from dte_lab.features import ImageFeatures, image_features, unet_feature_dim, unet_features
+from dte_lab.hypernetwork import FeatureFusion, LoRAHypernetwork, TokenHead
+from dte_lab.tokens import PromptEncoder, TokenTable
+
+
+@dataclass
+class DTEConfig:
+    """Everything the paper leaves open about the method; all values are ours, not the paper's.
+
+    Architecture: `rank` 1 to 16; `width` of tokens and queries; `grid` of the fused feature map;
+    `fusion_depth` residual conv blocks; `trunk_depth` cross-attention blocks; `num_heads`.
+    Scales: `token_scale` (residual of v* in units of a word's typical entry; E4T uses about 0.1 of
+    a norm), `offset_scale` (of B). Zero-shot guess: `zero_shot_words` best words at
+    `zero_shot_temperature`.
+    Method: `alpha_blend` in [0, 1] and `pairing` of the dual path; `num_positives` N(v*) and
+    `temperature` tau of the contrastive term; the weights of the two regularisers;
+    `negative_bank_size` recent embeddings of training concepts.
+    Static prediction: mean over the predictions at `feature_timesteps`, as fractions of T.
+    Sampling: with `unconditional_offsets` both halves of classifier-free guidance run with the
+    offsets, as with any LoRA; without, the unconditional half keeps the vanilla weights.
+    """
+
+    rank: int = 4
+    width: int = 160
+    grid: int = 8
+    fusion_depth: int = 2
+    trunk_depth: int = 2
+    num_heads: int = 4
+    token_scale: float = 0.3
+    offset_scale: float = 0.1
+    zero_shot_words: int = 8
+    zero_shot_temperature: float = 0.02
+    alpha_blend: float = 0.7
+    pairing: str = "figure"
+    num_positives: int = 5
+    temperature: float = 0.1
+    contrastive_weight: float = 0.01
+    norm_weight: float = 0.01
+    negative_bank_size: int = 256
+    feature_timesteps: tuple[float, ...] = (0.2, 0.4, 0.6)
+    unconditional_offsets: bool = True
+
+    def __post_init__(self):
+        self.feature_timesteps = tuple(self.feature_timesteps)  # JSON knows lists only
+
+
+@dataclass
+class EncoderPrediction:
+    """v_star (B, d) and offsets {"layer.projection": (A (B, Din, r), B (B, r, Dout))}."""
+
+    v_star: torch.Tensor
+    offsets: dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+class TuningEncoder(ModelMixin, ConfigMixin):
+    """Predicts v* and offsets from features; make one with `from_backbone` or `load_encoder`.
+
+    Buffers: `word_clip` (n, p) CLIP text embeddings of the n usable words, `word_embeddings` (n, d)
+    their input embeddings (taken from the backbone, not saved), and the negative bank.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        projections: dict,
+        clip_dim: int,
+        embed_dim: int,
+        unet_dim: int,
+        token_dim: int,
+        num_words: int,
+        dte: dict | None = None,
+    ):
+        super().__init__()
+        dte = self.dte = DTEConfig(**(dte or {}))
+        self.fusion = FeatureFusion(
+            clip_dim, embed_dim, unet_dim, dte.width, dte.grid, dte.fusion_depth
+        )
+        self.token_head = TokenHead(dte.width, token_dim)
+        self.hypernetwork = LoRAHypernetwork(
+            projections, dte.rank, dte.width, dte.num_heads, dte.trunk_depth, dte.offset_scale
+        )
+        self.register_buffer("word_clip", torch.zeros(num_words, embed_dim))
+        self.register_buffer("word_embeddings", torch.zeros(num_words, token_dim), persistent=False)
+        self.register_buffer("bank", torch.zeros(dte.negative_bank_size, token_dim))
+        empty = torch.full((dte.negative_bank_size,), -1)
+        self.register_buffer("bank_concepts", empty)  # concept of each row, -1 for an empty row
+        self.register_buffer("bank_position", torch.zeros((), dtype=torch.long))
+
+    @classmethod
+    def from_backbone(cls, backbone, dte=None, table=None, seed=0):
+        """A fresh encoder for a backbone; `dte` is a DTEConfig.
+
+        Raises ValueError when the backbone's text encoder has no projection to CLIP space.
+        """
+        table = table or TokenTable(backbone)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            encoder = cls(**_dimensions(backbone, table), dte=asdict(dte or DTEConfig()))
+        encoder.word_clip.copy_(word_clip_embeddings(backbone, table))
+        encoder.word_embeddings.copy_(table.embeddings)
+        return encoder.to(backbone.device)
+
+    def forward(self, image_features: ImageFeatures, unet_features, timesteps):
+        """image_features: see features.py. unet_features: (B, C, g, g). timesteps: (B,)."""
+        tokens = self.fusion(image_features, unet_features, timesteps)  # (B, g*g, width)
+        guess = self.zero_shot(image_features.embeds)  # (B, d)
+        unit = self.word_embeddings.square().mean().sqrt()  # a word's typical entry
+        v_star = guess + self.dte.token_scale * unit * self.token_head(tokens)
+        return EncoderPrediction(v_star, self.hypernetwork(tokens))
+
+    def zero_shot(self, embeds):
+        """Mixture of the words that CLIP finds in pictures: unit (B, p) -> (B, d).
+
+        A mixture of vectors is shorter than they are; its norm is set to their mean norm.
+        """
+        k = min(self.dte.zero_shot_words, len(self.word_clip))
+        similarity, rows = (embeds @ self.word_clip.T).topk(k, dim=-1)  # (B, k)
+        weight = (similarity / self.dte.zero_shot_temperature).softmax(dim=-1)[..., None]
+        words = self.word_embeddings[rows]  # (B, k, d)
+        norm = (weight * words.norm(dim=-1, keepdim=True)).sum(dim=1)  # (B, 1)
+        return F.normalize((weight * words).sum(dim=1), dim=-1) * norm
+
+    @torch.no_grad()
+    def remember(self, v_star, concepts):
+        """Write embeddings (B, d) of concepts (B,) over the oldest rows of the negative bank."""
+        size = len(self.bank)
+        v_star, concepts = v_star[:size], concepts[:size]
+        rows = (self.bank_position + torch.arange(len(v_star), device=v_star.device)) % size
+        self.bank[rows] = v_star.detach().to(self.bank.dtype)
+        self.bank_concepts[rows] = concepts.to(self.bank_concepts)
+        self.bank_position.copy_((self.bank_position + len(v_star)) % size)
+
+    @torch.no_grad()
+    def predict(self, backbone, images, seed=0, prompt_encoder=None):
+        """Static prediction from pictures (B, 3, H, W) of *one* concept in [-1, 1].
+
+        The features need a noisy latent; the picture itself is noised to each of
+        `feature_timesteps`, and the B * len(feature_timesteps) predictions are averaged. A mean of
+        A and a mean of B is not the mean of A B; but one A is shared by most pictures. ("ours")
+        Returns an EncoderPrediction with batch size 1.
+        """
+        prompt_encoder = prompt_encoder or PromptEncoder(backbone)
+        T = len(backbone.alphas_cumprod)
+        steps = [round(f * (T - 1)) for f in self.dte.feature_timesteps]
+        n = len(steps)
+        timesteps = torch.tensor(steps, device=backbone.device).repeat(len(images))  # (B*n,)
+        latents = backbone.encode_images(images).float().repeat_interleave(n, dim=0)
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        alpha = backbone.alphas_cumprod[timesteps].to(latents)[:, None, None, None]
+        noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+        clip = ImageFeatures(
+            *(f.repeat_interleave(n, dim=0) for f in image_features(backbone, images))
+        )
+        unet = unet_features(
+            backbone, noisy, timesteps, prompt_encoder.plain([""]), grid=self.dte.grid
+        )
+        prediction = self(clip, unet, timesteps)
+
+        def mean(x):
+            return x.mean(dim=0, keepdim=True)
+
+        offsets = {key: (mean(a), mean(b)) for key, (a, b) in prediction.offsets.items()}
+        return EncoderPrediction(mean(prediction.v_star), offsets)
+
+
+@torch.no_grad()
+def word_clip_embeddings(backbone, table, batch_size=256):
+    """Unit CLIP embeddings of "a picture of a WORD" for the table's n words: (n, p).
+
+    Raises ValueError when the text encoder has no projection.
+    """
+    if not backbone.has_projection:
+        raise ValueError(
+            f"The text encoder of backbone {backbone.name} has no projection to CLIP space; "
+            "save it as CLIPTextModelWithProjection."
+        )
+    embeddings = []
+    for i in range(0, len(table), batch_size):
+        texts = [f"a picture of a {word}" for word in table.words[i : i + batch_size]]
+        ids = backbone.tokenizer(
+            texts, padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids
+        embeds = backbone.text_encoder(input_ids=ids.to(backbone.device)).text_embeds
+        embeddings.append(F.normalize(embeds.float(), dim=-1))
+    return torch.cat(embeddings)
+
+
+def load_encoder(name_or_path, backbone, table=None):
+    """Load a TuningEncoder: "small" or a directory that `save_pretrained` wrote.
+
+    Raises ValueError when there is none, or when it was trained for another backbone.
+    """
+    is_small = name_or_path == "small"
+    path = WEIGHTS / "small" / "encoder" if is_small else Path(name_or_path)
+    if not (path / "config.json").is_file():
+        raise ValueError(f"No encoder at {path}: give 'small' or a directory that holds one.")
+    encoder = TuningEncoder.from_pretrained(path, low_cpu_mem_usage=False)
+    table = table or TokenTable(backbone)
+    for key, value in _dimensions(backbone, table).items():
+        saved = encoder.config[key]
+        if key == "projections":
+            saved = {name: list(shape) for name, shape in saved.items()}
+        if saved != value:
+            raise ValueError(
+                f"The encoder at {path} does not fit backbone {backbone.name}: its {key} differs."
+            )
+    encoder.word_embeddings.copy_(table.embeddings)
+    return encoder.to(backbone.device).eval().requires_grad_(False)
+
+
+def _dimensions(backbone, table):
+    """What an encoder must know of its backbone."""
+    return {
+        "projections": {key: list(s) for key, s in projection_shapes(backbone.unet).items()},
+        "clip_dim": backbone.image_encoder.config.hidden_size,
+        "embed_dim": backbone.image_encoder.config.projection_dim,
+        "unet_dim": unet_feature_dim(backbone.unet),
+        "token_dim": table.embeddings.shape[1],
+        "num_words": len(table),
+    }

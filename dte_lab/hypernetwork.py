@@ -1,0 +1,136 @@
+"""The encoder's trunk and its two heads.
+
+features -> convolutional fusion -> tokens -> token head        -> residual of v*
+                                          -> LoRA hypernetwork  -> offsets A, B
+
+The hypernetwork asks one learned query per (layer, projection, side) about the fused tokens, and
+turns each answer into a matrix with a linear head shared by all matrices of that shape. ("ours":
+the paper gives neither the architecture nor the initialisation.)
+"""
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from torch import nn
+
+from dte_lab.features import ImageFeatures
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions with a skip connection: (B, d, g, g) -> (B, d, g, g)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(8, width)
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.norm2 = nn.GroupNorm(8, width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        return x + self.conv2(F.silu(self.norm2(h)))
+
+
+class FeatureFusion(nn.Module):
+    """CLIP and UNet features on one grid, mixed by convolutions: -> tokens (B, grid^2, d)."""
+
+    def __init__(self, clip_dim, embed_dim, unet_dim, width, grid, depth):
+        super().__init__()
+        self.grid = grid
+        self.clip_norm = nn.GroupNorm(1, clip_dim)
+        self.clip_in = nn.Conv2d(clip_dim, width, 1)
+        self.unet_in = nn.Conv2d(unet_dim, width, 1)
+        self.embed_in = nn.Linear(embed_dim, width)
+        self.time = nn.Sequential(Timesteps(width, True, 0), TimestepEmbedding(width, width))
+        self.blocks = nn.Sequential(*[ResBlock(width) for _ in range(depth)])
+        self.position = nn.Parameter(0.02 * torch.randn(grid**2, width))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, image_features: ImageFeatures, unet_features, timesteps):
+        patches, embeds = image_features
+        # contiguous: torch 2.13 crashes in GroupNorm's backward on a channels-last leaf on CPU.
+        clip = self.clip_in(self.clip_norm(patches.contiguous()))  # (B, d, p, p)
+        if clip.shape[-1] != self.grid:
+            clip = F.interpolate(clip, (self.grid, self.grid), mode="bilinear", antialias=True)
+        # embeds are unit vectors: bring their entries to variance 1 before the projection.
+        whole = self.embed_in(embeds * embeds.shape[-1] ** 0.5) + self.time(timesteps)  # (B, d)
+        x = clip + self.unet_in(unet_features) + whole[:, :, None, None]  # (B, d, grid, grid)
+        x = self.blocks(x).flatten(2).transpose(1, 2)  # (B, grid^2, d)
+        return self.norm(x + self.position)
+
+
+class TokenHead(nn.Module):
+    """Tokens (B, N, d) -> residual of the word embedding (B, token_dim), zero at first."""
+
+    def __init__(self, width, token_dim):
+        super().__init__()
+        self.hidden = nn.Linear(width, width)
+        self.out = nn.Linear(width, token_dim)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, tokens):
+        return self.out(F.silu(self.hidden(tokens.mean(dim=1))))
+
+
+class CrossBlock(nn.Module):
+    """Queries (B, Q, d) read from tokens (B, N, d), then an MLP; pre-norm."""
+
+    def __init__(self, width, num_heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = nn.MultiheadAttention(width, num_heads, batch_first=True)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, queries, tokens):
+        queries = queries + self.attn(self.norm1(queries), tokens, tokens, need_weights=False)[0]
+        return queries + self.mlp(self.norm2(queries))
+
+
+class LoRAHypernetwork(nn.Module):
+    """Tokens (B, N, d) -> {"layer.projection": (A (B, Din, r), B (B, r, Dout))}.
+
+    A starts with entries of variance 1/Din, so that x A has the scale of x; B starts at exactly
+    zero, so that W + A B = W. `offset_scale` multiplies B, which makes a learning rate near 1e-3
+    move the layers' outputs by a few percent a step instead of by their own size.
+    """
+
+    def __init__(self, projections, rank, width, num_heads, depth, offset_scale):
+        super().__init__()
+        self.rank, self.offset_scale = rank, offset_scale
+        self.keys = sorted(projections)  # a reloaded configuration comes in another order
+        # Matrix 2i is the A of key i, matrix 2i+1 its B; `dims` holds Din or Dout.
+        dims = [dim for key in self.keys for dim in projections[key]]
+        self.groups = {}  # name of the head -> the matrices it makes
+        for i, dim in enumerate(dims):
+            self.groups.setdefault(f"{'AB'[i % 2]}{dim}", []).append(i)
+
+        self.queries = nn.Parameter(torch.randn(len(dims), width))
+        self.blocks = nn.ModuleList([CrossBlock(width, num_heads) for _ in range(depth)])
+        self.norm = nn.LayerNorm(width)
+        self.heads = nn.ModuleDict()
+        for name in self.groups:
+            dim = int(name[1:])
+            head = nn.Linear(width, dim * rank, bias=False)
+            std = (width * dim) ** -0.5 if name[0] == "A" else 0.0
+            nn.init.normal_(head.weight, std=std)
+            self.heads[name] = head
+
+    def forward(self, tokens):
+        queries = self.queries.expand(len(tokens), -1, -1)  # (B, Q, d)
+        for block in self.blocks:
+            queries = block(queries, tokens)
+        queries = self.norm(queries)
+
+        matrices = {}
+        for name, index in self.groups.items():
+            out = self.heads[name](queries[:, index])  # (B, q, dim*r)
+            if name[0] == "A":
+                out = out.unflatten(-1, (-1, self.rank))  # (B, q, Din, r)
+            else:
+                out = self.offset_scale * out.unflatten(-1, (self.rank, -1))  # (B, q, r, Dout)
+            matrices |= zip(index, out.unbind(1), strict=True)
+        return {key: (matrices[2 * i], matrices[2 * i + 1]) for i, key in enumerate(self.keys)}

@@ -1,0 +1,195 @@
+"""One picture in, the concept in new settings out.
+
+>>> pipe = DTEPipeline.from_pretrained("small")
+>>> concept = pipe.personalize("my_concept.png")
+>>> images = pipe.generate(concept, ["S* on the beach", "S* at night"], seeds=[0, 1])
+"""
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from tqdm.auto import tqdm
+
+from dte_lab.backbone import load_backbone
+from dte_lab.concept import Concept
+from dte_lab.dual_path import dual_path
+from dte_lab.encoder import load_encoder
+from dte_lab.images import read_image, to_square_tensor
+from dte_lab.tokens import PromptEncoder
+from dte_lab.tuning import TuneConfig, tune
+
+
+class DTEPipeline:
+    """A backbone and a pre-trained tuning encoder."""
+
+    def __init__(self, backbone, encoder):
+        self.backbone = backbone
+        self.encoder = encoder.eval()
+        self.prompt_encoder = PromptEncoder(backbone)
+
+    @classmethod
+    def from_pretrained(cls, backbone="small", encoder=None, device="cpu", dtype=torch.float32):
+        """Load a backbone ("small", "sd15" or a directory) and its encoder.
+
+        encoder: "small" or a directory; by default the folder `encoder` of the backbone.
+        Raises ValueError when either is missing or they do not fit together.
+        """
+        encoder = encoder or ("small" if backbone == "small" else Path(backbone) / "encoder")
+        backbone = load_backbone(backbone, device, dtype)
+        return cls(backbone, load_encoder(encoder, backbone))
+
+    def to(self, device):
+        self.backbone.to(device)
+        self.encoder.to(device)
+        self.prompt_encoder = PromptEncoder(self.backbone)
+        return self
+
+    def personalize(self, image, num_steps=12, seed=0, callback=None, progress=True, config=None):
+        """Predict v* and the offsets from pictures of one concept, then tune them.
+
+        image: a path, a PIL image, or a list of them. num_steps: 0 (prediction only) to 12.
+        callback: see `tune`. config: TuneConfig, whose num_steps is overridden.
+        Raises ValueError for pictures that cannot be read, see images.py. Returns a Concept.
+        """
+        start = time.perf_counter()
+        images = image if isinstance(image, (list, tuple)) else [image]
+        if not images:
+            raise ValueError("personalize needs at least one picture of the concept.")
+        pixels = self.pixels(images)
+        backbone, encoder, dte = self.backbone, self.encoder, self.encoder.dte
+        if backbone.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+        prediction = encoder.predict(backbone, pixels, seed, self.prompt_encoder)
+        result = tune(
+            backbone, self.prompt_encoder, prediction, pixels, dte,
+            replace(config or TuneConfig(), num_steps=num_steps),
+            bank=(encoder.bank, encoder.bank_concepts), seed=seed, callback=callback,
+            progress=progress and num_steps > 0,
+        )  # fmt: skip
+        info = {
+            "num_steps": num_steps,
+            "seed": seed,
+            "losses": result.losses,
+            "stopped_early": result.stopped_early,
+            "words_before": self.nearest_words(prediction.v_star),
+            "words_after": self.nearest_words(result.prediction.v_star),
+            "seconds": time.perf_counter() - start,
+            "peak_memory_mb": peak_memory_mb(backbone.device),
+        }
+        tuned = result.prediction
+        return Concept(tuned.v_star, tuned.offsets, backbone.name, dte, info)
+
+    @torch.no_grad()
+    def generate(
+        self, concept, prompts, seeds=(0,), guidance_scale=3.0, num_inference_steps=25,
+        negative_prompt="", alpha_blend=None, batch_size=8, progress=True,
+    ):  # fmt: skip
+        """Sample every prompt with every seed: a list per prompt of a list per seed of PIL images.
+
+        prompts: a string or a list, each with "S*". alpha_blend: None takes the concept's.
+        batch_size: pictures per UNet call, before guidance doubles them. The initial noise depends
+        on the seed alone, so a picture does not depend on what else is in its batch.
+        Raises ValueError for a prompt without "S*" and for a concept of another backbone.
+        """
+        backbone, config = self.backbone, concept.config
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        concept.check(backbone)
+        alpha = config.alpha_blend if alpha_blend is None else alpha_blend
+        v_star = concept.v_star.to(backbone.device)
+        self.prompt_encoder.tokenize(prompts)  # complain before any work is done
+
+        sampler = StableDiffusionPipeline(
+            vae=backbone.vae,
+            text_encoder=backbone.text_encoder,
+            tokenizer=backbone.tokenizer,
+            unet=backbone.unet,
+            scheduler=type(backbone.scheduler).from_config(backbone.scheduler.config),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        sampler.set_progress_bar_config(disable=True)
+
+        jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
+        images = []
+        bar = tqdm(
+            total=-(-len(jobs) // batch_size) * num_inference_steps,
+            desc="sampling",
+            disable=not progress,
+        )
+
+        def tick(sampler, step, timestep, state):
+            bar.update()
+            return state
+
+        for i in range(0, len(jobs), batch_size):
+            batch = jobs[i : i + batch_size]
+            texts = [prompt for prompt, _ in batch]
+            soft = self.prompt_encoder(texts, v_star).to(backbone.dtype)  # (b, L, d)
+            hard = self.prompt_encoder.hard(texts, v_star)
+            negative = self.prompt_encoder.plain([negative_prompt]).expand_as(soft)
+            offsets = {k: (a.to(soft), b.to(soft)) for k, (a, b) in concept.offsets.items()}
+            if guidance_scale > 1:  # the UNet sees [unconditional, conditional]
+                hard = torch.cat([negative, hard])  # (2b, L, d)
+                if not config.unconditional_offsets:
+                    offsets = {k: _conditional_half(*ab, len(batch)) for k, ab in offsets.items()}
+            noise = torch.cat([self.initial_noise(seed) for _, seed in batch])
+            with dual_path(backbone.unet, offsets, hard, alpha, config.pairing):
+                latents = sampler(
+                    prompt_embeds=soft,
+                    negative_prompt_embeds=negative,
+                    latents=noise.to(backbone.device, backbone.dtype),
+                    guidance_scale=guidance_scale,
+                    num_inference_steps=num_inference_steps,
+                    output_type="latent",
+                    callback_on_step_end=tick,
+                ).images
+            images += to_pil(backbone.decode_latents(latents))
+        bar.close()
+        n = len(list(seeds))
+        return [images[i : i + n] for i in range(0, len(images), n)]
+
+    def initial_noise(self, seed):
+        """Standard normal latent (1, C, h, w), from a CPU generator: the same on every device."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn((1, *self.backbone.latent_shape), generator=generator)
+
+    def pixels(self, images):
+        """Paths or PIL images -> (n, 3, H, W) in [-1, 1], centre-cropped to the backbone's size."""
+        size = self.backbone.resolution
+        return torch.stack([to_square_tensor(read_image(image), size) for image in images])
+
+    def nearest_words(self, v_star, k=5):
+        """[[word, cosine similarity], ...] of the k nearest words to v_star (1, d)."""
+        _, words, similarities = self.prompt_encoder.table.nearest(v_star, k)
+        return [[w, s] for w, s in zip(words[0], similarities[0].tolist(), strict=True)]
+
+
+def peak_memory_mb(device):
+    """Peak memory in MB: of the CUDA allocator since `personalize` began, else of the process."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KB on Linux
+
+
+def _conditional_half(a, b, n):
+    """Offsets (1, ...) -> (2n, ...), zero for the unconditional first half."""
+    keep = torch.arange(2 * n, device=b.device)[:, None, None] >= n
+    return a, b * keep
+
+
+def to_pil(pixels):
+    """(B, 3, H, W) in [-1, 1] -> list of B PIL images."""
+    array = ((pixels.float() + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(a) for a in array]

@@ -1,0 +1,163 @@
+"""Words as vectors: the vocabulary's usable words, and prompts that carry a predicted embedding.
+
+The predicted word embedding v* (paper: v* = E(I_c)) takes the place of the placeholder "S*" in a
+prompt; its nearest real word v_h is the "hard" word of the dual path.
+"""
+
+import logging
+
+import torch
+import torch.nn.functional as F
+
+from dte_lab import placeholder_token
+
+log = logging.getLogger(__name__)
+
+
+class TokenTable:
+    """The whole words of the vocabulary, with their input embeddings.
+
+    Usable are tokens that end a word ("</w>"), are alphabetic and have at least 3 letters; of
+    Stable Diffusion's 49,408 tokens that leaves the ones a person can read. ("ours")
+
+    Attributes:
+        words: list of n strings.
+        ids: their token ids, (n,).
+        embeddings: their rows of the text encoder's embedding matrix, (n, d), fp32.
+        mean_norm: mean Euclidean norm of these rows, a float.
+    """
+
+    def __init__(self, backbone):
+        vocabulary = backbone.tokenizer.get_vocab()
+        special = set(backbone.tokenizer.all_special_tokens)
+        usable = sorted(
+            (i, token.removesuffix("</w>"))
+            for token, i in vocabulary.items()
+            if token.endswith("</w>") and token not in special
+        )
+        usable = [(i, word) for i, word in usable if word.isalpha() and len(word) >= 3]
+        self.ids = torch.tensor([i for i, _ in usable])
+        self.words = [word for _, word in usable]
+        weight = backbone.text_encoder.get_input_embeddings().weight
+        self.embeddings = weight.detach()[self.ids.to(weight.device)].float()
+        self.ids = self.ids.to(weight.device)
+        self.unit = F.normalize(self.embeddings, dim=-1)  # (n, d)
+        self.mean_norm = self.embeddings.norm(dim=-1).mean().item()
+
+    def __len__(self):
+        return len(self.words)
+
+    def nearest_rows(self, v, k=1):
+        """The k nearest words by cosine: (similarities (B, k), rows of the table (B, k))."""
+        cosine = F.normalize(v.detach().float(), dim=-1) @ self.unit.to(v.device).T  # (B, n)
+        return cosine.topk(k, dim=-1)
+
+    def nearest(self, v, k=5):
+        """The k usable words nearest to each embedding by cosine similarity.
+
+        v: (B, d). Returns token ids (B, k), a list of B lists of k words, similarities (B, k).
+        """
+        similarities, rows = self.nearest_rows(v, k)
+        words = [[self.words[i] for i in row] for row in rows.tolist()]
+        return self.ids.to(rows.device)[rows], words, similarities
+
+
+class PromptEncoder:
+    """Prompts -> encoder_hidden_states (B, L, d) of the UNet, with embeddings inserted at "S*".
+
+    The embedding enters through a forward hook on the text encoder's embedding layer, so gradients
+    flow from the UNet to v*; tokenizer and text encoder stay as they are.
+    """
+
+    def __init__(self, backbone, table=None):
+        self.tokenizer = backbone.tokenizer
+        self.text_encoder = backbone.text_encoder
+        self.table = table or TokenTable(backbone)
+        self._pieces = {}  # text between placeholders -> token ids
+
+    def __call__(self, prompts, v_star):
+        """Encode prompts with v_star: (B, d) or (B, n, d), or a batch of 1 for all prompts.
+
+        Raises ValueError when a prompt has no placeholder, or when the batch sizes disagree.
+        """
+        v_star = v_star[:, None] if v_star.ndim == 2 else v_star  # (B, n, d)
+        if v_star.shape[0] not in (1, len(prompts)):
+            raise ValueError(f"Got {len(prompts)} prompts but {v_star.shape[0]} embeddings v*.")
+        ids, slots = self.tokenize(prompts, v_star.shape[1])
+        v_star = v_star.expand(len(prompts), -1, -1)
+
+        def insert(module, args, embeddings):  # (B, L, d)
+            index = slots.clamp(min=0)[..., None].expand(-1, -1, v_star.shape[-1])
+            inserted = v_star.gather(1, index).to(embeddings.dtype)  # (B, L, d)
+            return torch.where((slots >= 0)[..., None], inserted, embeddings)
+
+        hook = self.text_encoder.get_input_embeddings().register_forward_hook(insert)
+        try:
+            return self.text_encoder(input_ids=ids).last_hidden_state
+        finally:
+            hook.remove()
+
+    @torch.no_grad()
+    def plain(self, prompts):
+        """Encode ordinary prompts, for instance the negative prompt "": (B, L, d)."""
+        ids = [self._fit(self._piece(prompt)) for prompt in prompts]
+        return self.text_encoder(input_ids=self._tensor(ids)).last_hidden_state
+
+    @torch.no_grad()
+    def hard(self, prompts, v_star):
+        """Encode prompts with the real word nearest to v_star (B, d) in its place, v_h."""
+        return self(prompts, self.nearest_hard(v_star))
+
+    @torch.no_grad()
+    def nearest_hard(self, v_star):
+        """v_h: the embedding of the usable word nearest to v_star by cosine, same shape."""
+        rows = self.table.nearest_rows(v_star)[1].squeeze(-1)
+        return self.table.embeddings.to(v_star.device)[rows]
+
+    def tokenize(self, prompts, num_vectors=1):
+        """Token ids (B, L), and per position the index of the vector to insert or -1, (B, L).
+
+        Raises ValueError when a prompt has no placeholder within the text encoder's length.
+        """
+        all_ids, all_slots = [], []
+        for prompt in prompts:
+            if placeholder_token not in prompt:
+                raise ValueError(
+                    f"The prompt {prompt!r} has no {placeholder_token}: "
+                    f"write {placeholder_token} where the concept should appear."
+                )
+            ids, slots = [], []
+            for i, text in enumerate(prompt.split(placeholder_token)):
+                if i > 0:
+                    # Any word's id will do: its embedding is replaced by the vector.
+                    ids += [self.table.ids[0].item()] * num_vectors
+                    slots += range(num_vectors)
+                piece = self._piece(text)
+                ids += piece
+                slots += [-1] * len(piece)
+            limit = self.tokenizer.model_max_length - 2
+            if 0 not in slots[: limit - num_vectors + 1]:
+                raise ValueError(
+                    f"The prompt {prompt!r} is too long: {placeholder_token} lies beyond "
+                    f"the {limit} tokens that the text encoder reads."
+                )
+            all_ids.append(self._fit(ids))
+            slots = [-1, *slots[:limit]]
+            all_slots.append(slots + [-1] * (limit + 2 - len(slots)))
+        return self._tensor(all_ids), self._tensor(all_slots)
+
+    def _piece(self, text):
+        if text not in self._pieces:
+            self._pieces[text] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return self._pieces[text]
+
+    def _fit(self, ids):
+        """Add begin, end and padding; cut what is too long."""
+        length = self.tokenizer.model_max_length
+        if len(ids) > length - 2:
+            log.warning("A prompt of %d tokens was cut to %d.", len(ids), length - 2)
+        ids = [self.tokenizer.bos_token_id, *ids[: length - 2], self.tokenizer.eos_token_id]
+        return ids + [self.tokenizer.pad_token_id] * (length - len(ids))
+
+    def _tensor(self, rows):
+        return torch.tensor(rows, device=self.text_encoder.device)

@@ -1,0 +1,158 @@
+"""Shared fixtures: a tiny random backbone in the Stable Diffusion layout, and a fresh encoder."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+WORDS = (
+    "picture photo the beach night red green blue apple cat dog house tree car boat flower on at "
+    "of in is an ab x9y 123"
+).split()
+
+
+def save_tiny_backbone(root, prediction_type="v_prediction"):
+    """Random weights: 8x8x4 latents of 16x16 pictures, two levels with cross-attention."""
+    from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPTextConfig,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+        CLIPVisionConfig,
+        CLIPVisionModelWithProjection,
+    )
+
+    torch.manual_seed(0)
+    alphabet = [chr(c) for c in range(ord("!"), ord("~") + 1)]
+    vocabulary, merges = ["<|startoftext|>", "<|endoftext|>"], []
+    vocabulary += alphabet + [letter + "</w>" for letter in alphabet]
+    for word in WORDS:  # merge letter by letter, so that each is one whole-word token
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        while len(pieces) > 1:
+            pair, pieces = pieces[:2], ["".join(pieces[:2]), *pieces[2:]]
+            if " ".join(pair) not in merges:
+                merges.append(" ".join(pair))
+                vocabulary.append(pieces[0])
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(vocabulary))}
+    tokenizer = CLIPTokenizer(
+        vocab=vocabulary, merges=[tuple(m.split()) for m in merges], model_max_length=16
+    )
+    tokenizer.save_pretrained(root / "tokenizer")
+
+    common = {"intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    text = CLIPTextConfig(
+        vocab_size=len(vocabulary), hidden_size=24, projection_dim=12, max_position_embeddings=16,
+        bos_token_id=0, eos_token_id=1, pad_token_id=1, **common,
+    )  # fmt: skip
+    CLIPTextModelWithProjection(text).save_pretrained(root / "text_encoder")
+    vision = CLIPVisionConfig(
+        hidden_size=20, projection_dim=12, image_size=16, patch_size=4, **common
+    )
+    CLIPVisionModelWithProjection(vision).save_pretrained(root / "image_encoder")
+    CLIPImageProcessor(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+    ).save_pretrained(root / "feature_extractor")
+    UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=24,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    ).save_pretrained(root / "unet")
+    AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+    ).save_pretrained(root / "vae")
+    DPMSolverMultistepScheduler(prediction_type=prediction_type, steps_offset=1).save_pretrained(
+        root / "scheduler"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tiny_backbone")
+    save_tiny_backbone(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone(tiny_path):
+    from dte_lab import load_backbone
+
+    return load_backbone(tiny_path)
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    from dte_lab import DTEConfig
+
+    return DTEConfig(
+        rank=2, width=16, grid=4, fusion_depth=1, trunk_depth=1, num_heads=2, zero_shot_words=4,
+        negative_bank_size=6,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def tiny_encoder(tiny_backbone, tiny_config):
+    from dte_lab import TuningEncoder
+
+    return TuningEncoder.from_backbone(tiny_backbone, tiny_config)
+
+
+@pytest.fixture
+def tiny_offsets(tiny_backbone):
+    """make(batch_size) -> random offsets of rank 2 for every projection."""
+    from dte_lab.dual_path import projection_shapes
+
+    def make(batch_size=1, rank=2, scale=0.3, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        return {
+            key: (
+                torch.randn(batch_size, d_in, rank, generator=g) * d_in**-0.5,
+                torch.randn(batch_size, rank, d_out, generator=g) * scale,
+            )
+            for key, (d_in, d_out) in projection_shapes(tiny_backbone.unet).items()
+        }
+
+    return make
+
+
+@pytest.fixture
+def merged_unet(tiny_backbone):
+    """merge(offsets) -> a copy of the UNet with W + A B of sample 0 as its plain weights."""
+    from dte_lab.dual_path import PROJECTIONS
+
+    def merge(offsets):
+        unet = copy.deepcopy(tiny_backbone.unet)
+        for key, (a, b) in offsets.items():
+            name, projection = key.rsplit(".", 1)
+            assert projection in PROJECTIONS
+            linear = unet.get_submodule(f"{key}.0" if projection == "to_out" else key)
+            linear.weight.data += (a[0] @ b[0]).T
+        return unet
+
+    return merge
+
+
+@pytest.fixture(scope="session")
+def picture():
+    """A 24x20 PIL image."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture(scope="session")
+def tiny_pixels():
+    """Three random pictures (3, 3, 16, 16) in [-1, 1]."""
+    return torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1

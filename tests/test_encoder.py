@@ -1,0 +1,163 @@
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dte_lab import DTEConfig, PromptEncoder, TuningEncoder, load_encoder
+from dte_lab.dual_path import dual_path
+from dte_lab.encoder import word_clip_embeddings
+from dte_lab.features import ImageFeatures
+
+
+def features(batch=3, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    clip = ImageFeatures(
+        torch.randn(batch, 20, 4, 4, generator=g),
+        F.normalize(torch.randn(batch, 12, generator=g), dim=-1),
+    )
+    return clip, torch.randn(batch, 16 * 3 + 32 * 2, 4, 4, generator=g), torch.arange(batch) * 300
+
+
+def perturb(encoder):
+    """Move every parameter away from its initial value."""
+    g = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for p in encoder.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=g)
+    return encoder
+
+
+def test_fresh_encoder_is_an_exact_no_op_on_the_unet(tiny_backbone, tiny_encoder):
+    x, t = torch.randn(3, 4, 8, 8), torch.tensor([1, 300, 900])
+    prediction = tiny_encoder(*features())
+    text = PromptEncoder(tiny_backbone)(["S* on the beach"] * 3, prediction.v_star)
+    expected = tiny_backbone.unet(x, t, text).sample
+    with dual_path(tiny_backbone.unet, prediction.offsets):
+        ours = tiny_backbone.unet(x, t, text).sample
+    torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(prediction.v_star, tiny_encoder.zero_shot(features()[0].embeds))
+
+
+def test_zero_shot_against_a_plain_formula(tiny_backbone, tiny_encoder):
+    table = PromptEncoder(tiny_backbone).table
+    embeds = features()[0].embeds
+    ours = tiny_encoder.zero_shot(embeds)
+    for v, e in zip(ours, embeds, strict=True):
+        scores = []
+        for i, word in enumerate(table.words):
+            ids = tiny_backbone.tokenizer(
+                f"a picture of a {word}", padding="max_length", return_tensors="pt"
+            ).input_ids
+            text = tiny_backbone.text_encoder(input_ids=ids).text_embeds[0]
+            scores.append((F.cosine_similarity(text, e, dim=0).item(), i))
+        best = sorted(scores, reverse=True)[:4]
+        w = torch.tensor([s for s, _ in best]).div(0.02).softmax(0)
+        words = table.embeddings[[i for _, i in best]]
+        mixture = (w[:, None] * words).sum(0)
+        expected = mixture / mixture.norm() * (w * words.norm(dim=1)).sum()
+        torch.testing.assert_close(v, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_samples_do_not_mix(tiny_encoder):
+    clip, unet, t = features()
+    whole = perturb(tiny_encoder)(clip, unet, t)
+    alone = tiny_encoder(ImageFeatures(clip[0][1:2], clip[1][1:2]), unet[1:2], t[1:2])
+    torch.testing.assert_close(whole.v_star[1:2], alone.v_star, atol=1e-5, rtol=1e-4)
+    for key, (a, b) in alone.offsets.items():
+        torch.testing.assert_close(whole.offsets[key][0][1:2], a, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(whole.offsets[key][1][1:2], b, atol=1e-5, rtol=1e-4)
+
+
+def test_save_and_load_round_trip(tiny_backbone, tiny_encoder, tmp_path):
+    perturb(tiny_encoder).remember(torch.ones(2, 24), torch.tensor([4, 5]))
+    tiny_encoder.save_pretrained(tmp_path)
+    loaded = load_encoder(tmp_path, tiny_backbone)
+    assert loaded.dte == tiny_encoder.dte
+    for (name, mine), theirs in zip(tiny_encoder.named_buffers(), loaded.buffers(), strict=True):
+        assert torch.equal(mine, theirs), name
+    ours, again = tiny_encoder(*features()), loaded(*features())
+    assert torch.equal(ours.v_star, again.v_star)
+    for key in ours.offsets:
+        torch.testing.assert_close(ours.offsets[key], again.offsets[key], atol=1e-6, rtol=1e-5)
+    assert not any(p.requires_grad for p in loaded.parameters()) and not loaded.training
+
+
+def test_loading_what_does_not_fit(tiny_backbone, tiny_encoder, tmp_path):
+    with pytest.raises(ValueError, match="No encoder at"):
+        load_encoder(tmp_path, tiny_backbone)
+    tiny_encoder.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    key = next(iter(config["projections"]))
+    config["projections"]["elsewhere.to_q"] = config["projections"].pop(key)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="its projections differs"):
+        load_encoder(tmp_path, tiny_backbone)
+
+
+def test_initialisation_is_seeded_and_leaves_the_global_generator_alone(tiny_backbone, tiny_config):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    one, two, other = (
+        TuningEncoder.from_backbone(tiny_backbone, tiny_config, seed=s) for s in (0, 0, 1)
+    )
+    assert torch.equal(torch.rand(1), expected)
+    states = [e.hypernetwork.queries for e in (one, two, other)]
+    assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
+
+
+def test_bank_is_a_ring(tiny_encoder):
+    for i in range(4):
+        rows = torch.full((4, 24), float(i))
+        tiny_encoder.remember(rows, torch.full((4,), i))
+    # six rows, sixteen writes: 0000 1111 2222 3333, of which the last six remain
+    assert sorted(tiny_encoder.bank_concepts.tolist()) == [2, 2, 3, 3, 3, 3]
+    assert torch.equal(tiny_encoder.bank[:, 0].long(), tiny_encoder.bank_concepts)
+
+
+def test_static_prediction(tiny_backbone, tiny_encoder, tiny_pixels):
+    encoder = perturb(tiny_encoder)
+    one = encoder.predict(tiny_backbone, tiny_pixels, seed=0)
+    two = encoder.predict(tiny_backbone, tiny_pixels, seed=0)
+    other = encoder.predict(tiny_backbone, tiny_pixels, seed=1)
+    assert one.v_star.shape == (1, 24) and not one.v_star.requires_grad
+    assert all(len(a) == len(b) == 1 for a, b in one.offsets.values())
+    assert torch.equal(one.v_star, two.v_star)
+    key = next(iter(one.offsets))
+    assert torch.equal(one.offsets[key][0], two.offsets[key][0])
+    assert not torch.equal(one.offsets[key][0], other.offsets[key][0])
+
+
+def test_a_backbone_without_projection_is_refused(tiny_backbone):
+    from dataclasses import replace
+
+    from transformers import CLIPTextModel
+
+    plain = CLIPTextModel(tiny_backbone.text_encoder.config)
+    bare = replace(tiny_backbone, text_encoder=plain)
+    with pytest.raises(ValueError, match="no projection"):
+        word_clip_embeddings(bare, PromptEncoder(bare).table)
+
+
+def test_default_size():
+    """About 2 million parameters on a UNet like the small backbone's."""
+    from diffusers import UNet2DConditionModel
+
+    from dte_lab.dual_path import projection_shapes
+    from dte_lab.features import unet_feature_dim
+
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=16,
+        out_channels=16,
+        block_out_channels=(96, 192),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=192,
+        attention_head_dim=4,
+    )
+    encoder = TuningEncoder(projection_shapes(unet), 192, 192, unet_feature_dim(unet), 192, 10)
+    assert encoder.dte == DTEConfig()
+    assert 1.5e6 < sum(p.numel() for p in encoder.parameters()) < 4e6

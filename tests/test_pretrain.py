@@ -1,0 +1,153 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from dte_lab import TuningEncoder, load_encoder
+from dte_lab.pretrain import PretrainConfig, StepBatches, learning_rate, pretrain
+
+CONFIG = PretrainConfig(
+    steps=6, batch_size=3, warmup_steps=2, log_every=1, checkpoint_every=2, sample_every=100
+)
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Six concepts, two pictures each; item i is a pure function of i."""
+
+    prompts = ("a picture of S*", "S* on the beach", "S* at night")
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, i):
+        g = torch.Generator().manual_seed(i)
+        image, target = torch.rand(2, 3, 16, 16, generator=g) * 2 - 1
+        return {
+            "image": image, "target": target, "prompt": self.prompts[i % 3], "concept": i // 2,
+        }  # fmt: skip
+
+
+def run(backbone, dte, out_dir, config=CONFIG, **kwargs):
+    encoder = TuningEncoder.from_backbone(backbone, dte)
+    return pretrain(backbone, encoder, Pictures(), config, out_dir, progress=False, **kwargs)
+
+
+def log(out_dir):
+    return [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
+
+
+def without_times(lines):
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_a_run_in_pieces_is_bit_identical(tiny_backbone, tiny_config, tmp_path):
+    whole = run(tiny_backbone, tiny_config, tmp_path / "whole")
+
+    def interrupt(line):  # at step 3, after the checkpoint of step 2
+        if line["step"] == 3:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run(tiny_backbone, tiny_config, tmp_path / "pieces", callback=interrupt)
+    one_step = dataclasses.replace(CONFIG, max_minutes=0.0)
+    run(tiny_backbone, tiny_config, tmp_path / "pieces", one_step)  # step 3, by the time limit
+    torch.manual_seed(99)  # global random state must not matter
+    pieces = run(tiny_backbone, tiny_config, tmp_path / "pieces")
+
+    for (name, x), y in zip(whole.state_dict().items(), pieces.state_dict().values(), strict=True):
+        assert torch.equal(x, y), name
+    lines = log(tmp_path / "pieces")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert without_times(lines) == without_times(log(tmp_path / "whole"))
+    a, b = ((tmp_path / d / "checkpoint.safetensors").read_bytes() for d in ("whole", "pieces"))
+    assert a == b
+
+
+def test_training_moves_every_parameter_and_the_ema_follows(tiny_backbone, tiny_config, tmp_path):
+    fresh = TuningEncoder.from_backbone(tiny_backbone, tiny_config)
+    trained = run(tiny_backbone, tiny_config, tmp_path)
+    for (name, x), y in zip(fresh.named_parameters(), trained.parameters(), strict=True):
+        assert not torch.equal(x, y), name
+    from safetensors.torch import load_file
+
+    raw = load_file(tmp_path / "checkpoint.safetensors")
+    name = "hypernetwork.queries"
+    assert not torch.equal(raw[f"model.{name}"], trained.state_dict()[name])  # EMA is another
+    assert raw["model.bank_concepts"].min() >= 0  # the bank has been filled
+    exported = load_encoder(tmp_path / "encoder", tiny_backbone)
+    for (name, x), y in zip(exported.named_parameters(), trained.parameters(), strict=True):
+        assert torch.equal(x, y), name
+    kinds = {type(p).__name__ for p in tiny_backbone.unet.attn_processors.values()}
+    assert kinds == {"AttnProcessor2_0"}
+
+
+def test_finished_run_is_not_trained_further(tiny_backbone, tiny_config, tmp_path):
+    first = run(tiny_backbone, tiny_config, tmp_path)
+    size = len(log(tmp_path))
+    second = run(tiny_backbone, tiny_config, tmp_path)
+    assert len(log(tmp_path)) == size
+    for x, y in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_other_settings_are_refused(tiny_backbone, tiny_config, tmp_path):
+    run(tiny_backbone, tiny_config, tmp_path, dataclasses.replace(CONFIG, steps=2))
+    with pytest.raises(ValueError, match="batch_size"):
+        run(tiny_backbone, tiny_config, tmp_path, dataclasses.replace(CONFIG, batch_size=2))
+
+
+def test_sample_grids_reach_the_callback_and_the_disk(
+    tiny_backbone, tiny_config, tmp_path, picture
+):
+    seen = []
+    config = dataclasses.replace(CONFIG, steps=2, sample_every=1)
+    run(
+        tiny_backbone, tiny_config, tmp_path, config, eval_images=[picture, picture],
+        callback=seen.append,
+    )  # fmt: skip
+    grids = [x["grid"] for x in seen if "grid" in x]
+    assert len(grids) == 2 and grids[0].size == (32, 32)
+    assert len(list((tmp_path / "samples").glob("*.png"))) == 2
+
+
+def test_sampling_does_not_change_training(tiny_backbone, tiny_config, tmp_path, picture):
+    config = dataclasses.replace(CONFIG, steps=3, sample_every=1)
+    plain = run(tiny_backbone, tiny_config, tmp_path / "a", config)
+    sampled = run(tiny_backbone, tiny_config, tmp_path / "b", config, eval_images=[picture])
+    for x, y in zip(plain.parameters(), sampled.parameters(), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
+    tiny_backbone, tiny_config, tmp_path
+):
+    class Broken(Pictures):
+        def __getitem__(self, i):
+            return super().__getitem__(i) | {"target": torch.full((3, 16, 16), torch.nan)}
+
+    run(tiny_backbone, tiny_config, tmp_path, dataclasses.replace(CONFIG, steps=2))
+    before = (tmp_path / "checkpoint.safetensors").read_bytes()
+    encoder = TuningEncoder.from_backbone(tiny_backbone, tiny_config)
+    with pytest.raises(RuntimeError, match="step 2 is not finite"):
+        pretrain(tiny_backbone, encoder, Broken(), CONFIG, tmp_path, progress=False)
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_learning_rate_is_a_trapezoid_that_ends_at_zero():
+    config = PretrainConfig(steps=100, warmup_steps=10, decay_fraction=0.2, learning_rate=1.0)
+    rates = [learning_rate(s, config) for s in range(101)]
+    assert rates[0] == 0.1 and rates[9] == 1 and rates[50] == 1 and rates[80] == 1
+    assert rates[90] == 0.5 and rates[99] == pytest.approx(0.05) and rates[100] == 0
+
+
+def test_batches_depend_on_the_step_alone():
+    config = dataclasses.replace(CONFIG, steps=5)
+    whole = list(StepBatches(1000, config, 0, rank=0))
+    assert whole[3:] == list(StepBatches(1000, config, 3, rank=0))
+    assert len({tuple(b) for b in whole}) == 5
+    assert whole != list(StepBatches(1000, config, 0, rank=1))

@@ -1,0 +1,92 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dte_lab import PromptEncoder, TokenTable
+
+
+@pytest.fixture(scope="module")
+def table(tiny_backbone):
+    return TokenTable(tiny_backbone)
+
+
+@pytest.fixture(scope="module")
+def encode(tiny_backbone, table):
+    return PromptEncoder(tiny_backbone, table)
+
+
+def reference(backbone, prompt):
+    """The stock way: the tokenizer's own padding, no hooks."""
+    ids = backbone.tokenizer(
+        prompt, padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
+    return backbone.text_encoder(input_ids=ids).last_hidden_state
+
+
+def test_usable_words(table, tiny_backbone):
+    assert {"apple", "picture", "the"} <= set(table.words)
+    assert not {"ab", "x9y", "123", "of", "a", "<|endoftext|>"} & set(table.words)
+    for i, word in zip(table.ids.tolist(), table.words, strict=True):
+        assert tiny_backbone.tokenizer.convert_ids_to_tokens(i) == word + "</w>"
+
+
+def test_nearest_against_brute_force(table):
+    v = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
+    ids, words, similarities = table.nearest(v, k=4)
+    for i in range(3):
+        cosine = [F.cosine_similarity(v[i], e, dim=0).item() for e in table.embeddings]
+        best = sorted(range(len(cosine)), key=lambda j: -cosine[j])[:4]
+        assert words[i] == [table.words[j] for j in best]
+        assert ids[i].tolist() == [table.ids[j].item() for j in best]
+        torch.testing.assert_close(similarities[i], torch.tensor([cosine[j] for j in best]))
+
+
+def test_plain_prompts_match_the_stock_encoder(encode, tiny_backbone):
+    for prompt in ["", "a picture of the cat", "red green blue " * 9]:
+        ours = encode.plain([prompt])
+        torch.testing.assert_close(ours, reference(tiny_backbone, prompt))
+
+
+def test_a_words_own_embedding_gives_the_words_prompt(encode, table, tiny_backbone):
+    row = table.words.index("apple")
+    ours = encode(["a red S* on the beach, S*"], table.embeddings[row][None])
+    torch.testing.assert_close(ours, reference(tiny_backbone, "a red apple on the beach, apple"))
+
+
+def test_several_vectors(encode, table, tiny_backbone):
+    rows = [table.words.index(word) for word in ("red", "apple")]
+    ours = encode(["the S* at night"], table.embeddings[rows][None])
+    torch.testing.assert_close(ours, reference(tiny_backbone, "the red apple at night"))
+
+
+def test_hard_prompt_takes_the_nearest_word(encode, table, tiny_backbone):
+    v = table.embeddings[table.words.index("dog")] * 3 + 1e-3
+    ours = encode.hard(["a S* on the beach"], v[None])
+    torch.testing.assert_close(ours, reference(tiny_backbone, "a dog on the beach"))
+
+
+def test_each_prompt_gets_its_own_vector_with_gradients(encode):
+    v = torch.randn(2, 24, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    out = encode(["a S*", "S* at night"], v)
+    grad = torch.autograd.grad(out[0].square().sum(), v)[0]
+    assert grad[0].abs().max() > 0 and grad[1].abs().max() == 0
+    alone = encode(["S* at night"], v[1:])
+    torch.testing.assert_close(out[1:], alone)
+
+
+def test_the_hook_is_gone_even_after_an_exception(encode, tiny_backbone):
+    embedding = tiny_backbone.text_encoder.get_input_embeddings()
+    encode(["S*"], torch.zeros(1, 24))
+    with pytest.raises(RuntimeError):
+        encode(["S*"], torch.zeros(1, 23))  # the wrong width fails inside the hook
+    assert not embedding._forward_hooks
+
+
+def test_bad_prompts(encode):
+    v = torch.zeros(1, 24)
+    with pytest.raises(ValueError, match=r"has no S\*"):
+        encode(["a cat"], v)
+    with pytest.raises(ValueError, match="too long"):
+        encode(["red " * 14 + "S*"], v)
+    with pytest.raises(ValueError, match="2 prompts but 3"):
+        encode(["S*", "S*"], torch.zeros(3, 24))

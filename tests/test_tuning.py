@@ -1,0 +1,102 @@
+import pytest
+import torch
+
+from dte_lab import DTEConfig, PromptEncoder, TuneConfig, tune
+from dte_lab.encoder import EncoderPrediction
+
+
+@pytest.fixture
+def setting(tiny_backbone, tiny_offsets, tiny_pixels):
+    encode = PromptEncoder(tiny_backbone)
+    prediction = EncoderPrediction(encode.table.embeddings[:1].clone(), tiny_offsets(1, scale=0.0))
+    return tiny_backbone, encode, prediction, tiny_pixels[:1], DTEConfig(alpha_blend=0.8)
+
+
+def tensors(prediction):
+    return [prediction.v_star, *(m for pair in prediction.offsets.values() for m in pair)]
+
+
+def test_tuning_lowers_the_loss_of_its_picture(setting):
+    config = TuneConfig(offset_learning_rate=1e-2, token_learning_rate=0.1)
+    result = tune(*setting, config, progress=False)
+    assert len(result.losses) == 12 and not result.stopped_early
+    frozen = TuneConfig(offset_learning_rate=0.0, token_learning_rate=0.0)
+    before = tune(*setting, frozen, seed=5, progress=False).losses
+    backbone, encode, _, pixels, dte = setting
+    after = tune(backbone, encode, result.prediction, pixels, dte, frozen, seed=5, progress=False)
+
+    def mean(losses):
+        return sum(x["diffusion"] for x in losses) / len(losses)
+
+    assert mean(after.losses) < 0.95 * mean(before)  # on noise that tuning has not seen
+
+
+def test_same_seed_same_result_and_the_prediction_is_untouched(setting):
+    prediction = setting[2]
+    before = [x.clone() for x in tensors(prediction)]
+    one, two = (tune(*setting, TuneConfig(num_steps=3), seed=4, progress=False) for _ in range(2))
+    other = tune(*setting, TuneConfig(num_steps=3), seed=5, progress=False)
+    for x, y in zip(tensors(one.prediction), tensors(two.prediction), strict=True):
+        assert torch.equal(x, y)
+    assert not torch.equal(one.prediction.v_star, other.prediction.v_star)
+    for x, y in zip(before, tensors(prediction), strict=True):
+        assert torch.equal(x, y)
+    assert one.losses == two.losses
+    for x, y in zip(before, tensors(one.prediction), strict=True):
+        assert x.shape == y.shape and not y.requires_grad
+        assert (x != y).any()
+
+
+def test_callback_sees_every_step(setting):
+    seen = []
+    result = tune(*setting, TuneConfig(num_steps=3), callback=seen.append, progress=False)
+    assert [s["step"] for s in seen] == [0, 1, 2]
+    assert [s["loss"] for s in seen] == [x["loss"] for x in result.losses]
+    assert torch.equal(seen[0]["v_star"], setting[2].v_star)
+    assert not torch.equal(seen[1]["v_star"], seen[2]["v_star"])
+
+
+def test_zero_steps_return_the_prediction(setting):
+    result = tune(*setting, TuneConfig(num_steps=0), progress=False)
+    for x, y in zip(tensors(result.prediction), tensors(setting[2]), strict=True):
+        assert torch.equal(x, y)
+    assert result.losses == []
+
+
+@pytest.mark.parametrize("num_steps", [-1, 13])
+def test_step_limit(setting, num_steps):
+    with pytest.raises(ValueError, match="0 to 12"):
+        tune(*setting, TuneConfig(num_steps=num_steps))
+
+
+@pytest.mark.parametrize("bad_step", [0, 2])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_nan_keeps_the_last_good_state(setting, monkeypatch, bad_step, where):
+    """The UNet's output (or what flows back through it) turns NaN at one step."""
+    backbone = setting[0]
+    states, calls = [], []
+
+    def poison(module, args, output):
+        calls.append(1)
+        if len(calls) == bad_step + 1:
+            if where == "loss":
+                output.sample = output.sample * torch.nan
+            else:
+                output.sample.register_hook(lambda grad: grad * torch.nan)
+
+    handle = backbone.unet.register_forward_hook(poison)
+    try:
+        with pytest.warns(UserWarning, match=f"stopped at step {bad_step}"):
+            result = tune(*setting, callback=states.append, progress=False)
+    finally:
+        handle.remove()
+    assert result.stopped_early and len(result.losses) == bad_step
+    assert all(x.isfinite().all() for x in tensors(result.prediction))
+    if bad_step == 0:
+        assert torch.equal(result.prediction.v_star, setting[2].v_star)
+    elif where == "loss":  # the state before the update that led to NaN
+        assert torch.equal(result.prediction.v_star, states[-1]["v_star"])
+    else:  # the loss of the newest state was still finite
+        assert not torch.equal(result.prediction.v_star, states[-1]["v_star"])
+    kinds = {type(p).__name__ for p in backbone.unet.attn_processors.values()}
+    assert kinds == {"AttnProcessor2_0"}
