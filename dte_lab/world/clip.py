@@ -1,0 +1,116 @@
+"""The CLIP of the small backbone: a tokenizer from the captions, a text and a picture tower.
+
+All three are the stock transformers classes, only small, so that whatever works here works on
+Stable Diffusion's CLIP.
+"""
+
+import json
+import string
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+
+from dte_lab.world.captions import caption
+from dte_lab.world.scenes import SCENES, SIZE
+from dte_lab.world.sprites import STYLES, concepts, split_names
+
+VOCABULARY = 4000  # tokens at most
+MAX_LENGTH = 18  # tokens with start and end: the longest caption of the grammar fits
+PROJECTION = 128
+MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """Byte-pair vocabulary from the captions, names and tags of the train concepts alone.
+
+    Words of val and test concepts are left out, so every whole word of the vocabulary is one that
+    the towers have been trained on; unseen words fall apart into pieces.
+    """
+    texts = [caption("thing", style, scene) for style in STYLES for scene in SCENES]
+    for name in split_names("train"):
+        texts += [caption(name, None, None)] * 8 + [*concepts()[name].tags] * 2
+    texts += 2 * [*string.ascii_lowercase, *string.digits, *string.punctuation]
+    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    trained.normalizer = normalizers.Lowercase()
+    trained.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    trained.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        min_frequency=2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    trained.train_from_iterator(texts, trainer)
+    model = json.loads(trained.to_str())["model"]
+    return CLIPTokenizer(
+        vocab=model["vocab"],
+        merges=[tuple(pair) for pair in model["merges"]],
+        model_max_length=MAX_LENGTH,
+    )
+
+
+class Clip(nn.Module):
+    """Two towers and a temperature, as in CLIP (arXiv 2103.00020)."""
+
+    def __init__(self, tokenizer: CLIPTokenizer):
+        super().__init__()
+        ids = {
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        self.text = CLIPTextModelWithProjection(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=192,
+                intermediate_size=768,
+                num_hidden_layers=4,
+                num_attention_heads=6,
+                max_position_embeddings=MAX_LENGTH,
+                projection_dim=PROJECTION,
+                **ids,
+            )
+        )
+        self.image = CLIPVisionModelWithProjection(
+            CLIPVisionConfig(
+                image_size=SIZE,
+                patch_size=8,
+                hidden_size=128,
+                intermediate_size=512,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                projection_dim=PROJECTION,
+            )
+        )
+        self.log_scale = nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32))
+
+
+def build_image_processor() -> CLIPImageProcessor:
+    """Resize and crop to 64 px; mean and std 0.5, so normalised pixels are just [-1, 1]."""
+    return CLIPImageProcessor(
+        size={"shortest_edge": SIZE},
+        crop_size={"height": SIZE, "width": SIZE},
+        image_mean=MEAN,
+        image_std=STD,
+    )
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """(B, 18) ids, padded with the end token as Stable Diffusion does."""
+    return tokenizer(
+        texts, padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt"
+    ).input_ids

@@ -1,0 +1,175 @@
+"""Measure the base model: autoencoder, CLIP, and whether pictures show what their caption says.
+
+dte world evaluate --out results/world.json
+
+Everything is drawn from fixed seeds. The scene of a picture is read by an exact pixel classifier;
+its concept by our own CLIP, whose picture tower took no part in training the denoiser (its
+accuracy on true renderings stands beside it).
+"""
+
+import json
+import time
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from dte_lab.backbone import Backbone, load_backbone
+from dte_lab.files import write_atomically
+from dte_lab.world.captions import caption, held_out
+from dte_lab.world.data import random_batch, to_tensor
+from dte_lab.world.scenes import OFFSET, SCENES, SIZE, SPRITE_PX, background, render
+from dte_lab.world.sprites import STYLES, concepts, split_names
+from dte_lab.world.train_autoencoder import psnr
+
+GUIDANCE_SCALE = 3.0
+STEPS = 25
+
+
+@cache
+def _border() -> np.ndarray:
+    """(64, 64) mask of the pixels that no sprite covers."""
+    mask = np.ones((SIZE, SIZE), bool)
+    mask[OFFSET : OFFSET + SPRITE_PX, OFFSET : OFFSET + SPRITE_PX] = False
+    return mask
+
+
+@cache
+def _border_means(samples: int = 32) -> np.ndarray:
+    """(20, N, 3) mean border of every scene."""
+    return np.stack(
+        [
+            np.mean([background(s, np.random.default_rng(i)) for i in range(samples)], 0)[_border()]
+            for s in SCENES
+        ]
+    )
+
+
+def classify_scene(x: Tensor) -> np.ndarray:
+    """Index into SCENES for pictures (B, 3, 64, 64) in [-1, 1]: the nearest mean border."""
+    borders = (x.permute(0, 2, 3, 1).numpy() / 2 + 0.5)[:, _border()]  # (B, N, 3)
+    return np.array([np.abs(_border_means() - b).mean((1, 2)).argmin() for b in borders])
+
+
+def interval(hits: np.ndarray, seed: int = 0) -> dict[str, float]:
+    """Mean of 0/1 hits with its bootstrap 95 % interval (2,000 resamples) and n."""
+    rng = np.random.default_rng(seed)
+    hits = np.asarray(hits, float)
+    means = rng.choice(hits, (2000, len(hits))).mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return {"mean": float(hits.mean()), "low": float(low), "high": float(high), "n": len(hits)}
+
+
+class Judge:
+    """Zero-shot CLIP over texts of the small world."""
+
+    def __init__(self, backbone: Backbone):
+        self.backbone = backbone
+
+    @torch.no_grad()
+    def text(self, texts: list[str]) -> Tensor:
+        tokenizer = self.backbone.tokenizer
+        ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return nn.functional.normalize(self.backbone.text_encoder(ids).text_embeds, dim=-1)
+
+    @torch.no_grad()
+    def ranks(self, x: Tensor, texts: list[str]) -> np.ndarray:
+        """(B, len(texts)) indices of the texts, best first, for pictures in [-1, 1]."""
+        pixels = self.backbone.clip_pixels(x)
+        image = nn.functional.normalize(self.backbone.image_encoder(pixels).image_embeds, dim=-1)
+        return (image @ self.text(texts).T).argsort(dim=1, descending=True).numpy()
+
+    def concept_hits(self, x: Tensor, truth: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Top-1 and top-5 hits among all train concepts."""
+        names = split_names("train")
+        ranks = self.ranks(x, [caption(n, None, None) for n in names])
+        hit = ranks == np.array([names.index(n) for n in truth])[:, None]
+        return hit[:, 0], hit[:, :5].any(1)
+
+
+def group_hits(judge: Judge, x: Tensor, truth: list[str]) -> np.ndarray:
+    """Whether the train concept nearest to each picture belongs to the right group."""
+    names = split_names("train")
+    nearest = judge.ranks(x, [caption(n, None, None) for n in names])[:, 0]
+    group = [concepts()[names[i]].group for i in nearest]
+    return np.array([g == concepts()[t].group for g, t in zip(group, truth, strict=True)])
+
+
+@torch.no_grad()
+def generate(backbone: Backbone, captions: list[str], seed: int, batch: int = 50) -> Tensor:
+    """Pictures (B, 3, 64, 64) in [-1, 1] with the stock pipeline, 25 steps."""
+    b = backbone
+    pipe = StableDiffusionPipeline(
+        b.vae, b.text_encoder, b.tokenizer, b.unet, b.scheduler, None, None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(seed)
+    pictures = [
+        pipe(
+            captions[i : i + batch],
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE_SCALE,
+            generator=generator,
+            output_type="pt",
+        ).images
+        for i in tqdm(range(0, len(captions), batch), desc="pictures", disable=len(captions) < 50)
+    ]
+    return torch.cat(pictures) * 2 - 1
+
+
+def evaluation_items(count: int, seed: int, novel: bool) -> list[tuple[str, str, str]]:
+    """Random (concept, style, scene) of train concepts, all seen or all held out together."""
+    rng = np.random.default_rng(seed)
+    names, items = split_names("train"), []
+    while len(items) < count:
+        item = names[rng.integers(len(names))], STYLES[rng.integers(3)], SCENES[rng.integers(20)]
+        if held_out(*item) == novel:
+            items.append(item)
+    return items
+
+
+def main(out: Path, backbone: str = "small", n: int = 500) -> dict:
+    """Write and return the table of measures (see `results/world.json`)."""
+    b = load_backbone(backbone)
+    judge = Judge(b)
+    results: dict = {"backbone": backbone, "guidance_scale": GUIDANCE_SCALE, "steps": STEPS}
+
+    x, _, items = random_batch(np.random.default_rng(20_000), 240, "val")
+    with torch.no_grad():
+        y = b.decode_latents(b.encode_images(x))
+    results["autoencoder_psnr_val_db"] = {"mean": psnr(y, x), "n": len(x)}
+    results["clip_group_of_val_concepts"] = interval(group_hits(judge, x, [i[0] for i in items]))
+
+    x, _, items = random_batch(np.random.default_rng(20_001), 1000)
+    top1, top5 = judge.concept_hits(x, [i[0] for i in items])
+    results["clip_concept_top1"], results["clip_concept_top5"] = interval(top1), interval(top5)
+    style = judge.ranks(x, [f"a {s} picture of a thing" for s in STYLES])[:, 0]
+    scene = judge.ranks(x, [caption("thing", None, s) for s in SCENES])[:, 0]
+    true_scene = np.array([SCENES.index(i[2]) for i in items])
+    results["clip_style"] = interval(style == [STYLES.index(i[1]) for i in items])
+    results["clip_scene"] = interval(scene == true_scene)
+    results["scene_classifier_on_true_renderings"] = interval(classify_scene(x) == true_scene)
+
+    for key, novel in (("seen", False), ("novel", True)):
+        items = evaluation_items(n, 20_002 + novel, novel)
+        pictures = generate(b, [caption(*i) for i in items], seed=0).clamp(-1, 1)
+        true = to_tensor(np.stack([render(*i, seed=k) for k, i in enumerate(items)]))
+        for kind, x in (("generated", pictures), ("true", true)):
+            top1, top5 = judge.concept_hits(x, [i[0] for i in items])
+            style = judge.ranks(x, [f"a {s} picture of a thing" for s in STYLES])[:, 0]
+            results[f"{kind}_{key}"] = {
+                "scene": interval(classify_scene(x) == [SCENES.index(i[2]) for i in items]),
+                "style_by_clip": interval(style == [STYLES.index(i[1]) for i in items]),
+                "concept_top1_by_clip": interval(top1),
+                "concept_top5_by_clip": interval(top5),
+            }
+    start = time.perf_counter()
+    generate(b, [caption(*i) for i in items[:4]], seed=1)
+    results["seconds_for_four_pictures"] = time.perf_counter() - start
+    write_atomically(Path(out), json.dumps(results, indent=1).encode())
+    return results

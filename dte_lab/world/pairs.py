@@ -1,0 +1,53 @@
+"""The pre-training data of the tuning-encoder: one picture of a concept, and what to draw with it.
+
+Ours, not the paper's, which reconstructs the picture itself: half of the targets show the concept
+in another scene and a quarter in another style as well, with the prompt that says so. Without
+that, the background of the one picture becomes part of the concept.
+"""
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dte_lab.world.captions import caption
+from dte_lab.world.data import random_item, to_tensor
+from dte_lab.world.scenes import SCENES, render
+from dte_lab.world.sprites import STYLES, concepts, split_names
+
+SAME_PICTURE, OTHER_SCENE = 0.25, 0.5  # the rest: other scene and other style
+
+
+class ConceptPairs(Dataset):
+    """Item i is a pure function of (seed, i), so a resumed run sees what it would have seen.
+
+    Items are dicts: `image` and `target` (3, 64, 64) in [-1, 1], `prompt` with "S*", `concept` id.
+    """
+
+    def __init__(self, split: str = "train", length: int = 1_000_000, seed: int = 0):
+        self.names, self.length, self.seed = split_names(split), length, seed
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor | str | int]:
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        rng = np.random.default_rng((self.seed, index))
+        name, style, scene, seed = random_item(rng, self.names)
+        image = render(name, style, scene, seed)
+        kind, prompt_style = rng.random(), None
+        if kind < SAME_PICTURE:
+            target, prompt = image, caption("S*", None, None)
+        else:
+            scene = SCENES[rng.integers(len(SCENES))]
+            if kind >= SAME_PICTURE + OTHER_SCENE:
+                style = prompt_style = STYLES[rng.integers(len(STYLES))]
+            target = render(name, style, scene, int(rng.integers(1 << 31)))
+            prompt = caption("S*", prompt_style, scene)
+        image, target = to_tensor(np.stack([image, target]))
+        return {
+            "image": image,
+            "target": target,
+            "prompt": prompt,
+            "concept": concepts()[name].index,
+        }

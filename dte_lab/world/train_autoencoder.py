@@ -1,0 +1,81 @@
+"""Train the autoencoder: L1 plus gradient loss, with noise on the latents.
+
+dte world train autoencoder --out DIR
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dte_lab.world.autoencoder import PatchAutoencoder
+from dte_lab.world.data import picture_grid, random_batch
+from dte_lab.world.training import TrainConfig, train
+
+LATENT_NOISE = 0.08  # std of the noise on latents of unit variance: the denoiser is never exact
+GRADIENT_WEIGHT = 0.5
+
+
+def reconstruction_loss(x: Tensor, y: Tensor) -> Tensor:
+    """L1 of pixels plus L1 of their horizontal and vertical differences (keeps edges sharp)."""
+    loss = nn.functional.l1_loss(x, y)
+    for axis in (-1, -2):
+        loss = loss + GRADIENT_WEIGHT * nn.functional.l1_loss(x.diff(dim=axis), y.diff(dim=axis))
+    return loss
+
+
+def psnr(x: Tensor, y: Tensor) -> float:
+    """Mean over pictures of the peak signal-to-noise ratio in dB; pictures in [-1, 1]."""
+    error = (x.clamp(-1, 1) - y).pow(2).flatten(1).mean(1)
+    return float((10 * torch.log10(4 / error)).mean())
+
+
+def main(
+    out: Path,
+    steps: int = 20_000,
+    minutes: float | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+    device: str = "cpu",
+) -> None:
+    """Train and save the EMA weights to `out/vae` in the diffusers layout."""
+    torch.manual_seed(seed)
+    model = PatchAutoencoder()
+    x, _, _ = random_batch(np.random.default_rng(seed), 1024)
+    model.initialise_from_pca(x)
+    with torch.no_grad():
+        z = model.encode(x).latent_dist.mode()
+        model.register_to_config(scaling_factor=1 / z.std().item())
+    noise = LATENT_NOISE / model.config.scaling_factor
+    x_val, _, _ = random_batch(np.random.default_rng(10_000), 240, "val")
+    x_val = x_val.to(device)
+
+    def loss(model: PatchAutoencoder, rng: np.random.Generator) -> tuple[Tensor, dict]:
+        x, _, _ = random_batch(rng, batch_size)
+        x = x.to(device)
+        z = model.encode(x).latent_dist.mode()
+        value = reconstruction_loss(model.decode(z + noise * torch.randn_like(z)).sample, x)
+        return value, {}
+
+    def sample(model: PatchAutoencoder, step: int) -> dict[str, float]:
+        z = model.encode(x_val).latent_dist.mode()
+        y = model.decode(z).sample
+        grid = torch.stack([x_val[:24], y[:24]], 1).flatten(0, 1)
+        Image.fromarray(picture_grid(grid, 12)).save(out / "samples.png")
+        std = (z.std() * model.config.scaling_factor).item()
+        return {"val_psnr": psnr(y, x_val), "latent_std": std}
+
+    config = TrainConfig(
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=1e-3,
+        warmup_steps=100,
+        seed=seed,
+        sample_every=200,
+    )
+    model = train(Path(out), model, config, loss, sample, minutes, device)
+    with torch.no_grad():  # training lets the latents grow, away from the noise
+        model.register_to_config(scaling_factor=1 / model.encode(x).latent_dist.mode().std().item())
+    model.save_pretrained(Path(out) / "vae")

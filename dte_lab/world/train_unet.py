@@ -1,0 +1,162 @@
+"""Train the denoiser of the small backbone on a bank of latents rendered beforehand.
+
+dte world train unet --out DIR --parts DIR
+
+`parts` holds what was trained before: vae, text_encoder, tokenizer. Both stay frozen.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import (
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+from dte_lab.files import write_atomically
+from dte_lab.world.autoencoder import PatchAutoencoder
+from dte_lab.world.captions import caption, random_caption
+from dte_lab.world.clip import tokenize
+from dte_lab.world.data import picture_grid, random_batch, random_item, to_tensor
+from dte_lab.world.scenes import render
+from dte_lab.world.sprites import concepts, split_names
+from dte_lab.world.training import TrainConfig, train
+
+CAPTION_DROPOUT = 0.1  # the share of empty captions, for classifier-free guidance
+TIMESTEP_POWER = 1.5  # t / 1000 = u ** (1 / 1.5): more steps where the caption decides the picture
+
+SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "squaredcos_cap_v2",  # ends in pure noise: colours come out right
+    "prediction_type": "v_prediction",
+}
+
+
+def build_scheduler() -> DPMSolverMultistepScheduler:
+    """The sampler; the lower clip on lambda is what diffusers asks for with a cosine schedule."""
+    return DPMSolverMultistepScheduler(
+        **SCHEDULER, lambda_min_clipped=-5.1, timestep_spacing="trailing"
+    )
+
+
+def build_unet() -> UNet2DConditionModel:
+    """8x8x16 latents, cross-attention at both levels, 9.6 M parameters."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=16,
+        out_channels=16,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(96, 192),
+        layers_per_block=1,
+        cross_attention_dim=192,
+        attention_head_dim=4,  # diffusers' name for the number of heads
+    )
+
+
+@torch.no_grad()
+def build_bank(
+    path: Path, vae: PatchAutoencoder, size: int, seed: int
+) -> tuple[Tensor, list[tuple[str, str, str, int]]]:
+    """`size` random renderings as scaled latents (size, 16, 8, 8) in half precision, cached."""
+    items_path = path.with_suffix(".json")
+    if path.exists() and items_path.exists():
+        with safe_open(path, "pt") as file:
+            return file.get_tensor("latents"), json.loads(items_path.read_text())
+    rng = np.random.default_rng((seed, 77))
+    names = split_names("train")
+    items = [random_item(rng, names) for _ in range(size)]
+    latents = []
+    for start in tqdm(range(0, size, 64), desc="bank", mininterval=5):
+        pictures = np.stack([render(*item) for item in items[start : start + 64]])
+        z = vae.encode(to_tensor(pictures).to(vae.device)).latent_dist.mode()
+        latents.append((z * vae.config.scaling_factor).half().cpu())
+    bank = torch.cat(latents)
+    write_atomically(path, save({"latents": bank}))
+    write_atomically(items_path, json.dumps(items).encode())
+    return bank, items
+
+
+def main(
+    out: Path,
+    parts: Path,
+    steps: int = 20_000,
+    minutes: float | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+    bank_size: int = 60_000,
+    device: str = "cpu",
+) -> None:
+    """Train and save the EMA weights to `out/unet`, the sampler's settings to `out/scheduler`."""
+    out, parts = Path(out), Path(parts)
+    out.mkdir(parents=True, exist_ok=True)
+    vae = PatchAutoencoder.from_pretrained(parts / "vae").eval().to(device)
+    text = CLIPTextModelWithProjection.from_pretrained(parts / "text_encoder").eval().to(device)
+    tokenizer = CLIPTokenizer.from_pretrained(parts / "tokenizer")
+    torch.manual_seed(seed)
+    unet = build_unet()
+    noise_scheduler = DDPMScheduler(**SCHEDULER)
+    bank, items = build_bank(out / "bank.safetensors", vae, bank_size, seed)
+
+    def loss(unet: UNet2DConditionModel, rng: np.random.Generator) -> tuple[Tensor, dict]:
+        chosen = rng.integers(len(bank), size=batch_size)
+        z = bank[torch.from_numpy(chosen)].float().to(device)  # (B, 16, 8, 8)
+        texts = [
+            ""
+            if rng.random() < CAPTION_DROPOUT
+            else random_caption(*items[i][:3], rng, concepts()[items[i][0]].tags)
+            for i in chosen
+        ]
+        with torch.no_grad():
+            states = text(tokenize(tokenizer, texts).to(device)).last_hidden_state
+        t = (torch.rand(batch_size) ** (1 / TIMESTEP_POWER) * 1000).long().to(device)
+        noise = torch.randn_like(z)
+        x_t = noise_scheduler.add_noise(z, noise, t)
+        v = noise_scheduler.get_velocity(z, noise, t)
+        return nn.functional.mse_loss(unet(x_t, t, states).sample, v), {}
+
+    x_true, _, shown = random_batch(np.random.default_rng(10_000), 24)
+    captions = [caption(*item[:3]) for item in shown]
+    chosen = np.random.default_rng(10_001).integers(len(bank), size=256)
+    z_test = bank[torch.from_numpy(chosen)].float().to(device)
+    test_texts = [caption(*items[i][:3]) for i in chosen]
+
+    def sample(unet: UNet2DConditionModel, step: int) -> dict[str, float]:
+        pipe = StableDiffusionPipeline(
+            vae, text, tokenizer, unet, build_scheduler(), None, None, requires_safety_checker=False
+        )
+        pipe.set_progress_bar_config(disable=True)
+        pictures = pipe(
+            captions,
+            num_inference_steps=25,
+            guidance_scale=3.0,
+            generator=torch.Generator().manual_seed(0),
+            output_type="pt",
+        ).images
+        grid = torch.stack([x_true, pictures.cpu() * 2 - 1], 1).flatten(0, 1)
+        Image.fromarray(picture_grid(grid, 12)).save(out / f"samples-{step:06d}.png")
+        # The same pictures, noise and timesteps every time: a loss curve without sampling noise.
+        generator = torch.Generator().manual_seed(0)
+        t = torch.arange(0, 1000, 1000 / len(z_test)).long().to(device)
+        noise = torch.randn(z_test.shape, generator=generator).to(device)
+        states = text(tokenize(tokenizer, test_texts).to(device)).last_hidden_state
+        prediction = unet(noise_scheduler.add_noise(z_test, noise, t), t, states).sample
+        v = noise_scheduler.get_velocity(z_test, noise, t)
+        return {"test_loss": nn.functional.mse_loss(prediction, v).item()}
+
+    config = TrainConfig(
+        steps=steps, batch_size=batch_size, learning_rate=1e-3, seed=seed, sample_every=500
+    )
+    unet = train(out, unet, config, loss, sample, minutes, device)
+    unet.save_pretrained(out / "unet")
+    build_scheduler().save_pretrained(out / "scheduler")

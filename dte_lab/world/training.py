@@ -1,0 +1,160 @@
+"""One training loop for the three parts of the base model: log, EMA, samples, exact resume.
+
+Every step draws all of its randomness from (seed, step), so a run that stops and goes on is the
+same, bit for bit on one CPU machine, as one that never stopped.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from tqdm.auto import tqdm
+
+from dte_lab.files import write_atomically
+
+
+@dataclass
+class TrainConfig:
+    """Recipe of one run; everything here is ours, not the paper's (which trains no base model)."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int = 200
+    decay_fraction: float = 0.25  # last part of the run, in which the rate falls linearly to 0
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+    ema_decay: float = 0.999
+    clip_norm: float = 1.0
+    seed: int = 0
+    log_every: int = 50
+    sample_every: int = 1000
+    checkpoint_minutes: float = 5.0
+
+
+def learning_rate_at(step: int, c: TrainConfig) -> float:
+    """Warm up, hold, decay linearly to zero at the last step."""
+    decay_steps = max(1, int(c.steps * c.decay_fraction))
+    return c.learning_rate * min(1.0, (step + 1) / c.warmup_steps, (c.steps - step) / decay_steps)
+
+
+def ema_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
+    """EMA whose decay grows from 0.1 to `decay`, so that the start is forgotten in short runs."""
+
+    @torch.no_grad()
+    def update(average: list[Tensor], current: list[Tensor], updates: Tensor) -> None:
+        n = int(updates)
+        torch._foreach_lerp_(average, current, 1 - min(decay, (1 + n) / (10 + n)))
+
+    return update
+
+
+def save_checkpoint(path: Path, model: nn.Module, ema: nn.Module, optimizer, step: int) -> None:
+    """Model, EMA, optimiser state and step in one safetensors file, written atomically."""
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    tensors |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
+    tensors = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
+    write_atomically(path, save(tensors, metadata={"step": str(step)}))
+
+
+def load_checkpoint(path: Path, model: nn.Module, ema: nn.Module, optimizer) -> int:
+    """Undo `save_checkpoint`; returns the number of finished steps."""
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
+    with safe_open(path, "pt") as file:
+        step = int(file.metadata()["step"])
+        for key in file.keys():
+            part, rest = key.split(".", 1)
+            parts[part][rest] = file.get_tensor(key)
+    model.load_state_dict(parts["model"])
+    ema.load_state_dict(parts["ema"])
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in parts["optimizer"].items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    return step
+
+
+def train(
+    out: Path,
+    model: nn.Module,
+    config: TrainConfig,
+    loss: Callable[[nn.Module, np.random.Generator], tuple[Tensor, dict[str, float]]],
+    sample: Callable[[nn.Module, int], dict[str, float]],
+    minutes: float | None = None,
+    device: str = "cpu",
+) -> nn.Module:
+    """Train until `config.steps` or for `minutes`; go on from `out/checkpoint.safetensors`.
+
+    `loss(model, rng)` returns the loss of one batch and scalars to log; `sample(ema_model, step)`
+    writes pictures into `out` and returns scalars to log. Returns the EMA model.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    model.to(device, memory_format=torch.channels_last).train()  # 1.3 x as fast on CPU
+    ema = AveragedModel(model, multi_avg_fn=ema_average(config.ema_decay))
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in model.parameters() if p.ndim > 1]},
+            {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    checkpoint, log = out / "checkpoint.safetensors", out / "log.jsonl"
+    step = load_checkpoint(checkpoint, model, ema, optimizer) if checkpoint.exists() else 0
+    write_atomically(out / "config.json", json.dumps(asdict(config), indent=1).encode())
+    start = saved = time.monotonic()
+    progress = tqdm(total=config.steps, initial=step, desc=out.name, mininterval=5)
+    scalars: list[dict[str, float]] = []
+
+    def write_log(entry: dict) -> None:
+        with log.open("a") as file:
+            file.write(json.dumps({"step": step, "minutes": _minutes(start), **entry}) + "\n")
+
+    while step < config.steps:
+        if minutes is not None and _minutes(start) >= minutes:
+            break
+        torch.manual_seed(config.seed * 1_000_003 + step)
+        value, logs = loss(model, np.random.default_rng((config.seed, step)))
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"{out.name}: gradient is not finite at step {step}.")
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, config)
+        optimizer.step()
+        ema.update_parameters(model)
+        step += 1
+        progress.update()
+        scalars.append({"loss": value.item(), "gradient_norm": norm.item(), **logs})
+        if step % config.log_every == 0 or step == config.steps:
+            keys = {key: None for s in scalars for key in s}  # ordered; not every step logs all
+            means = {k: float(np.mean([s[k] for s in scalars if k in s])) for k in keys}
+            write_log({**means, "learning_rate": learning_rate_at(step - 1, config)})
+            scalars.clear()
+        if step % config.sample_every == 0 or step == config.steps:
+            with torch.no_grad():
+                write_log(sample(ema.module.eval(), step))
+        if (time.monotonic() - saved) / 60 > config.checkpoint_minutes:
+            save_checkpoint(checkpoint, model, ema, optimizer, step)
+            saved = time.monotonic()
+    progress.close()
+    save_checkpoint(checkpoint, model, ema, optimizer, step)
+    return ema.module.eval()
+
+
+def _minutes(start: float) -> float:
+    return round((time.monotonic() - start) / 60, 3)
