@@ -45,7 +45,8 @@ BackboneName = Annotated[
     str, typer.Option("--backbone", help="small, sd15, or a folder in the Stable Diffusion layout.")
 ]
 EncoderFolder = Annotated[
-    Path | None, typer.Option("--encoder", help="By default the folder encoder in the backbone's.")
+    Path | None,
+    typer.Option("--encoder", help="Folder of the encoder; by default the backbone's own."),
 ]
 Alpha = Annotated[
     float | None,
@@ -68,7 +69,7 @@ def options(
 
 @app.command()
 def personalize(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Pictures of it.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Pictures of one concept.")],
     prompt: Prompts,
     out: Out,
     steps: Annotated[int, typer.Option(min=0, max=12, help="Tuning steps, 0 for none.")] = 12,
