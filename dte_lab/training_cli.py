@@ -91,11 +91,29 @@ def unet(
 
 
 @world.command()
-def evaluate(out: Out, backbone: Backbone = "small") -> None:
-    """Measure the method on the held-out concepts; writes JSON to OUT."""
-    from dte_lab.world import evaluate  # TODO-LEAD
+def evaluate(
+    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("results/world.json"),
+    backbone: Backbone = "small",
+) -> None:
+    """Measure the base model: autoencoder, CLIP, and what its pictures show."""
+    import json
 
-    evaluate.main(out, backbone)
+    from dte_lab.world import evaluate
+
+    typer.echo(json.dumps(evaluate.main(out, backbone), indent=1))
+
+
+Run = Annotated[Path | None, typer.Option(help="Folder of the run that trained this part.")]
+
+
+@world.command()
+def pack(
+    out: Out, autoencoder: Run = None, clip: Run = None, unet: Run = None, encoder: Run = None
+) -> None:
+    """Gather trained parts into one backbone folder, in half precision."""
+    from dte_lab.world import pack
+
+    pack.main(given(autoencoder=autoencoder, clip=clip, unet=unet, encoder=encoder), out)
 
 
 def given(**options) -> dict:

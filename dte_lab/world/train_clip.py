@@ -28,7 +28,11 @@ CANONICAL_SEED = 0  # the painter's target is the unmirrored rendering, or it wo
 
 
 class Painter(nn.Module):
-    """64 latent positions read the text states once and say what is there."""
+    """Paints latents from the text states twice: as the denoiser reads them, and all at once.
+
+    Reading position by position is what the denoiser will do. The linear read-out of the last
+    state, which has seen every word, is what brings the look of a word into its embedding quickly.
+    """
 
     def __init__(self, latent_channels: int = 16, width: int = 192, heads: int = 6):
         super().__init__()
@@ -38,13 +42,17 @@ class Painter(nn.Module):
             nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.GELU(), nn.Linear(3 * width, width)
         )
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, latent_channels))
+        self.at_once = nn.Linear(width, latent_channels * 64)
 
-    def forward(self, states: Tensor) -> Tensor:
-        """Text states (B, T, 192) -> latents (B, 16, 8, 8)."""
+    def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Text states (B, T, 192) -> latents (B, 16, 8, 8), twice."""
         q = self.queries.expand(len(states), -1, -1)  # (B, 64, 192)
         h = q + self.attention(q, states, states, need_weights=False)[0]
         h = self.out(h + self.mlp(h))  # (B, 64, 16)
-        return h.transpose(1, 2).unflatten(2, (8, 8))
+        return (
+            h.transpose(1, 2).unflatten(2, (8, 8)),
+            self.at_once(states[:, -1]).unflatten(1, (-1, 8, 8)),
+        )
 
 
 class Trainee(nn.Module):
@@ -105,12 +113,15 @@ def main(
     def loss(model: Trainee, rng: np.random.Generator) -> tuple[Tensor, dict]:
         x, texts, items = random_batch(rng, batch_size)
         text = model.clip.text(tokenize(tokenizer, texts).to(device))
-        paint = nn.functional.mse_loss(model.painter(text.last_hidden_state), latents(items))
+        truth = latents(items)
+        losses = [nn.functional.mse_loss(p, truth) for p in model.painter(text.last_hidden_state)]
+        value = PAINT_WEIGHT * sum(losses)
+        logs = {"paint": losses[0].item(), "paint_at_once": losses[1].item()}
         if rng.random() >= CONTRAST_SHARE:
-            return PAINT_WEIGHT * paint, {"paint": paint.item()}
+            return value, logs
         image = model.clip.image(x.to(device))
         contrast = contrastive_loss(text.text_embeds, image.image_embeds, model.clip.log_scale)
-        return contrast + PAINT_WEIGHT * paint, {"paint": paint.item(), "contrast": contrast.item()}
+        return contrast + value, {**logs, "contrast": contrast.item()}
 
     def sample(model: Trainee, step: int) -> dict[str, float]:
         clip = model.clip
@@ -124,9 +135,9 @@ def main(
             clip, tokenizer, x_test.to(device), [caption("thing", None, s) for s in SCENES]
         )
         texts = [caption(*item[:3]) for item in items[:24]]
-        states = clip.text(tokenize(tokenizer, texts).to(device)).last_hidden_state
-        painted = target.decode(model.painter(states) / scale).sample
-        grid = torch.stack([x_test[:24], painted.cpu()], 1).flatten(0, 1)
+        painted = model.painter(clip.text(tokenize(tokenizer, texts).to(device)).last_hidden_state)
+        painted = [target.decode(z / scale).sample.cpu() for z in painted]
+        grid = torch.stack([x_test[:24], *painted], 1).flatten(0, 1)
         Image.fromarray(picture_grid(grid, 12)).save(out / "samples.png")
         return {
             "concept_top1": hit[:, :1].any(1).float().mean().item(),

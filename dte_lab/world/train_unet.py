@@ -81,7 +81,7 @@ def build_bank(
         pictures = np.stack([render(*item) for item in items[start : start + 64]])
         z = vae.encode(to_tensor(pictures).to(vae.device)).latent_dist.mode()
         latents.append((z * vae.config.scaling_factor).half().cpu())
-    bank = torch.cat(latents)
+    bank = torch.cat(latents).contiguous()
     write_atomically(path, save({"latents": bank}))
     write_atomically(items_path, json.dumps(items).encode())
     return bank, items

@@ -1,0 +1,44 @@
+"""Gather the trained parts into one backbone folder, in half precision, as it ships.
+
+dte world pack --autoencoder RUN --clip RUN --unet RUN [--encoder RUN] --out DIR
+"""
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+
+from dte_lab.files import write_atomically
+
+PARTS = {  # run -> the folders that it made
+    "autoencoder": ("vae",),
+    "clip": ("text_encoder", "image_encoder", "tokenizer", "feature_extractor"),
+    "unet": ("unet", "scheduler"),
+    "encoder": ("encoder",),
+}
+
+
+def main(runs: dict[str, Path], out: Path) -> None:
+    """Copy the parts of each run to `out`; floating-point weights become float16.
+
+    Raises FileNotFoundError when a run has not finished a part.
+    """
+    for run, folder in runs.items():
+        for part in PARTS[run]:
+            source = Path(folder) / part
+            if not source.is_dir():
+                raise FileNotFoundError(f"{source} is missing: let the run of {run} end first.")
+            target = Path(out) / part
+            target.mkdir(parents=True, exist_ok=True)
+            for file in source.iterdir():
+                if file.suffix == ".safetensors":
+                    weights = {
+                        k: v.half().contiguous() if v.is_floating_point() else v
+                        for k, v in load_file(file).items()
+                    }
+                    if any(not torch.isfinite(v).all() for v in weights.values()):
+                        raise ValueError(f"{file} does not fit into half precision.")
+                    write_atomically(target / file.name, save(weights, metadata={"format": "pt"}))
+                else:
+                    shutil.copyfile(file, target / file.name)
