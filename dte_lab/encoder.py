@@ -223,7 +223,8 @@ def load_encoder(name_or_path, backbone, table=None):
             saved = {name: list(shape) for name, shape in saved.items()}
         if saved != value:
             raise ValueError(
-                f"The encoder at {path} does not fit backbone {backbone.name}: its {key} differs."
+                f"The encoder at {path} belongs to another backbone than {backbone.name} "
+                f"(mismatch in {key})."
             )
     encoder.word_embeddings.copy_(table.embeddings)
     return encoder.to(backbone.device).eval().requires_grad_(False)

@@ -98,62 +98,67 @@ class DTEPipeline:
         Raises ValueError for a prompt without "S*" and for a concept of another backbone.
         """
         backbone, config = self.backbone, concept.config
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts, seeds = [prompts] if isinstance(prompts, str) else list(prompts), list(seeds)
         concept.check(backbone)
         alpha = config.alpha_blend if alpha_blend is None else alpha_blend
         v_star = concept.v_star.to(backbone.device)
         self.prompt_encoder.tokenize(prompts)  # complain before any work is done
 
+        jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
+        batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
+        images, sampler = [], self._sampler()
+        with tqdm(
+            total=len(batches) * num_inference_steps, desc="sampling", disable=not progress
+        ) as bar:
+
+            def tick(sampler, step, timestep, state):
+                bar.update()
+                return state
+
+            for batch in batches:
+                texts = [prompt for prompt, _ in batch]
+                soft = self.prompt_encoder(texts, v_star)  # (b, L, d)
+                hard = self.prompt_encoder.hard(texts, v_star)
+                negative = self.prompt_encoder.plain([negative_prompt]).expand_as(soft)
+                offsets = {k: (a.to(soft), b.to(soft)) for k, (a, b) in concept.offsets.items()}
+                if guidance_scale > 1:  # the UNet sees [unconditional, conditional]
+                    hard = torch.cat([negative, hard])  # (2b, L, d)
+                    if not config.unconditional_offsets:
+                        offsets = {
+                            k: (a, _second_half(b, len(batch))) for k, (a, b) in offsets.items()
+                        }
+                noise = torch.cat([self.initial_noise(seed) for _, seed in batch])
+                with dual_path(backbone.unet, offsets, hard, alpha, config.pairing):
+                    latents = sampler(
+                        prompt_embeds=soft,
+                        negative_prompt_embeds=negative,
+                        latents=noise.to(soft),
+                        guidance_scale=guidance_scale,
+                        num_inference_steps=num_inference_steps,
+                        output_type="latent",
+                        callback_on_step_end=tick,
+                    ).images
+                images += to_pil(backbone.decode_latents(latents))
+        n = len(seeds)
+        return [images[i * n : (i + 1) * n] for i in range(len(prompts))]
+
+    def _sampler(self):
+        """A stock pipeline around the backbone's own parts; nothing is copied."""
+        backbone = self.backbone
+        # The stock pipeline insists on steps_offset 1, and warns before it sets it itself.
+        scheduler = type(backbone.scheduler).from_config(backbone.scheduler.config, steps_offset=1)
         sampler = StableDiffusionPipeline(
             vae=backbone.vae,
             text_encoder=backbone.text_encoder,
             tokenizer=backbone.tokenizer,
             unet=backbone.unet,
-            scheduler=type(backbone.scheduler).from_config(backbone.scheduler.config),
+            scheduler=scheduler,
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
         )
         sampler.set_progress_bar_config(disable=True)
-
-        jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
-        images = []
-        bar = tqdm(
-            total=-(-len(jobs) // batch_size) * num_inference_steps,
-            desc="sampling",
-            disable=not progress,
-        )
-
-        def tick(sampler, step, timestep, state):
-            bar.update()
-            return state
-
-        for i in range(0, len(jobs), batch_size):
-            batch = jobs[i : i + batch_size]
-            texts = [prompt for prompt, _ in batch]
-            soft = self.prompt_encoder(texts, v_star).to(backbone.dtype)  # (b, L, d)
-            hard = self.prompt_encoder.hard(texts, v_star)
-            negative = self.prompt_encoder.plain([negative_prompt]).expand_as(soft)
-            offsets = {k: (a.to(soft), b.to(soft)) for k, (a, b) in concept.offsets.items()}
-            if guidance_scale > 1:  # the UNet sees [unconditional, conditional]
-                hard = torch.cat([negative, hard])  # (2b, L, d)
-                if not config.unconditional_offsets:
-                    offsets = {k: _conditional_half(*ab, len(batch)) for k, ab in offsets.items()}
-            noise = torch.cat([self.initial_noise(seed) for _, seed in batch])
-            with dual_path(backbone.unet, offsets, hard, alpha, config.pairing):
-                latents = sampler(
-                    prompt_embeds=soft,
-                    negative_prompt_embeds=negative,
-                    latents=noise.to(backbone.device, backbone.dtype),
-                    guidance_scale=guidance_scale,
-                    num_inference_steps=num_inference_steps,
-                    output_type="latent",
-                    callback_on_step_end=tick,
-                ).images
-            images += to_pil(backbone.decode_latents(latents))
-        bar.close()
-        n = len(list(seeds))
-        return [images[i : i + n] for i in range(0, len(images), n)]
+        return sampler
 
     def initial_noise(self, seed):
         """Standard normal latent (1, C, h, w), from a CPU generator: the same on every device."""
@@ -183,10 +188,9 @@ def peak_memory_mb(device):
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KB on Linux
 
 
-def _conditional_half(a, b, n):
-    """Offsets (1, ...) -> (2n, ...), zero for the unconditional first half."""
-    keep = torch.arange(2 * n, device=b.device)[:, None, None] >= n
-    return a, b * keep
+def _second_half(b, n):
+    """B (1, r, Dout) -> (2n, r, Dout), zero for the unconditional first half."""
+    return torch.cat([torch.zeros_like(b).expand(n, -1, -1), b.expand(n, -1, -1)])
 
 
 def to_pil(pixels):

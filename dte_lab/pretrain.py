@@ -10,11 +10,8 @@ that was cut off goes on exactly as it would have.
 """
 
 import json
-import os
-import tempfile
 import time
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,20 +19,14 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
-from safetensors import safe_open
-from safetensors.torch import save
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from dte_lab.checkpoint import ema_weights, load_checkpoint, save_checkpoint
 from dte_lab.features import image_features, unet_features
-from dte_lab.files import write_atomically
 from dte_lab.objective import add_noise, objective
 from dte_lab.pipeline import DTEPipeline, to_pil
 from dte_lab.tokens import PromptEncoder
-
-FREE_TO_CHANGE = {  # between two pieces of one run
-    "steps", "num_workers", "log_every", "checkpoint_every", "sample_every", "max_minutes",
-}  # fmt: skip
 
 
 @dataclass
@@ -137,10 +128,11 @@ def pretrain(
             ) as losses:  # fmt: skip
                 accelerator.backward(losses["loss"])
         grad_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-        if not torch.isfinite(losses["loss"]):
+        scaled = accelerator.scaler is not None  # in fp16 a gradient may overflow: step is skipped
+        if not (losses["loss"].isfinite() and (scaled or grad_norm.isfinite())):
             raise RuntimeError(
-                f"The loss at step {step} is not finite; the last checkpoint in {out_dir} is good: "
-                "lower learning_rate and start again."
+                f"The loss or its gradient at step {step} is not finite; the last checkpoint in "
+                f"{out_dir} is good: lower learning_rate and start again."
             )
         optimizer.step()
         optimizer.zero_grad()
@@ -263,69 +255,3 @@ def sample_grid(pipe, images, prompts):
         samples = pipe.generate(concept, list(prompts), progress=False)
         cells += [*to_pil(pipe.pixels([image])), *(row[0] for row in samples)]
     return make_image_grid(cells, rows=len(images), cols=1 + len(prompts))
-
-
-@contextmanager
-def ema_weights(ema, encoder):
-    """The encoder with its EMA weights, inside the block."""
-    parameters = list(encoder.parameters())
-    ema.store(parameters)
-    ema.copy_to(parameters)
-    try:
-        yield
-    finally:
-        ema.restore(parameters)
-
-
-def save_checkpoint(out_dir, encoder, optimizer, ema, config, step):
-    """Write the whole state to one file, and the EMA encoder to out_dir/encoder; atomically."""
-    tensors = {f"model.{k}": v for k, v in encoder.state_dict().items()}
-    tensors |= {f"ema.{i}": p for i, p in enumerate(ema.shadow_params)}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    metadata = {"step": str(step), "config": json.dumps(asdict(config))}
-    write_atomically(out_dir / "checkpoint.safetensors", save(tensors, metadata))
-
-    final = out_dir / "encoder"
-    final.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_dir) as folder, ema_weights(ema, encoder):
-        encoder.save_pretrained(folder)
-        for file in Path(folder).iterdir():
-            os.replace(file, final / file.name)
-
-
-def load_checkpoint(out_dir, encoder, optimizer, ema, config):
-    """Restore the state from out_dir and return its step; 0 when there is none."""
-    path = out_dir / "checkpoint.safetensors"
-    if not path.is_file():
-        return 0
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
-    step, before = int(metadata["step"]), json.loads(metadata["config"])
-    changed = [k for k, v in asdict(config).items() if k not in FREE_TO_CHANGE and v != before[k]]
-    if changed:
-        raise ValueError(
-            f"{out_dir} holds a run with other settings ({', '.join(changed)}): "
-            "use them again, or another folder."
-        )
-
-    def part(prefix):
-        return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-
-    encoder.load_state_dict(part("model."), strict=False)
-    for i, value in part("ema.").items():
-        ema.shadow_params[int(i)].copy_(value)
-    ema.optimization_step = step
-    state = {}
-    for key, value in part("optimizer.").items():
-        i, name = key.split(".", 1)
-        state.setdefault(int(i), {})[name] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-
-    log = out_dir / "log.jsonl"  # forget what was logged after the checkpoint
-    if log.is_file():
-        lines = [x for x in log.read_text().splitlines() if json.loads(x)["step"] <= step]
-        write_atomically(log, "".join(x + "\n" for x in lines).encode())
-    return step

@@ -162,7 +162,6 @@ def test_unet_gradients_of_a_b_and_v_star(tiny_backbone, tiny_offsets, checkpoin
     unet = copy.deepcopy(tiny_backbone.unet)
     if checkpointing:
         unet.enable_gradient_checkpointing()
-        unet.train()  # diffusers checkpoints in training mode only where it asks for it
     offsets = {k: tuple(m.requires_grad_() for m in p) for k, p in tiny_offsets(B).items()}
     v_star = randn(B, D, seed=5).requires_grad_()
     leaves = [v_star, *(m for pair in offsets.values() for m in pair)]

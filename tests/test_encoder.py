@@ -91,7 +91,7 @@ def test_loading_what_does_not_fit(tiny_backbone, tiny_encoder, tmp_path):
     key = next(iter(config["projections"]))
     config["projections"]["elsewhere.to_q"] = config["projections"].pop(key)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="its projections differs"):
+    with pytest.raises(ValueError, match="mismatch in projections"):
         load_encoder(tmp_path, tiny_backbone)
 
 

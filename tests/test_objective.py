@@ -54,10 +54,7 @@ def test_gradients_with_and_without_checkpointing(tiny_backbone, setting, checkp
     unet = copy.deepcopy(tiny_backbone.unet)
     if checkpointing:
         unet.enable_gradient_checkpointing()
-        unet.train()
     backbone = dataclasses.replace(tiny_backbone, unet=unet)
-    if checkpointing:
-        unet.train()
     config = DTEConfig(alpha_blend=0.6, contrastive_weight=0.0, norm_weight=0.0)
     tensors = [leaves.v_star, *(m for pair in leaves.offsets.values() for m in pair)]
 

@@ -54,6 +54,8 @@ def test_a_run_in_pieces_is_bit_identical(tiny_backbone, tiny_config, tmp_path):
 
     with pytest.raises(Interrupted):
         run(tiny_backbone, tiny_config, tmp_path / "pieces", callback=interrupt)
+    with open(tmp_path / "pieces" / "log.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')  # killed while writing
     one_step = dataclasses.replace(CONFIG, max_minutes=0.0)
     run(tiny_backbone, tiny_config, tmp_path / "pieces", one_step)  # step 3, by the time limit
     torch.manual_seed(99)  # global random state must not matter
@@ -99,6 +101,8 @@ def test_other_settings_are_refused(tiny_backbone, tiny_config, tmp_path):
     run(tiny_backbone, tiny_config, tmp_path, dataclasses.replace(CONFIG, steps=2))
     with pytest.raises(ValueError, match="batch_size"):
         run(tiny_backbone, tiny_config, tmp_path, dataclasses.replace(CONFIG, batch_size=2))
+    with pytest.raises(ValueError, match="width"):
+        run(tiny_backbone, dataclasses.replace(tiny_config, width=24), tmp_path)
 
 
 def test_sample_grids_reach_the_callback_and_the_disk(
@@ -151,3 +155,32 @@ def test_batches_depend_on_the_step_alone():
     assert whole[3:] == list(StepBatches(1000, config, 3, rank=0))
     assert len({tuple(b) for b in whole}) == 5
     assert whole != list(StepBatches(1000, config, 0, rank=1))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_the_features_see(tiny_backbone, shared):
+    """The noisy target at the loss's timestep, or the noisy concept picture at one of its own."""
+    from torch.utils.data import default_collate
+
+    from dte_lab.objective import add_noise
+    from dte_lab.pretrain import prepare
+
+    batch = default_collate([Pictures()[i] for i in range(3)])
+    config = dataclasses.replace(CONFIG, shared_timestep_probability=float(shared))
+    sample = prepare(tiny_backbone, batch, config, step=4, rank=0)
+    latents = tiny_backbone.encode_images(batch["target"])
+    torch.testing.assert_close(sample["latents"], latents)
+    noisy = add_noise(tiny_backbone, latents, sample["noise"], sample["timesteps"])
+    same = torch.equal(sample["feature_timesteps"], sample["timesteps"])
+    assert same == shared
+    assert torch.allclose(sample["feature_latents"], noisy, atol=1e-5) == shared
+    if not shared:  # solve for the noise: it must be standard normal around the concept picture
+        pictures = tiny_backbone.encode_images(batch["image"])
+        alpha = tiny_backbone.alphas_cumprod[sample["feature_timesteps"]][:, None, None, None]
+        noise = (sample["feature_latents"] - alpha.sqrt() * pictures) / (1 - alpha).sqrt()
+        assert abs(noise.mean()) < 0.15 and abs(noise.std() - 1) < 0.1
+        assert not torch.allclose(noise, sample["noise"], atol=1e-2)
+    again = prepare(tiny_backbone, batch, config, step=4, rank=0)
+    other = prepare(tiny_backbone, batch, config, step=5, rank=0)
+    assert torch.equal(again["noise"], sample["noise"])
+    assert not torch.equal(other["noise"], sample["noise"])
