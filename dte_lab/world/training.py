@@ -67,6 +67,7 @@ def save_checkpoint(path: Path, model: nn.Module, ema: nn.Module, optimizer, ste
     write_atomically(path, save(tensors, metadata={"step": str(step)}))
 
 
+@torch.no_grad()
 def load_checkpoint(path: Path, model: nn.Module, ema: nn.Module, optimizer) -> int:
     """Undo `save_checkpoint`; returns the number of finished steps."""
     parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
@@ -77,9 +78,13 @@ def load_checkpoint(path: Path, model: nn.Module, ema: nn.Module, optimizer) -> 
             parts[part][rest] = file.get_tensor(key)
     model.load_state_dict(parts["model"])
     ema.load_state_dict(parts["ema"])
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in parts["optimizer"].items():
         index, name = key.split(".", 1)
+        parameter = parameters[int(index)]
+        if value.shape == parameter.shape:  # fused AdamW takes for granted that strides agree
+            value = torch.empty_like(parameter).copy_(value)
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     return step

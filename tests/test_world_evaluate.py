@@ -1,0 +1,77 @@
+"""The judges of the base model are right on true renderings, and packing keeps the weights."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dte_lab.world import SCENES
+from dte_lab.world.captions import held_out
+from dte_lab.world.data import random_batch
+from dte_lab.world.evaluate import classify_scene, evaluation_items, interval
+from dte_lab.world.pack import main as pack
+from dte_lab.world.train_autoencoder import psnr, reconstruction_loss
+from dte_lab.world.train_clip import Painter, contrastive_loss
+
+
+def test_scene_classifier_is_exact_on_true_renderings():
+    x, _, items = random_batch(np.random.default_rng(3), 400, "val")
+    hits = classify_scene(x) == np.array([SCENES.index(item[2]) for item in items])
+    assert hits.mean() >= 0.99
+
+
+def test_scene_classifier_looks_at_the_background():
+    x, _, items = random_batch(np.random.default_rng(4), 20)
+    shuffled = classify_scene(x.roll(1, dims=0))
+    assert np.array_equal(np.roll(classify_scene(x), 1), shuffled)
+
+
+def test_interval_covers_the_mean_and_narrows():
+    few, many = interval(np.arange(20) < 15), interval(np.arange(2000) < 1500)
+    assert few["mean"] == many["mean"] == 0.75 and (few["n"], many["n"]) == (20, 2000)
+    assert few["low"] < many["low"] < 0.75 < many["high"] < few["high"]
+    # The normal approximation, as an independent formula.
+    assert many["high"] - 0.75 == pytest.approx(1.96 * (0.75 * 0.25 / 2000) ** 0.5, rel=0.15)
+
+
+def test_evaluation_items_are_all_seen_or_all_novel():
+    for novel in (False, True):
+        items = evaluation_items(50, 0, novel)
+        assert all(held_out(*item) == novel for item in items)
+        assert items == evaluation_items(50, 0, novel)
+
+
+def test_psnr_and_reconstruction_loss_against_hand_computed_values():
+    y = torch.zeros(2, 3, 4, 4)
+    x = torch.full_like(y, 0.2)
+    assert psnr(x, y) == pytest.approx(20.0)  # 10 log10(2**2 / 0.2**2)
+    assert reconstruction_loss(x, y).item() == pytest.approx(0.2)  # no edges
+    x[..., ::2] = 0.0  # columns 0, 0.2, 0, 0.2: mean 0.1, every difference across is 0.2
+    assert reconstruction_loss(x, y).item() == pytest.approx(0.1 + 0.5 * 0.2)
+
+
+def test_contrastive_loss_of_clip_prefers_matching_pairs():
+    e = torch.nn.functional.normalize(torch.randn(8, 16, generator=torch.manual_seed(0)), dim=-1)
+    scale = torch.tensor(np.log(20.0))
+    assert contrastive_loss(e, 3 * e, scale) < contrastive_loss(e, e.roll(1, 0), scale)
+    logits = 20 * e @ e.T
+    expected = (torch.logsumexp(logits, 1) - logits.diag()).mean()
+    assert torch.allclose(contrastive_loss(e, e, scale), expected, atol=1e-5)
+
+
+def test_painter_shapes():
+    read, at_once = Painter()(torch.randn(2, 18, 192))
+    assert read.shape == at_once.shape == (2, 16, 8, 8)
+
+
+def test_pack_halves_floats_and_keeps_the_rest(tmp_path):
+    part = tmp_path / "run" / "vae"
+    part.mkdir(parents=True)
+    save_file({"w": torch.randn(3), "ids": torch.arange(3)}, part / "model.safetensors")
+    (part / "config.json").write_text("{}")
+    pack({"autoencoder": tmp_path / "run"}, tmp_path / "out")
+    packed = load_file(tmp_path / "out" / "vae" / "model.safetensors")
+    assert packed["w"].dtype == torch.float16 and packed["ids"].dtype == torch.int64
+    assert (tmp_path / "out" / "vae" / "config.json").read_text() == "{}"
+    with pytest.raises(FileNotFoundError, match="unet is missing"):
+        pack({"unet": tmp_path / "run"}, tmp_path / "out")
