@@ -18,6 +18,7 @@ Steps = Annotated[int | None, typer.Option(min=1, help="Train this many steps in
 Minutes = Annotated[float | None, typer.Option(min=0, help="Stop this call after so long.")]
 Device = Annotated[str, typer.Option(help="cpu, or cuda for a GPU.")]
 Backbone = Annotated[str, typer.Option(help="small, or a folder with a model of the small world.")]
+Run = Annotated[Path, typer.Option(help="OUT of its `dte world train`.")]
 
 SAMPLE_CONCEPTS = ("strawberry", "peacock", "tractor", "cupcake")  # val: not trained on
 
@@ -91,29 +92,28 @@ def unet(
 
 
 @world.command()
-def evaluate(
-    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("results/world.json"),
-    backbone: Backbone = "small",
-) -> None:
-    """Measure the base model: autoencoder, CLIP, and what its pictures show."""
-    import json
-
-    from dte_lab.world import evaluate
-
-    typer.echo(json.dumps(evaluate.main(out, backbone), indent=1))
-
-
-Run = Annotated[Path | None, typer.Option(help="Folder of the run that trained this part.")]
-
-
-@world.command()
 def pack(
-    out: Out, autoencoder: Run = None, clip: Run = None, unet: Run = None, encoder: Run = None
+    out: Out,
+    autoencoder: Run,
+    clip: Run,
+    unet: Run,
+    encoder: Annotated[Path | None, typer.Option(help="OUT of `dte pretrain`.")] = None,
 ) -> None:
-    """Gather trained parts into one backbone folder, in half precision."""
+    """Gather the trained parts into one backbone folder, in half precision, as it ships."""
     from dte_lab.world import pack
 
     pack.main(given(autoencoder=autoencoder, clip=clip, unet=unet, encoder=encoder), out)
+
+
+@world.command()
+def evaluate(
+    out: Annotated[Path, typer.Option(help="JSON file for the measures.")],
+    backbone: Backbone = "small",
+) -> None:
+    """Measure the base model on the held-out concepts."""
+    from dte_lab.world import evaluate
+
+    evaluate.main(out, backbone)
 
 
 def given(**options) -> dict:

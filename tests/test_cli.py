@@ -42,7 +42,7 @@ def finished(model, photo, tmp_path_factory):
     out = tmp_path_factory.mktemp("finished") / "new" / "folder"
     command = [sys.executable, "-m", "dte_lab.cli", "personalize", photo, *PROMPTS, "--out", out]
     command += ["--backbone", model, "--steps", "2", "--seed", "0", "--seed", "7", *FAST]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     return out, result
 
@@ -270,6 +270,12 @@ def test_help_and_version(dte):
         ("world build", "dte_lab.world.build", ["--packages", "npm"]),
         ("world train autoencoder", "dte_lab.world.train_autoencoder", ["--out", "x"]),
         ("world train clip", "dte_lab.world.train_clip", ["--out", "x", "--minutes", "1"]),
+        ("world evaluate", "dte_lab.world.evaluate", ["--out", "x.json"]),
+        (
+            "world pack",
+            "dte_lab.world.pack",
+            ["--autoencoder", "a", "--clip", "b", "--unet", "c", "--out", "x"],
+        ),
         ("world train unet", "dte_lab.world.train_unet", ["--out", "x", "--parts", "y"]),
     ],
 )
