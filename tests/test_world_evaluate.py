@@ -7,11 +7,12 @@ from safetensors.torch import load_file, save_file
 
 from dte_lab.world import SCENES
 from dte_lab.world.captions import held_out
+from dte_lab.world.clip import build_image_tower, build_text_tower, build_tokenizer, tokenize
 from dte_lab.world.data import random_batch
 from dte_lab.world.evaluate import classify_scene, evaluation_items, interval
 from dte_lab.world.pack import main as pack
 from dte_lab.world.train_autoencoder import psnr, reconstruction_loss
-from dte_lab.world.train_clip import Painter, contrastive_loss
+from dte_lab.world.train_clip import TextPainter, Towers
 
 
 def test_scene_classifier_is_exact_on_true_renderings():
@@ -50,18 +51,20 @@ def test_psnr_and_reconstruction_loss_against_hand_computed_values():
     assert reconstruction_loss(x, y).item() == pytest.approx(0.1 + 0.5 * 0.2)
 
 
-def test_contrastive_loss_of_clip_prefers_matching_pairs():
-    e = torch.nn.functional.normalize(torch.randn(8, 16, generator=torch.manual_seed(0)), dim=-1)
-    scale = torch.tensor(np.log(20.0))
-    assert contrastive_loss(e, 3 * e, scale) < contrastive_loss(e, e.roll(1, 0), scale)
-    logits = 20 * e @ e.T
-    expected = (torch.logsumexp(logits, 1) - logits.diag()).mean()
-    assert torch.allclose(contrastive_loss(e, e, scale), expected, atol=1e-5)
+def test_tower_logits_are_scaled_cosines():
+    towers = Towers(build_image_tower(), torch.nn.Linear(192, 128, bias=False))
+    image, text = torch.randn(3, 128), torch.randn(5, 192)
+    projected = text @ towers.projection.weight.T
+    cosine = torch.cosine_similarity(image[:, None], projected[None], dim=-1)
+    assert torch.allclose(towers.logits(image, text), cosine / 0.07, atol=1e-4)
 
 
-def test_painter_shapes():
-    read, at_once = Painter()(torch.randn(2, 18, 192))
-    assert read.shape == at_once.shape == (2, 16, 8, 8)
+def test_text_painter_paints_and_names():
+    tokenizer = build_tokenizer()
+    painter = TextPainter(build_text_tower(tokenizer), kinds=7)
+    read, at_once, kind = painter(tokenize(tokenizer, ["a picture of a red apple", "a dog"]))
+    assert read.shape == at_once.shape == (2, 16, 8, 8) and kind.shape == (2, 7)
+    assert not torch.equal(read[0], read[1])
 
 
 def test_pack_halves_floats_and_keeps_the_rest(tmp_path):

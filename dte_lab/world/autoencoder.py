@@ -98,9 +98,13 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
             _zero(nn.Conv2d(16, 3, 3, padding=1)),
         )
 
+    def linear_latents(self, x: Tensor) -> Tensor:
+        """The linear path of `encode`: (B, 3, 64, 64) -> (B, 16, 8, 8)."""
+        return self.linear_encode(nn.functional.pixel_unshuffle(x, 8))
+
     def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput | tuple[Latents]:
         """(B, 3, 64, 64) in [-1, 1] -> latents (B, 16, 8, 8), not yet scaled."""
-        z = self.linear_encode(nn.functional.pixel_unshuffle(x, 8)) + self.encoder(x)
+        z = self.linear_latents(x) + self.encoder(x)
         return EncoderOutput(Latents(z)) if return_dict else (Latents(z),)
 
     def decode(

@@ -7,10 +7,8 @@ Stable Diffusion's CLIP.
 import json
 import string
 
-import numpy as np
-import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
     CLIPTextConfig,
@@ -63,40 +61,37 @@ def build_tokenizer() -> CLIPTokenizer:
     )
 
 
-class Clip(nn.Module):
-    """Two towers and a temperature, as in CLIP (arXiv 2103.00020)."""
+def build_text_tower(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
+    """Four layers of width 192; the last hidden state conditions the denoiser."""
+    return CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=192,
+            intermediate_size=768,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            max_position_embeddings=MAX_LENGTH,
+            projection_dim=PROJECTION,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
 
-    def __init__(self, tokenizer: CLIPTokenizer):
-        super().__init__()
-        ids = {
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        }
-        self.text = CLIPTextModelWithProjection(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=192,
-                intermediate_size=768,
-                num_hidden_layers=4,
-                num_attention_heads=6,
-                max_position_embeddings=MAX_LENGTH,
-                projection_dim=PROJECTION,
-                **ids,
-            )
+
+def build_image_tower() -> CLIPVisionModelWithProjection:
+    """Three layers of width 128 on patches of 8 px, the cells that sprites are aligned with."""
+    return CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            image_size=SIZE,
+            patch_size=8,
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            projection_dim=PROJECTION,
         )
-        self.image = CLIPVisionModelWithProjection(
-            CLIPVisionConfig(
-                image_size=SIZE,
-                patch_size=8,
-                hidden_size=128,
-                intermediate_size=512,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                projection_dim=PROJECTION,
-            )
-        )
-        self.log_scale = nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32))
+    )
 
 
 def build_image_processor() -> CLIPImageProcessor:

@@ -23,18 +23,21 @@ def random_item(rng: np.random.Generator, names: list[str]) -> tuple[str, str, s
             return name, style, scene, int(rng.integers(1 << 31))
 
 
+def random_captions(
+    rng: np.random.Generator, size: int, split: str = "train"
+) -> tuple[list[str], list[tuple[str, str, str, int]]]:
+    """Captions, and what each describes: (concept, style, scene, seed)."""
+    names = split_names(split)
+    items = [random_item(rng, names) for _ in range(size)]
+    return [random_caption(*item[:3], rng, concepts()[item[0]].tags) for item in items], items
+
+
 def random_batch(
     rng: np.random.Generator, size: int, split: str = "train"
 ) -> tuple[Tensor, list[str], list[tuple[str, str, str, int]]]:
     """Pictures (B, 3, 64, 64) in [-1, 1], captions, and what each shows."""
-    names = split_names(split)
-    items = [random_item(rng, names) for _ in range(size)]
-    pictures = np.stack([render(*item) for item in items])
-    captions = [
-        random_caption(name, style, scene, rng, concepts()[name].tags)
-        for name, style, scene, _ in items
-    ]
-    return to_tensor(pictures), captions, items
+    captions, items = random_captions(rng, size, split)
+    return to_tensor(np.stack([render(*item) for item in items])), captions, items
 
 
 def picture_grid(x: Tensor, columns: int) -> np.ndarray:
