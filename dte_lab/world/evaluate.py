@@ -14,20 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from dte_lab.backbone import Backbone, load_backbone
 from dte_lab.files import write_atomically
 from dte_lab.world.captions import caption, held_out
 from dte_lab.world.data import random_batch, to_tensor
+from dte_lab.world.sampling import GUIDANCE_SCALE, STEPS, draw
 from dte_lab.world.scenes import OFFSET, SCENES, SIZE, SPRITE_PX, background, render
 from dte_lab.world.sprites import STYLES, concepts, split_names
 from dte_lab.world.train_autoencoder import psnr
-
-GUIDANCE_SCALE = 3.0
-STEPS = 25
 
 
 @cache
@@ -99,27 +95,10 @@ def group_hits(judge: Judge, x: Tensor, truth: list[str]) -> np.ndarray:
     return np.array([g == concepts()[t].group for g, t in zip(group, truth, strict=True)])
 
 
-@torch.no_grad()
-def generate(backbone: Backbone, captions: list[str], seed: int, batch: int = 50) -> Tensor:
-    """Pictures (B, 3, 64, 64) in [-1, 1] with the stock pipeline, 25 steps."""
+def generate(backbone: Backbone, captions: list[str], seed: int) -> Tensor:
+    """Pictures (B, 3, 64, 64) in [-1, 1], drawn by a backbone; see `draw`."""
     b = backbone
-    pipe = StableDiffusionPipeline(
-        b.vae, b.text_encoder, b.tokenizer, b.unet, b.scheduler, None, None,
-        requires_safety_checker=False,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(seed)
-    pictures = [
-        pipe(
-            captions[i : i + batch],
-            num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE_SCALE,
-            generator=generator,
-            output_type="pt",
-        ).images
-        for i in tqdm(range(0, len(captions), batch), desc="pictures", disable=len(captions) < 50)
-    ]
-    return torch.cat(pictures) * 2 - 1
+    return draw(b.vae, b.text_encoder, b.tokenizer, b.unet, b.scheduler, captions, seed)
 
 
 def evaluation_items(count: int, seed: int, novel: bool) -> list[tuple[str, str, str]]:

@@ -10,12 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import (
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save
@@ -28,6 +23,7 @@ from dte_lab.world.autoencoder import PatchAutoencoder
 from dte_lab.world.captions import caption, random_caption
 from dte_lab.world.clip import tokenize
 from dte_lab.world.data import picture_grid, random_batch, random_item, to_tensor
+from dte_lab.world.sampling import draw
 from dte_lab.world.scenes import render
 from dte_lab.world.sprites import concepts, split_names
 from dte_lab.world.training import TrainConfig, train
@@ -132,18 +128,8 @@ def main(
     test_texts = [caption(*items[i][:3]) for i in chosen]
 
     def sample(unet: UNet2DConditionModel, step: int) -> dict[str, float]:
-        pipe = StableDiffusionPipeline(
-            vae, text, tokenizer, unet, build_scheduler(), None, None, requires_safety_checker=False
-        )
-        pipe.set_progress_bar_config(disable=True)
-        pictures = pipe(
-            captions,
-            num_inference_steps=25,
-            guidance_scale=3.0,
-            generator=torch.Generator().manual_seed(0),
-            output_type="pt",
-        ).images
-        grid = torch.stack([x_true, pictures.cpu() * 2 - 1], 1).flatten(0, 1)
+        pictures = draw(vae, text, tokenizer, unet, build_scheduler(), captions, seed=0)
+        grid = torch.stack([x_true, pictures], 1).flatten(0, 1)
         Image.fromarray(picture_grid(grid, 12)).save(out / f"samples-{step:06d}.png")
         # The same pictures, noise and timesteps every time: a loss curve without sampling noise.
         generator = torch.Generator().manual_seed(0)
@@ -155,7 +141,7 @@ def main(
         return {"test_loss": nn.functional.mse_loss(prediction, v).item()}
 
     config = TrainConfig(
-        steps=steps, batch_size=batch_size, learning_rate=1e-3, seed=seed, sample_every=500
+        steps=steps, batch_size=batch_size, learning_rate=1e-3, seed=seed, sample_every=1000
     )
     unet = train(out, unet, config, loss, sample, minutes, device)
     unet.save_pretrained(out / "unet")

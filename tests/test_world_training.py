@@ -1,0 +1,74 @@
+"""The whole recipe of the base model in two steps a part: train, pack, load, draw, personalize."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dte_lab import DTEPipeline
+from dte_lab.backbone import load_backbone
+from dte_lab.encoder import TuningEncoder
+from dte_lab.world import pack, render_image, sampling, train_autoencoder, train_clip, train_unet
+from dte_lab.world.data import random_batch
+from dte_lab.world.evaluate import generate
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "STEPS", 2)
+        return train_all(tmp_path_factory.mktemp("runs"))
+
+
+def train_all(root):
+    train_autoencoder.main(root / "autoencoder", steps=2, batch_size=2)
+    train_clip.main(root / "clip", steps=2)
+    pack.main({"autoencoder": root / "autoencoder", "clip": root / "clip"}, root / "parts")
+    train_unet.main(root / "unet", root / "parts", steps=2, batch_size=2, bank_size=32)
+    runs = {part: root / part for part in ("autoencoder", "clip", "unet")}
+    pack.main(runs, root / "small")
+    return root
+
+
+@pytest.fixture(scope="module")
+def backbone(runs):
+    return load_backbone(runs / "small")
+
+
+def test_every_run_logs_and_shows_samples(runs):
+    for run in ("autoencoder", "clip/text", "clip/towers", "unet"):
+        lines = [json.loads(line) for line in (runs / run / "log.jsonl").read_text().splitlines()]
+        assert lines[0]["step"] == 2 and lines[0]["loss"] > 0
+        assert (runs / run / "config.json").is_file()
+    assert (runs / "unet" / "samples-000002.png").is_file()
+
+
+def test_scaled_latents_have_unit_variance(backbone):
+
+    x, _, _ = random_batch(np.random.default_rng(5), 256)
+    assert backbone.encode_images(x).std().item() == pytest.approx(1, abs=0.1)
+
+
+def test_weights_are_stored_in_half_precision_under_35_mb(runs):
+    files = list((runs / "small").rglob("*.safetensors"))
+    assert len(files) == 4
+    assert sum(file.stat().st_size for file in files) < 35e6
+
+
+def test_the_trained_folder_is_a_backbone_that_draws(backbone):
+    assert backbone.resolution == 64 and backbone.latent_shape == (16, 8, 8)
+    pictures = generate(backbone, ["a noto picture of a red apple"], seed=0)
+    assert pictures.shape == (1, 3, 64, 64) and pictures.isfinite().all()
+
+
+def test_it_can_be_personalized(backbone):
+    pipe = DTEPipeline(backbone, TuningEncoder.from_backbone(backbone))
+    concept = pipe.personalize(render_image("tractor", "noto", "white"), num_steps=1)
+    picture = pipe.generate(concept, "S* at night", num_inference_steps=2)[0][0]
+    assert picture.size == (64, 64)
+
+
+def test_a_finished_run_ends_at_once(runs):
+    before = (runs / "autoencoder" / "log.jsonl").read_text()
+    train_autoencoder.main(runs / "autoencoder", steps=2, batch_size=2)
+    assert (runs / "autoencoder" / "log.jsonl").read_text() == before
