@@ -109,11 +109,14 @@ def pack(
 def evaluate(
     out: Annotated[Path, typer.Option(help="JSON file for the measures.")],
     backbone: Backbone = "small",
+    captions: Annotated[
+        int, typer.Option(min=4, help="Captions drawn, seen and novel each.")
+    ] = 500,
 ) -> None:
-    """Measure the base model on the held-out concepts."""
+    """Measure the base model: autoencoder, CLIP, and what its pictures show."""
     from dte_lab.world import evaluate
 
-    evaluate.main(out, backbone)
+    evaluate.main(out, backbone, captions)
 
 
 def given(**options) -> dict:
