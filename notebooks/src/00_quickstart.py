@@ -1,0 +1,485 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   dte_lab:
+#     title: Quickstart
+#     promise: from one picture to the concept in six new settings in two minutes
+#     minutes: 60
+# ---
+
+# %% [markdown]
+# # Quickstart: one picture in, new settings out
+#
+# *From one picture to the concept in six new settings in two minutes.*
+#
+# You have one picture of a thing. You want to see the same thing on a beach, at night, in the
+# snow. A text-to-image model cannot do that by itself: you would have to describe your thing in
+# words, and words fit many things. The **tuning-encoder** of
+# [Arar et al. 2023](https://arxiv.org/abs/2307.06925) looks at the picture and predicts two things:
+# a new *word* for it, written `S*` in prompts, and a small change of the model's weights. A few
+# optimisation steps then sharpen both.
+#
+# After this notebook you can
+#
+# - personalize a small text-to-image model with one picture, in five lines of Python;
+# - say what the encoder predicts, and what the twelve tuning steps add;
+# - read a predicted word through its nearest real words, and the weight change through its size;
+# - choose between likeness and freedom with `alpha_blend`;
+# - tell by looking when it has failed, and why.
+
+# %% [markdown]
+# ## Set up
+#
+# The cell installs the package where it is missing, and leaves an installed PyTorch as it is.
+
+# %%
+import importlib.metadata
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+if importlib.util.find_spec("dte_lab") is None:
+    here = Path.cwd()
+    checkout = next((p for p in (here, *here.parents) if (p / "pyproject.toml").is_file()), None)
+    if checkout is None:
+        raise RuntimeError("dte_lab is not installed: open this notebook inside its repository.")
+    keep = []
+    if importlib.util.find_spec("torch"):
+        keep = [f"torch=={importlib.metadata.version('torch')}"]
+    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
+    subprocess.run([*pip, *keep, f"{checkout}[notebooks]"], check=True)
+
+import torch
+
+from dte_lab import checks
+from dte_lab.cli import quiet_libraries
+from dte_lab.panels import describe_machine, show
+
+quiet_libraries()
+device = "cuda" if torch.cuda.is_available() else "cpu"
+print(describe_machine(device))
+print("backbone: small, since it comes with the package, needs no download and runs on a CPU")
+
+# %% [markdown]
+# **The small backbone** is a complete text-to-image model, built like Stable Diffusion but with
+# pictures of 64 × 64 pixels. It knows a small world: 700 things as emoji, in three drawing styles,
+# before 20 backgrounds. Sixty more things were kept from it during all training. The picture below
+# shows one of those, so neither the model nor the encoder has ever seen it.
+
+# %%
+from dte_lab.world import concepts, render_image
+
+NAME = "tractor"
+picture = render_image(NAME, "fluent", "white")
+print(f"The {NAME} belongs to the split {concepts()[NAME].split!r}: it was not trained on.")
+
+# %% [markdown]
+# ## The five lines
+
+# %%
+import tempfile
+
+prompts = [
+    "a picture of S* on the beach",
+    "a picture of S* at night",
+    "a picture of S* in the snow",
+    "a picture of S* under water",
+    "a picture of S* in the desert",
+    "a picture of S* at sunset",
+]
+file = Path(tempfile.mkdtemp()) / "concept.safetensors"
+
+# %%
+from dte_lab import DTEPipeline
+
+pipe = DTEPipeline.from_pretrained("small", device=device)
+concept = pipe.personalize(picture)
+images = pipe.generate(concept, prompts, seeds=[0])
+concept.save(file)
+
+# %%
+from dte_lab.panels import picture_row
+
+print(
+    f"learned in {concept.seconds:.0f} s with {concept.info['num_steps']} tuning steps; "
+    f"the concept's file has {file.stat().st_size / 1e6:.1f} MB"
+)
+settings = [prompt.removeprefix("a picture of ") for prompt in prompts]
+show(
+    picture_row([picture] + [row[0] for row in images], ["the input"] + settings),
+    f"The input picture, a {NAME} on white, then six drawings of it: {', '.join(settings)}.",
+)
+
+# %% [markdown]
+# `S*` stands for your thing and can be anywhere in a prompt. The prompts are made of words that the
+# small model has read: *on the beach, on the grass, in the forest, in space, on a wooden table, on
+# a red background …* The saved file holds the new word and the weight change. `Concept.load` reads
+# it, and so does the command line: `dte generate concept.safetensors --prompt "S* in space"`.
+
+# %% [markdown]
+# ## What happened inside
+#
+# ### 1. What CLIP reads in the picture
+#
+# The encoder starts from a guess. CLIP, which was trained to match pictures with texts, compares
+# the picture with the text "a picture of a …" for every word of the vocabulary. The embeddings of
+# the few best words are mixed, weighted by how well they fit. The chart shows the real words that
+# lie nearest to that mixture. It cannot contain the right word with any meaning: the model has
+# never seen this thing next to its name.
+
+# %%
+from dte_lab.features import image_features
+from dte_lab.panels import words_figure
+
+features = image_features(pipe.backbone, pipe.pixels([picture]))
+guess = pipe.encoder.zero_shot(features.embeds)  # (1, d)
+words, cosines = zip(*pipe.nearest_words(guess, k=8), strict=True)
+show(
+    words_figure({"initial guess": cosines}, words, picture),
+    f"The input picture, and bars of the cosine similarity of the initial guess with its nearest "
+    f"words: {', '.join(f'{w} {c:.2f}' for w, c in zip(words, cosines, strict=True))}.",
+)
+
+# %% [markdown]
+# ### 2. Predicted only, and tuned
+#
+# One pass through the encoder turns the picture into the word embedding `v*` and the weight change.
+# That is the *prediction*. The twelve tuning steps start from there. With `num_steps=0` we get the
+# prediction alone; the seeds are the same in both rows.
+
+# %%
+from dte_lab.plots import contact_sheet
+
+predicted = pipe.personalize(picture, num_steps=0)
+drawn = pipe.generate(predicted, prompts, seeds=[0])
+rows = [[picture] + [row[0] for row in result] for result in (drawn, images)]
+show(
+    contact_sheet(rows, ["predicted only", "tuned"], ["input"] + settings, tile=96),
+    "Two rows of the same six settings: drawn from the prediction alone, and after tuning.",
+)
+
+# %% [markdown]
+# ### 3. The nearest real words, before and after
+#
+# `v*` is a vector in the same space as the embeddings of all words, so we can ask which words it
+# lies close to. The method *wants* it close to some: an embedding far from every word still draws
+# the thing, but stops obeying the rest of the prompt. A contrastive term in the loss pulls `v*`
+# towards its nearest words and away from the embeddings of other things.
+
+# %%
+import torch.nn.functional as F
+
+table = pipe.prompt_encoder.table
+both = [word for c in (predicted, concept) for word, _ in pipe.nearest_words(c.v_star, k=6)]
+words = list(dict.fromkeys(both))
+rows = table.embeddings[[table.words.index(word) for word in words]]  # (n, d)
+cosines = {
+    name: F.cosine_similarity(rows, c.v_star).tolist()
+    for name, c in (("predicted", predicted), ("tuned", concept))
+}
+moved = F.cosine_similarity(predicted.v_star, concept.v_star).item()
+print(f"cosine between the predicted and the tuned v*: {moved:.3f}")
+show(
+    words_figure(cosines, words),
+    "Bars of the cosine similarity with real words, predicted and tuned: "
+    + "; ".join(
+        f"{word} {before:.2f}, {after:.2f}"
+        for word, before, after in zip(words, *cosines.values(), strict=True)
+    )
+    + ".",
+)
+
+# %% [markdown]
+# #### Exercise 1: the nearest words
+#
+# Difficulty 2 of 5 · 10 minutes
+#
+# Write the function behind the chart. `v` is one embedding with `d` numbers, `embeddings` has one
+# row per word, and the result is a list of the `k` words with the largest cosine similarity, best
+# first.
+#
+# <details>
+# <summary>Hint</summary>
+#
+# The cosine of two vectors is the dot product of the vectors after each is divided by its length.
+# `F.normalize(x, dim=-1)` divides every row by its length; `scores.topk(k).indices` says where the
+# largest are.
+#
+# </details>
+
+
+# %% tags=["exercise"]
+def nearest_words(v, embeddings, words, k=5):
+    """v (d,), embeddings (n, d), n words -> the k words nearest to v by cosine, best first."""
+    ### BEGIN SOLUTION
+    cosine = F.normalize(embeddings, dim=-1) @ F.normalize(v, dim=-1)  # (n,)
+    return [words[i] for i in cosine.topk(k).indices.tolist()]
+    ### END SOLUTION
+
+
+checks.nearest_words(nearest_words)
+
+# %% [markdown]
+# ### 4. Twelve steps, one by one
+#
+# Each tuning step adds noise to the input picture, asks the model to take it out again under the
+# prompt "a picture of S*", and moves `v*` and the weight change a little so that it succeeds
+# better. We tune once more with a callback that keeps every state. The seed is the same, and so
+# is the result. Each picture is drawn from the same initial noise.
+#
+# Every step draws new noise, and how hard the task is depends on the noise more than on our
+# progress: the dotted curve jumps about. To see progress we need the same noises at every step; the
+# solid curve is the mean over 32 of them. A single tuning loss tells you almost nothing, so look at
+# the pictures.
+
+# %%
+from dataclasses import replace
+
+from dte_lab.encoder import EncoderPrediction
+from dte_lab.objective import objective
+
+record = []
+again = pipe.personalize(picture, callback=record.append)
+assert torch.equal(again.v_star, concept.v_star)
+states = [replace(concept, v_star=r["v_star"], offsets=r["offsets"]) for r in record] + [concept]
+
+N = 32
+generator = torch.Generator().manual_seed(1)
+latents = pipe.backbone.encode_images(pipe.pixels([picture])).expand(N, -1, -1, -1)
+noise = torch.randn(latents.shape, generator=generator).to(latents)
+timesteps = torch.linspace(0, len(pipe.backbone.alphas_cumprod) - 1, N).long().to(latents.device)
+
+
+@torch.no_grad()
+def loss_on_fixed_noise(state):
+    """Diffusion loss of a state, mean over N noises that are the same for every state."""
+    prediction = EncoderPrediction(state.v_star, state.offsets)
+    with objective(
+        pipe.backbone, pipe.prompt_encoder, prediction, ["a picture of S*"] * N,
+        latents, noise, timesteps, state.config,
+    ) as terms:  # fmt: skip
+        return terms["diffusion"].item()
+
+
+fixed = [loss_on_fixed_noise(state) for state in states]
+losses = [r["diffusion"] for r in record]
+strip = [
+    pipe.generate(state, "a picture of S*", seeds=[2], progress=False)[0][0] for state in states
+]
+
+# %%
+from statistics import stdev
+
+from dte_lab.panels import steps_figure
+
+print(
+    f"loss that tuning saw: {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last, "
+    f"standard deviation over the {len(losses)} steps {stdev(losses):.3f}"
+)
+print(f"loss on fixed noise (n = {N}): {fixed[0]:.3f} before tuning, {fixed[-1]:.3f} after")
+show(
+    steps_figure(strip, losses, fixed),
+    f"{len(strip)} pictures, one after each tuning step, above the loss. The loss on fixed noise "
+    f"goes from {fixed[0]:.3f} to {fixed[-1]:.3f}; the loss that tuning saw jumps about.",
+)
+
+# %% [markdown]
+# ### 5. How large the weight change is
+#
+# The other prediction is a change of the attention layers' weights. For each projection matrix `W`
+# the encoder predicts two thin matrices, `A` with `Din × r` and `B` with `r × Dout` numbers, and
+# the layer uses `W + A B`. The map shows the size of `A B` as a share of the size of `W` (Frobenius
+# norms), layer by layer. *Self* layers mix positions of the picture, *cross* layers read the
+# prompt.
+
+# %%
+from dte_lab.panels import offset_sizes, offsets_figure
+
+layers, before = offset_sizes(pipe.backbone.unet, predicted.offsets)
+layers, after = offset_sizes(pipe.backbone.unet, concept.offsets)
+count = sum(a.numel() + b.numel() for a, b in concept.offsets.values())
+full = sum(a.shape[1] * b.shape[2] for a, b in concept.offsets.values())
+print(
+    f"{count:,} numbers of rank {concept.config.rank} change {full:,} weights "
+    f"({count / full:.0%}), by {100 * before.mean():.1f} % of their size as predicted and "
+    f"{100 * after.mean():.1f} % once tuned (mean over {after.size} matrices)"
+)
+show(
+    offsets_figure(layers, {"predicted": before, "tuned": after}),
+    f"Two heat maps of the size of the weight change, {len(layers)} layers by four projections. "
+    f"Predicted: {100 * before.min():.1f} to {100 * before.max():.1f} percent; "
+    f"tuned: {100 * after.min():.1f} to {100 * after.max():.1f} percent.",
+)
+
+# %% [markdown]
+# #### Exercise 2: a layer with a low-rank offset
+#
+# Difficulty 2 of 5 · 10 minutes
+#
+# Compute what a layer with weights `W + A B` gives for the inputs `x`, without ever forming `A B`.
+# PyTorch keeps the weight of a linear layer as `(Dout, Din)`, so the layer alone is
+# `F.linear(x, W)`, which is `x @ W.T`. The offset follows the paper: `A` has `Din` rows and `B` has
+# `Dout` columns.
+#
+# <details>
+# <summary>Hint</summary>
+#
+# The layer is linear, so the offset's part is simply added: (W + change) applied to x is W applied
+# to x plus the change applied to x. Which of `A` and `B` has as many rows as `x` has columns?
+#
+# </details>
+
+
+# %% tags=["exercise"]
+def low_rank_offset(x, W, A, B):
+    """x (T, Din), W (Dout, Din), A (Din, r), B (r, Dout) -> (T, Dout), with weights W + A B."""
+    ### BEGIN SOLUTION
+    return F.linear(x, W) + (x @ A) @ B
+    ### END SOLUTION
+
+
+checks.low_rank_offset(low_rank_offset)
+
+# %% [markdown]
+# ### 6. Two paths, one slider
+#
+# A word and weights fitted to a single picture tend to draw that picture again, whatever the prompt
+# says. So every attention layer runs twice. The *soft* path uses `v*` and the changed weights; the
+# *hard* path uses the nearest real word and the model's own weights. The results are blended:
+#
+# $$\text{out} = \alpha \cdot \text{soft} + (1 - \alpha) \cdot \text{hard}$$
+#
+# At α = 0 the model draws its own idea of the nearest word and your picture plays no further part.
+# At α = 1 only the prediction counts.
+
+# %%
+ALPHAS, SEEDS = [0, 0.2, 0.4, 0.6, 0.8, 1], [0, 1, 2, 3]
+blended = {}
+for alpha in ALPHAS:
+    result = pipe.generate(concept, prompts[0], seeds=SEEDS, alpha_blend=alpha, progress=False)
+    blended |= {(alpha, seed): image for seed, image in zip(SEEDS, result[0], strict=True)}
+
+hard_word = pipe.nearest_words(concept.v_star, k=1)[0][0]
+print(f"nearest real word: {hard_word}; blend used so far: {concept.config.alpha_blend}")
+show(
+    picture_row(
+        [blended[alpha, 0] for alpha in ALPHAS] + [picture],
+        [f"α = {alpha:g}" for alpha in ALPHAS] + ["the input"],
+    ),
+    f"{len(ALPHAS)} pictures on the beach with the same seed: at alpha 0 the model's own "
+    f"{hard_word}, at alpha 1 the soft path alone; then the input.",
+)
+
+# %% [markdown]
+# #### Exercise 3: the blend
+#
+# Difficulty 1 of 5 · 5 minutes
+#
+# Write the rule above. What should come out when both paths agree? A check for yourself: the
+# coefficients add up to 1.
+#
+# <details>
+# <summary>Hint</summary>
+#
+# `soft` and `hard` have the same shape and `alpha` is a number; no loop is needed.
+#
+# </details>
+
+
+# %% tags=["exercise"]
+def blend(soft, hard, alpha):
+    """Two results of one attention layer, same shape -> their blend; alpha = 1 is soft alone."""
+    ### BEGIN SOLUTION
+    return alpha * soft + (1 - alpha) * hard
+    ### END SOLUTION
+
+
+checks.blend(blend)
+
+# %% [markdown]
+# #### Try it: α and seed
+#
+# The pictures of the panel were computed in the cell above, so it answers at once. On a page that
+# has no notebook running behind it, the table below shows them all.
+
+# %%
+from IPython.display import display
+
+from dte_lab.panels import blend_panel
+
+display(blend_panel(blended))
+
+# %%
+rows = [[blended[alpha, seed] for alpha in ALPHAS] for seed in SEEDS]
+show(
+    contact_sheet(
+        rows, [f"seed {seed}" for seed in SEEDS], [f"α = {alpha:g}" for alpha in ALPHAS], tile=80
+    ),
+    f"All {len(blended)} pictures of the panel: one row per seed, one column per alpha.",
+)
+
+# %% [markdown]
+# ## When it fails, and why
+
+# %%
+from PIL import Image
+from skimage.data import chelsea
+
+from dte_lab.images import read_image, square
+
+photograph = square(Image.fromarray(chelsea()), pipe.backbone.resolution)
+cat = pipe.personalize(photograph)
+failures = {
+    "a photograph": photograph,
+    "… on the beach": pipe.generate(cat, prompts[0], progress=False)[0][0],
+    "S* on a bicycle": pipe.generate(concept, "S* on a bicycle", progress=False)[0][0],
+    "α = 0": blended[0, 0],
+    "α = 1": blended[1, 0],
+}
+show(
+    picture_row(list(failures.values()), list(failures)),
+    "Five pictures: a photograph of a cat's face; the result on the beach; the concept on a "
+    "bicycle; alpha 0; alpha 1.",
+)
+
+# %% [markdown]
+# - **A thing from another world.** The small model has only ever seen emoji. A photograph is
+#   squeezed into what it knows. The paper says the same of its own model: what its training data
+#   show rarely is hard to encode.
+# - **Words that the model does not know.** Tuning gives the model your thing, and no new scenes.
+# - **Lost likeness** (α small): you get the model's own idea of the nearest word.
+# - **Overfitting** (α = 1): more of the input picture comes along than you asked for, such as its
+#   white background, and the prompt counts for less.
+# - **An unlucky seed.** Compare the rows of the table above before you judge a setting by one
+#   picture.
+
+# %% [markdown]
+# ## Your own picture
+#
+# Put a file beside this notebook and write its name below. A single thing in the middle, on a plain
+# background and in drawing style comes closest to what the small model knows.
+
+# %%
+MY_PICTURE = None  # for example "my_concept.png"
+
+if MY_PICTURE:
+    mine = pipe.personalize(MY_PICTURE)
+    results = pipe.generate(mine, prompts, seeds=[0])
+    own = square(read_image(MY_PICTURE), pipe.backbone.resolution)
+    show(picture_row([own] + [r[0] for r in results], ["the input"] + settings), "Your picture.")
+
+# %% [markdown]
+# ## To take along
+#
+# - One picture gives a word embedding `v*` and a low-rank weight change; tuning refines both.
+# - `v*` has neighbours among the real words, and staying near them keeps a prompt's other words in
+#   force.
+# - `alpha_blend` trades likeness for freedom. Look at several seeds before you choose.
+# - The tuning loss is too noisy to judge by.
+#
+# Everything here is in short files: `dte_lab/pipeline.py` has the five lines,
+# `dte_lab/dual_path.py` the two paths, `dte_lab/tuning.py` the twelve steps.

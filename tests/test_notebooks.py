@@ -1,0 +1,280 @@
+"""Notebooks are in step with their sources, and the tool that makes them does what it says.
+
+pytest runs the solved editions themselves (nbmake). An exercise edition differs from them in the
+exercise cells alone, and no other cell uses what those define: both is checked here.
+"""
+
+import ast
+import re
+import shutil
+import textwrap
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+from nbformat.v4 import new_output
+
+from dte_lab import checks
+from tools import notebooks
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "notebooks" / "src").glob("*.py"))
+
+SMALL = '''
+# ---
+# jupyter:
+#   dte_lab:
+#     minutes: 3
+# ---
+
+# %% [markdown]
+# # A title
+
+# %%
+from tqdm.auto import tqdm
+
+device = "cpu"
+for _ in tqdm(range(3), desc="counting"):
+    pass
+
+# %%
+import ipywidgets
+from IPython.display import display
+
+display(ipywidgets.IntSlider())
+
+# %%
+from PIL import Image
+
+from dte_lab.panels import show
+
+show(Image.new("RGB", (4, 4)), "black")
+print("one")
+print("two")
+
+# %% [markdown]
+# Write it.
+
+# %% tags=["exercise"]
+def double(x):
+    """Twice x."""
+    ### BEGIN SOLUTION
+    two = 2
+    return two * x
+    ### END SOLUTION
+
+
+assert double(2) == 4
+'''
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A folder with one small notebook, executed."""
+    root = tmp_path_factory.mktemp("notebooks")
+    (root / "notebooks" / "src").mkdir(parents=True)
+    (root / "notebooks" / "src" / "small.py").write_text(SMALL.lstrip())
+    notebooks.build(root, run=True)
+    return root
+
+
+@pytest.fixture
+def project(built, tmp_path):
+    """A copy of it that a test may spoil."""
+    return shutil.copytree(built, tmp_path / "project")
+
+
+def solved(root):
+    return nbformat.read(root / "notebooks" / "small.ipynb", as_version=4)
+
+
+def exercises(root):
+    return nbformat.read(root / "notebooks" / "exercises" / "small.ipynb", as_version=4)
+
+
+def spoil(root, change):
+    """Apply `change` to the stored solved notebook and return what `check` then finds."""
+    notebook = solved(root)
+    change(notebook)
+    nbformat.write(notebook, root / "notebooks" / "small.ipynb")
+    return notebooks.check(root)
+
+
+def test_repository_notebooks_are_in_step():
+    assert SOURCES
+    assert notebooks.check(ROOT) == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_exercises_are_complete_and_independent(path):
+    cells = notebooks.read_source(path).cells
+    is_exercise = ["exercise" in cell.metadata.get("tags", []) for cell in cells]
+    assert sum(is_exercise) >= 2
+    defined = set()
+    for i, cell in enumerate(cells):
+        if not is_exercise[i]:
+            continue
+        statement = cells[i - 1].source
+        assert re.search(r"Difficulty [1-5] of 5 · \d+ minutes", statement)
+        assert "<summary>Hint</summary>" in statement
+        (function,) = [n for n in ast.parse(cell.source).body if isinstance(n, ast.FunctionDef)]
+        assert f"checks.{function.name}({function.name})" in cell.source
+        assert hasattr(checks, function.name)
+        defined.add(function.name)
+    for cell, exercise in zip(cells, is_exercise, strict=True):
+        if cell.cell_type == "code" and not exercise:
+            names = {n.id for n in ast.walk(ast.parse(cell.source)) if isinstance(n, ast.Name)}
+            assert not names & defined, "an exercise edition would stop here"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_exercise_cells_pass_when_solved_and_raise_when_not(path):
+    source = notebooks.read_source(path)
+    for edition, raises in ((notebooks.solved_edition, False), (notebooks.exercise_edition, True)):
+        cells = [
+            cell
+            for cell in edition(source, path.stem, {}).cells
+            if "exercise" in cell.metadata.get("tags", [])
+        ]
+        assert cells
+        for cell in cells:
+            assert "SOLUTION" not in cell.source
+            assert ("raises-exception" in cell.metadata.tags) == raises
+            scope = {"checks": checks, "torch": torch, "F": torch.nn.functional}
+            if raises:
+                with pytest.raises(NotImplementedError):
+                    exec(cell.source, scope)
+            else:
+                exec(cell.source, scope)
+
+
+def test_built_notebooks_pass_their_own_check(built):
+    assert notebooks.check(built) == []
+
+
+def test_solved_edition_has_outputs_a_page_can_show(built):
+    notebook = solved(built)
+    codes = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    bar, widget, picture, exercise = codes
+    assert [cell.execution_count for cell in codes] == [1, 2, 3, 4]
+    (stream,) = bar.outputs
+    assert "3/3" in stream.text and "0/3" not in stream.text and "\r" not in stream.text
+    assert widget.outputs == []
+    png, printed = picture.outputs
+    assert png.metadata["image/png"]["alt"] == "black" and printed.text == "one\ntwo\n"
+    assert "two = 2" in exercise.source and exercise.metadata == {"tags": ["exercise"]}
+    assert "widgets" not in notebook.metadata
+    measured = notebook.metadata["dte_lab"]["measured"]
+    assert measured["seconds"] > 0 and measured["peak_memory_gb"] > 0
+    assert f"{measured['seconds']} s on" in notebook.cells[1].source
+    assert not any("execution" in cell.metadata for cell in notebook.cells)
+
+
+def test_exercise_edition_has_a_skeleton_and_the_folded_solution(built):
+    notebook = exercises(built)
+    *_, skeleton, solution = notebook.cells
+    assert "two = 2" not in skeleton.source
+    assert '"""Twice x."""\n    raise NotImplementedError(' in skeleton.source
+    assert skeleton.metadata.tags == ["exercise", "raises-exception"]
+    assert solution.cell_type == "markdown" and "<details>" in solution.source
+    code = re.search(r"```python\n(.*?)```", solution.source, re.S)[1]
+    scope = {}
+    exec("def double(x):\n" + textwrap.indent(code, "    "), scope)
+    assert scope["double"](3) == 6
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+
+
+def test_building_again_changes_nothing(project):
+    files = [project / "notebooks" / n for n in ("small.ipynb", "exercises/small.ipynb")]
+    before = [file.read_bytes() for file in files]
+    assert notebooks.build(project) == []
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_new_text_keeps_outputs_and_new_code_drops_them(project):
+    source = project / "notebooks" / "src" / "small.py"
+    source.write_text(source.read_text().replace("# Write it.", "# Write it yourself."))
+    assert any("differs" in problem for problem in notebooks.check(project))
+    assert notebooks.build(project) == []
+    assert notebooks.check(project) == []
+    assert any(cell.get("outputs") for cell in solved(project).cells)
+
+    source.write_text(source.read_text().replace("range(3)", "range(4)"))
+    assert "--execute" in notebooks.build(project)[0]
+    assert not any(cell.get("outputs") for cell in solved(project).cells)
+    assert any("not executed" in problem for problem in notebooks.check(project))
+
+
+def edit_code(notebook):
+    notebook.cells[2].source += "\n# by hand"
+
+
+def edit_text(notebook):
+    notebook.cells[0].source += " by hand"
+
+
+def store_error(notebook):
+    notebook.cells[2].outputs.append(new_output("error", ename="KeyError", evalue="", traceback=[]))
+
+
+def store_widget(notebook):
+    data = {notebooks.WIDGET: {"model_id": "1"}}
+    notebook.cells[2].outputs.append(new_output("display_data", data=data))
+
+
+def store_widget_state(notebook):
+    notebook.metadata["widgets"] = {}
+
+
+def drop_alt_text(notebook):
+    notebook.cells[4].outputs[0].metadata = {}
+
+
+def grow(notebook):
+    notebook.cells[4].outputs[1].text += "x" * notebooks.MAX_BYTES
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (edit_code, "differs from"),
+        (edit_text, "differs from"),
+        (store_error, "error in cell 2: KeyError"),
+        (store_widget, "widget in cell 2"),
+        (store_widget_state, "state of widgets"),
+        (drop_alt_text, "without alt text in cell 4"),
+        (grow, "more than 1 MB"),
+    ],
+)
+def test_check_finds(project, change, complaint):
+    problems = spoil(project, change)
+    assert any(complaint in problem for problem in problems), problems
+
+
+def test_check_finds_missing_and_orphaned_notebooks(project):
+    (project / "notebooks" / "small.ipynb").rename(project / "notebooks" / "other.ipynb")
+    problems = notebooks.check(project)
+    assert any("small.ipynb is missing" in problem for problem in problems)
+    assert any("other.ipynb has no source" in problem for problem in problems)
+
+
+def test_a_failing_cell_stores_nothing(project):
+    source = project / "notebooks" / "src" / "small.py"
+    source.write_text(source.read_text().replace("range(3)", "range(1 / 0)"))
+    before = (project / "notebooks" / "small.ipynb").read_bytes()
+    with pytest.raises(Exception, match="ZeroDivisionError"):
+        notebooks.build(project, run=True)
+    assert (project / "notebooks" / "small.ipynb").read_bytes() == before
+
+
+def test_badge_appears_once_there_is_a_repository(monkeypatch, tmp_path):
+    monkeypatch.setattr(notebooks, "ROOT", tmp_path)
+    project = '[project]\nversion = "1.2"\n'
+    (tmp_path / "pyproject.toml").write_text(project)
+    source = notebooks.jupytext.reads(SMALL.lstrip(), fmt="py:percent")
+    assert "colab" not in notebooks.solved_edition(source, "small", {}).cells[1].source
+    urls = '[project.urls]\nRepository = "https://github.com/someone/thing"\n'
+    (tmp_path / "pyproject.toml").write_text(project + urls)
+    opening = notebooks.exercise_edition(source, "small", {}).cells[1].source
+    assert "github/someone/thing/blob/v1.2/notebooks/exercises/small.ipynb" in opening

@@ -1,0 +1,137 @@
+"""Figures show what they are given, and the panel's widgets redraw it."""
+
+import io
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from dte_lab import panels
+from dte_lab.dual_path import PROJECTIONS, attention_layers
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """{(alpha, seed): picture of one colour}."""
+    return {
+        (alpha, seed): Image.new("RGB", (8, 8), (int(255 * alpha), 100 * seed, 0))
+        for alpha in (0, 0.5, 1)
+        for seed in (0, 1)
+    }
+
+
+def image_in(ax):
+    return ax.get_images()[0].get_array()
+
+
+def test_picture_row_draws_each_picture_under_its_title(pictures):
+    chosen = list(pictures.values())[:5]
+    figure = panels.picture_row(chosen, list("abcde"), rows=2)
+    assert [ax.get_title() for ax in figure.axes] == list("abcde")
+    for ax, picture in zip(figure.axes, chosen, strict=True):
+        assert np.array_equal(image_in(ax), np.asarray(picture))
+    with pytest.raises(ValueError):
+        panels.picture_row(chosen, ["too few"])
+
+
+def test_words_figure_has_one_bar_per_word_and_embedding(pictures):
+    cosines = {"predicted": [0.9, 0.2, -0.1], "tuned": [0.8, 0.3, 0.1]}
+    figure = panels.words_figure(cosines, ["cat", "dog", "car"])
+    (ax,) = figure.axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["cat", "dog", "car"]
+    for bars, values in zip(ax.containers, cosines.values(), strict=True):
+        assert [bar.get_width() for bar in bars] == values
+    low, high = ax.get_xlim()
+    assert low <= -0.1 and high > 0.9
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == list(cosines)
+    hatches = [bars[0].get_hatch() for bars in ax.containers]
+    assert len(set(hatches)) == 2, "the two must differ by more than colour"
+
+    with_picture = panels.words_figure({"guess": [0.5]}, ["cat"], pictures[0, 0])
+    assert len(with_picture.axes) == 2 and with_picture.axes[1].get_legend() is None
+
+
+def test_steps_figure_puts_each_picture_over_its_step(pictures):
+    strip = list(pictures.values())[:4]
+    figure = panels.steps_figure(strip, [3.0, 1.0, 2.0], [2.5, 2.0, 1.5, 1.0])
+    *thumbnails, curve = figure.axes
+    assert len(thumbnails) == 4
+    to_figure = curve.transData + figure.transFigure.inverted()
+    for step, ax in enumerate(thumbnails):
+        box = ax.get_position()
+        assert to_figure.transform((step, 0))[0] == pytest.approx((box.x0 + box.x1) / 2)
+    noisy, fixed = curve.get_lines()
+    assert list(noisy.get_ydata()) == [3.0, 1.0, 2.0] and len(fixed.get_ydata()) == 4
+
+
+def test_offset_sizes_are_relative_norms(tiny_backbone, tiny_offsets):
+    offsets = tiny_offsets()
+    layers, sizes = panels.offset_sizes(tiny_backbone.unet, offsets)
+    assert sizes.shape == (len(layers), 4)
+    assert layers == list(attention_layers(tiny_backbone.unet))
+    name, column = layers[1], PROJECTIONS.index("to_out")
+    a, b = offsets[f"{name}.to_out"]
+    weight = tiny_backbone.unet.get_submodule(f"{name}.to_out.0").weight
+    change = torch.einsum("ir,ro->oi", a[0], b[0])
+    expected = change.square().sum().sqrt() / weight.square().sum().sqrt()
+    assert sizes[1, column] == pytest.approx(expected.item(), rel=1e-5)
+
+    figure = panels.offsets_figure(layers, {"predicted": 0 * sizes, "tuned": sizes})
+    left, right = figure.axes[:2]
+    assert np.allclose(image_in(right), 100 * sizes)
+    assert left.get_images()[0].get_clim() == right.get_images()[0].get_clim()
+    labels = [label.get_text() for label in left.get_yticklabels()]
+    assert len(set(labels)) == len(layers), "every layer needs a label of its own"
+
+
+def test_no_offsets_at_all_can_be_drawn(tiny_backbone, tiny_offsets):
+    layers, sizes = panels.offset_sizes(tiny_backbone.unet, tiny_offsets(scale=0))
+    assert not sizes.any()
+    panels.offsets_figure(layers, {"predicted": sizes}).savefig(io.BytesIO())
+
+
+def colour_shown(panel):
+    """Colour in the middle of the picture that the panel's HTML holds."""
+    import base64
+
+    data = panel.view.value.partition("base64,")[2].partition('"')[0]
+    picture = Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
+    return picture.getpixel((picture.width // 2, picture.height // 2))
+
+
+def test_panel_follows_its_widgets(pictures):
+    panel = panels.blend_panel(pictures)
+    assert panel.view in panel.children
+    for alpha, seed in pictures:
+        panel.alpha.value = alpha
+        panel.seed.value = seed
+        assert colour_shown(panel) == pictures[alpha, seed].getpixel((0, 0))
+        assert f'alt="The concept with alpha_blend {alpha:g} and seed {seed}"' in panel.view.value
+
+
+def test_show_stores_png_with_alt_text(monkeypatch, pictures):
+    import IPython.display
+
+    shown = []
+    monkeypatch.setattr(IPython.display, "display", shown.append)
+    panels.show(panels.picture_row([pictures[1, 0]], ["a"]), "a red square")
+    panels.show(pictures[1, 0], "the picture itself")
+    for image, alt in zip(shown, ("a red square", "the picture itself"), strict=True):
+        data, metadata = image._repr_mimebundle_()
+        assert metadata["image/png"]["alt"] == alt and json.dumps(data)
+    assert Image.open(io.BytesIO(shown[1].data)).size == (8, 8)
+
+
+def test_describe_machine_names_the_device():
+    assert panels.describe_machine("cpu").startswith("device: cpu (")
+
+
+def test_figures_leave_pyplot_alone(pictures):
+    """Otherwise a notebook would show each figure twice."""
+    assert isinstance(panels.blend_figure(pictures, 0.5, 1), Figure)
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    assert pyplot is None or not pyplot.get_fignums()

@@ -1,0 +1,308 @@
+"""Make both editions of every notebook from its one source.
+
+    python -m tools.notebooks build [NAME ...] [--execute]
+    python -m tools.notebooks --check
+
+A source is `notebooks/src/NAME.py`, a solved notebook in jupytext's percent format. From it come
+
+    notebooks/NAME.ipynb             solved, with its outputs stored
+    notebooks/exercises/NAME.ipynb   solutions replaced by skeletons and folded below them
+
+An exercise is a cell with the tag "exercise"; in it, nbgrader's comments `### BEGIN SOLUTION` and
+`### END SOLUTION` enclose what the reader writes. A cell that says how long the notebook takes is
+put after the title; its numbers are those of the stored run. `build` alone keeps stored outputs
+while no code cell changed.
+"""
+
+import argparse
+import copy
+import hashlib
+import json
+import os
+import re
+import sys
+import textwrap
+import time
+import tomllib
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from dte_lab.files import write_atomically
+
+ROOT = Path(__file__).parents[1]
+MAX_BYTES = 1_000_000
+WIDGET = "application/vnd.jupyter.widget-view+json"
+SOLUTION = re.compile(
+    r"^(?P<indent> *)### BEGIN SOLUTION\n(?P<body>.*?)^ *### END SOLUTION\n?", re.M | re.S
+)
+# Plain bars, since the state of widgets is not stored; readers still get the widget.
+PRELUDE = "import tqdm, tqdm.auto; tqdm.auto.tqdm = tqdm.tqdm"
+EPILOGUE = """
+import json
+from dte_lab.pipeline import peak_memory_mb
+print(json.dumps({"device": device, "peak_memory_gb": round(peak_memory_mb(device) / 1024, 1)}))
+"""
+
+
+def read_source(path):
+    """The source as a notebook; its `dte_lab` metadata are what the opening needs."""
+    return jupytext.read(path, fmt="py:percent")
+
+
+def solved_edition(source, name, measured):
+    """The complete notebook, not executed. measured: what `execute` returned, or {}."""
+    return _edition(source, name, measured, solved=True)
+
+
+def exercise_edition(source, name, measured):
+    """The notebook with a skeleton and a folded solution for every exercise.
+
+    Exercise cells carry the tag "raises-exception", with which Jupyter, nbclient and nbmake go on
+    after the NotImplementedError of the skeleton.
+    """
+    return _edition(source, name, measured, solved=False)
+
+
+def _edition(source, name, measured, solved):
+    opening = new_markdown_cell(_opening(source.metadata["dte_lab"], name, measured, solved))
+    cells = [source.cells[0], opening]
+    for cell in source.cells[1:]:
+        if "exercise" not in cell.metadata.get("tags", []):
+            cells.append(cell)
+        elif solved:
+            text = SOLUTION.sub(lambda match: match["body"], cell.source)
+            cells.append(new_code_cell(text, metadata={"tags": ["exercise"]}))
+        else:
+            text = SOLUTION.sub(_skeleton, cell.source)
+            tags = {"tags": ["exercise", "raises-exception"]}
+            cells.append(new_code_cell(text, metadata=tags))
+            cells.append(new_markdown_cell(_folded(cell.source)))
+    notebook = new_notebook(
+        cells=[copy.deepcopy(cell) for cell in cells],
+        metadata={
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+            "dte_lab": {**source.metadata["dte_lab"], "measured": measured},
+        },
+    )
+    seen = {}
+    for cell in notebook.cells:  # ids that depend on the content alone, so that diffs stay small
+        digest = hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()[:8]
+        seen[digest] = seen.get(digest, 0) + 1
+        cell.id = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
+        cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags"}
+    return notebook
+
+
+def _skeleton(match):
+    return f'{match["indent"]}raise NotImplementedError("Write this part, then run the cell.")\n'
+
+
+def _folded(text):
+    bodies = [textwrap.dedent(match["body"]).rstrip() for match in SOLUTION.finditer(text)]
+    code = "\n\n".join(bodies)
+    return f"<details>\n<summary>Solution</summary>\n\n```python\n{code}\n```\n\n</details>"
+
+
+def _opening(metadata, name, measured, solved):
+    """The cell below the title: badges, times, memory, and where the other edition is."""
+    rows = []
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    if repository := project.get("urls", {}).get("Repository"):
+        path = repository.removeprefix("https://github.com/").rstrip("/")
+        link = f"https://colab.research.google.com/github/{path}/blob/v{project['version']}"
+        folder = "notebooks" if solved else "notebooks/exercises"
+        badge = "https://colab.research.google.com/assets/colab-badge.svg"
+        rows.append(f"[![Open in Colab]({badge})]({link}/{folder}/{name}.ipynb)")
+    seconds, cores = measured.get("seconds"), measured.get("cores")
+    ran = f"{seconds} s on {cores} CPU cores, as stored here" if seconds else "not measured yet"
+    memory = f"{measured['peak_memory_gb']} GB" if measured else "not measured yet"
+    rows.append(
+        "| Running it: laptop CPU | T4 GPU | peak memory | Reading it, with exercises |\n"
+        "|---|---|---|---|\n"
+        f"| {ran} | not measured yet | {memory} | {metadata['minutes']} minutes |"
+    )
+    rows.append(
+        f"This is the solved edition. To do the exercises, open "
+        f"[exercises/{name}.ipynb](exercises/{name}.ipynb)."
+        if solved
+        else f"This is the exercise edition. The solved one, with all outputs, is "
+        f"[../{name}.ipynb](../{name}.ipynb)."
+    )
+    return "\n\n".join(rows)
+
+
+def execute(notebook, folder):
+    """Run the notebook in place, in `folder`, offline. Returns {seconds, cores, ...} of the run.
+
+    Raises nbclient.exceptions.CellExecutionError when a cell fails.
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    start = time.perf_counter()
+    notebook.cells = [new_code_cell(PRELUDE), *notebook.cells, new_code_cell(EPILOGUE)]
+    resources = {"metadata": {"path": str(folder)}}
+    NotebookClient(notebook, timeout=900, record_timing=False, resources=resources).execute()
+    seconds = time.perf_counter() - start
+    del notebook.cells[0]
+    tidy(notebook)
+    said = {output.name: output.text for output in notebook.cells.pop().outputs}
+    measured = json.loads(said["stdout"])
+    return {"seconds": round(seconds), "cores": os.cpu_count(), **measured}
+
+
+def tidy(notebook):
+    """Leave of the outputs what a page can show: no widgets, bars in their last state."""
+    notebook.metadata.pop("widgets", None)
+    codes = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for count, cell in enumerate(codes, start=1):
+        cell.execution_count = count
+        kept = []
+        for output in cell.outputs:
+            if WIDGET in output.get("data", {}):
+                continue
+            if output.output_type == "execute_result":
+                output.execution_count = count
+            if kept and output.output_type == "stream" and kept[-1].get("name") == output.name:
+                kept[-1].text += output.text
+            else:
+                kept.append(output)
+        for output in kept:
+            if output.output_type == "stream":
+                output.text = re.sub(r"[^\n]*\r(?=[^\n])", "", output.text)
+        cell.outputs = kept
+
+
+def build(root, names=(), run=False):
+    """Write both editions of the named notebooks, or of all. Returns what a person should know."""
+    notes = []
+    for path in _sources(root, names):
+        name, solved_path = path.stem, root / "notebooks" / f"{path.stem}.ipynb"
+        source, stored = read_source(path), _read(solved_path)
+        if run:
+            stored = solved_edition(source, name, {})
+            measured = execute(stored, solved_path.parent)
+            notes.append(f"{name}: {measured['seconds']} s, {measured['peak_memory_gb']} GB")
+        else:
+            measured = _measured(stored)
+        notebook = solved_edition(source, name, measured)
+        if stored and _codes(stored) == _codes(notebook):
+            _copy_outputs(stored, notebook)
+        else:
+            notes.append(f"{name}: the code is new, so no outputs are stored; use --execute")
+        _write(notebook, solved_path)
+        exercises = exercise_edition(source, name, measured)
+        _write(exercises, root / "notebooks" / "exercises" / f"{name}.ipynb")
+    return notes
+
+
+def check(root):
+    """Everything that is wrong with the stored notebooks, one sentence each."""
+    problems = []
+    sources = {path.stem: path for path in _sources(root)}
+    for folder in ("notebooks", "notebooks/exercises"):
+        for path in sorted((root / folder).glob("*.ipynb")):
+            if path.stem not in sources:
+                problems.append(f"{path.relative_to(root)} has no source in notebooks/src.")
+    for name, path in sources.items():
+        source = read_source(path)
+        solved_path = root / "notebooks" / f"{name}.ipynb"
+        measured = _measured(_read(solved_path))
+        for edition, target in (
+            (solved_edition, solved_path),
+            (exercise_edition, root / "notebooks" / "exercises" / f"{name}.ipynb"),
+        ):
+            label, stored = target.relative_to(root), _read(target)
+            if stored is None:
+                problems.append(f"{label} is missing: run python -m tools.notebooks build {name}.")
+                continue
+            expected = edition(source, name, measured)
+            if _without_outputs(stored) != _without_outputs(expected):
+                problems.append(f"{label} differs from {path.relative_to(root)}: build it anew.")
+            problems += [f"{label} {fault}" for fault in faults(stored, edition is solved_edition)]
+            if (size := target.stat().st_size) > MAX_BYTES:
+                problems.append(f"{label} has {size / 1e6:.2f} MB, more than 1 MB.")
+    return problems
+
+
+def faults(notebook, solved):
+    """What is wrong with stored outputs, as ends of sentences."""
+    found = []
+    if "widgets" in notebook.metadata:
+        found.append("stores the state of widgets, with which GitHub does not show it.")
+    for number, cell in enumerate(notebook.cells):
+        if cell.cell_type != "code":
+            continue
+        if solved and cell.execution_count is None:
+            found.append(f"was not executed in cell {number}.")
+        if not solved and cell.outputs:
+            found.append(f"is the exercise edition, but has outputs in cell {number}.")
+        for output in cell.outputs:
+            if output.output_type == "error":
+                found.append(f"stores an error in cell {number}: {output.ename}.")
+            data = output.get("data", {})
+            if WIDGET in data:
+                found.append(f"stores a widget in cell {number}.")
+            if "image/png" in data and not output.metadata.get("image/png", {}).get("alt"):
+                found.append(f"has a picture without alt text in cell {number}.")
+    return found
+
+
+def _sources(root, names=()):
+    paths = sorted((root / "notebooks" / "src").glob("*.py"))
+    if unknown := set(names) - {path.stem for path in paths}:
+        raise SystemExit(f"error: no source notebooks/src/{sorted(unknown)[0]}.py")
+    return [path for path in paths if not names or path.stem in names]
+
+
+def _read(path):
+    return nbformat.read(path, as_version=4) if path.is_file() else None
+
+
+def _write(notebook, path):
+    nbformat.validate(notebook)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (nbformat.writes(notebook) + "\n").encode())
+
+
+def _measured(notebook):
+    return dict(notebook.metadata.get("dte_lab", {}).get("measured", {})) if notebook else {}
+
+
+def _codes(notebook):
+    return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def _copy_outputs(stored, notebook):
+    codes = [[c for c in nb.cells if c.cell_type == "code"] for nb in (stored, notebook)]
+    for old, new in zip(*codes, strict=True):
+        new.outputs, new.execution_count = old.outputs, old.execution_count
+
+
+def _without_outputs(notebook):
+    cells = [(c.id, c.cell_type, c.source, c.metadata) for c in notebook.cells]
+    return cells, notebook.metadata
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m tools.notebooks")
+    parser.add_argument("--check", action="store_true", help="fail where a notebook is stale")
+    command = parser.add_subparsers(dest="command").add_parser("build", help="write both editions")
+    command.add_argument("names", nargs="*", metavar="NAME", help="such as 00_quickstart")
+    command.add_argument("--execute", action="store_true", help="run them and store the outputs")
+    arguments = parser.parse_args()
+    if arguments.command == "build":
+        print("\n".join(build(ROOT, arguments.names, arguments.execute)))
+    elif arguments.check:
+        problems = check(ROOT)
+        print("\n".join(problems) or "The notebooks are in step with their sources.")
+        sys.exit(bool(problems))
+    else:
+        parser.error("say build or --check")
+
+
+if __name__ == "__main__":
+    main()
