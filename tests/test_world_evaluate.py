@@ -52,11 +52,23 @@ def test_psnr_and_reconstruction_loss_against_hand_computed_values():
 
 
 def test_tower_logits_are_scaled_cosines():
-    towers = Towers(build_image_tower(), torch.nn.Linear(192, 128, bias=False))
+    towers = Towers(
+        build_image_tower(torch.randn(8, 3, 64, 64)), torch.nn.Linear(192, 128, bias=False)
+    )
     image, text = torch.randn(3, 128), torch.randn(5, 192)
     projected = text @ towers.projection.weight.T
     cosine = torch.cosine_similarity(image[:, None], projected[None], dim=-1)
     assert torch.allclose(towers.logits(image, text), cosine / 0.07, atol=1e-4)
+
+
+def test_image_tower_starts_with_white_patches():
+    x, _, _ = random_batch(np.random.default_rng(0), 128)
+    embedding = build_image_tower(x).vision_model.embeddings.patch_embedding
+    with torch.no_grad():
+        y = embedding(x).permute(0, 2, 3, 1).flatten(0, 2)  # (N, 128)
+    covariance = torch.cov(y.T)
+    assert torch.allclose(covariance.diag()[:30], torch.ones(30), atol=0.05)
+    assert (covariance - covariance.diag().diag()).abs().max() < 0.05
 
 
 def test_text_painter_paints_and_names():

@@ -7,8 +7,9 @@ Stable Diffusion's CLIP.
 import json
 import string
 
+import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     CLIPImageProcessor,
     CLIPTextConfig,
@@ -79,9 +80,13 @@ def build_text_tower(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
     )
 
 
-def build_image_tower() -> CLIPVisionModelWithProjection:
-    """Three layers of width 128 on patches of 8 px, the cells that sprites are aligned with."""
-    return CLIPVisionModelWithProjection(
+def build_image_tower(x: Tensor) -> CLIPVisionModelWithProjection:
+    """Three layers of width 128 on patches of 8 px, the cells that sprites are aligned with.
+
+    The patch embedding starts as the whitening PCA of the patches of x (B, 3, 64, 64): otherwise
+    their mean colours drown everything else, and the tower learns shapes very late.
+    """
+    tower = CLIPVisionModelWithProjection(
         CLIPVisionConfig(
             image_size=SIZE,
             patch_size=8,
@@ -92,6 +97,14 @@ def build_image_tower() -> CLIPVisionModelWithProjection:
             projection_dim=PROJECTION,
         )
     )
+    embedding = tower.vision_model.embeddings.patch_embedding  # a convolution without bias
+    patches = nn.functional.unfold(x, 8, stride=8).transpose(1, 2).flatten(0, 1)  # (N, 192)
+    _, s, v = torch.linalg.svd(patches - patches.mean(0), full_matrices=False)
+    std = (s / len(patches) ** 0.5).clamp(min=0.02 * s[0] / len(patches) ** 0.5)
+    basis = v[: embedding.out_channels] / std[: embedding.out_channels, None]  # (128, 192)
+    with torch.no_grad():
+        embedding.weight.copy_(basis.unflatten(1, (3, 8, 8)))
+    return tower
 
 
 def build_image_processor() -> CLIPImageProcessor:

@@ -135,7 +135,8 @@ def train_towers(
 ) -> Towers:
     """Phase 2: see the module's docstring."""
     torch.manual_seed(seed)
-    model = Towers(build_image_tower(), text.text_projection.requires_grad_(True))
+    x, _, _ = random_batch(np.random.default_rng(seed), 1024)
+    model = Towers(build_image_tower(x), text.text_projection.requires_grad_(True))
     names = split_names("train")
 
     @torch.no_grad()
