@@ -99,12 +99,20 @@ def build_image_tower(x: Tensor) -> CLIPVisionModelWithProjection:
     )
     embedding = tower.vision_model.embeddings.patch_embedding  # a convolution without bias
     patches = nn.functional.unfold(x, 8, stride=8).transpose(1, 2).flatten(0, 1)  # (N, 192)
-    _, s, v = torch.linalg.svd(patches - patches.mean(0), full_matrices=False)
-    std = (s / len(patches) ** 0.5).clamp(min=0.02 * s[0] / len(patches) ** 0.5)
-    basis = v[: embedding.out_channels] / std[: embedding.out_channels, None]  # (128, 192)
+    basis = whitening(patches - patches.mean(0), embedding.out_channels)
     with torch.no_grad():
         embedding.weight.copy_(basis.unflatten(1, (3, 8, 8)))
     return tower
+
+
+def whitening(x: Tensor, count: int) -> Tensor:
+    """The `count` directions of most variance of x (N, d), scaled to variance 1: (count, d).
+
+    Directions with under 2 % of the largest standard deviation are scaled as if they had it.
+    """
+    _, s, v = torch.linalg.svd(x, full_matrices=False)
+    std = s[:count] / len(x) ** 0.5
+    return v[:count] / std.clamp(min=0.02 * std[0])[:, None]
 
 
 def build_image_processor() -> CLIPImageProcessor:

@@ -26,6 +26,7 @@ from dte_lab.world.clip import (
     build_text_tower,
     build_tokenizer,
     tokenize,
+    whitening,
 )
 from dte_lab.world.data import picture_grid, random_batch, random_captions, to_tensor
 from dte_lab.world.scenes import SCENES, render
@@ -151,6 +152,11 @@ def train_towers(
         "style": pooled([f"a {style} picture of a thing" for style in STYLES]),
         "scene": pooled([caption("thing", None, scene) for scene in SCENES]),
     }
+
+    # The states of all captions are nearly parallel; whitened, they start apart from each other.
+    captions, _ = random_captions(np.random.default_rng(seed), 2048)
+    with torch.no_grad():
+        model.projection.weight.copy_(whitening(pooled(captions), len(model.projection.weight)))
 
     def truth(items: list[tuple]) -> dict[str, Tensor]:
         found = {
