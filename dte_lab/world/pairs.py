@@ -9,12 +9,13 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dte_lab.world.captions import caption
+from dte_lab.world.captions import caption, scene_words
 from dte_lab.world.data import random_item, to_tensor
 from dte_lab.world.scenes import SCENES, render
 from dte_lab.world.sprites import STYLES, concepts, split_names
 
 SAME_PICTURE, OTHER_SCENE = 0.25, 0.5  # the rest: other scene and other style
+SHORT_PROMPT = 0.3  # of the prompts that name a scene alone: "S* at night", as people write
 
 
 class ConceptPairs(Dataset):
@@ -44,6 +45,8 @@ class ConceptPairs(Dataset):
                 style = prompt_style = STYLES[rng.integers(len(STYLES))]
             target = render(name, style, scene, int(rng.integers(1 << 31)))
             prompt = caption("S*", prompt_style, scene)
+            if not prompt_style and rng.random() < SHORT_PROMPT:
+                prompt = f"S* {scene_words(scene)}"
         image, target = to_tensor(np.stack([image, target]))
         return {
             "image": image,
