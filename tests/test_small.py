@@ -1,8 +1,10 @@
 """The shipped weights do what the README says: unseen pictures, offline, in under a minute."""
 
+import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from skimage import data
 from dte_lab import Concept, DTEPipeline
 from dte_lab.backbone import WEIGHTS
 from dte_lab.world import SCENES, caption, render_image, split_names
-from dte_lab.world.evaluate import classify_scene, generate
+from dte_lab.world.evaluate import classify_scene, generate, table
 
 # Any attempt to connect fails loudly.
 OFFLINE = """
@@ -39,6 +41,11 @@ def test_weights_are_under_35_mb_and_hold_no_pickle():
     assert sum(f.stat().st_size for f in base) < 35e6
     assert sum(f.stat().st_size for f in WEIGHTS.rglob("*")) < 60e6
     assert not [f for f in WEIGHTS.rglob("*") if f.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+
+
+def test_model_card_holds_the_measures_of_the_results_file():
+    results = json.loads((Path(__file__).parents[1] / "results" / "world.json").read_text())
+    assert table(results) in (WEIGHTS / "small" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("photo", ["chelsea", "coffee"])

@@ -152,3 +152,37 @@ def main(out: Path, backbone: str = "small", n: int = 500) -> dict:
     results["seconds_for_four_pictures"] = time.perf_counter() - start
     write_atomically(Path(out), json.dumps(results, indent=1).encode())
     return results
+
+
+def table(results: dict) -> str:
+    """The measures as the Markdown table of the model card."""
+    rows = ["| Measure | Value | 95 % interval | n |", "|---|---|---|---|"]
+
+    def share(name: str, value: dict) -> str:
+        low, high = 100 * value["low"], 100 * value["high"]
+        return f"| {name} | {100 * value['mean']:.1f} % | {low:.1f} to {high:.1f} | {value['n']} |"
+
+    psnr_db = results["autoencoder_psnr_val_db"]
+    rows.append(f"| autoencoder, PSNR on val | {psnr_db['mean']:.1f} dB | | {psnr_db['n']} |")
+    for key, name in (
+        ("clip_concept_top1", "CLIP, concept among all train concepts, top-1"),
+        ("clip_concept_top5", "CLIP, the same, top-5"),
+        ("clip_style", "CLIP, style"),
+        ("clip_scene", "CLIP, scene"),
+        ("clip_group_of_val_concepts", "CLIP, group of an unseen concept by its nearest name"),
+        ("scene_classifier_on_true_renderings", "scene classifier on true renderings"),
+    ):
+        rows.append(share(name, results[key]))
+    names = {
+        "scene": "scene by pixel classifier",
+        "style_by_clip": "style by CLIP",
+        "concept_top1_by_clip": "concept by CLIP, top-1",
+        "concept_top5_by_clip": "concept by CLIP, top-5",
+    }
+    for key, text in (("seen", "seen combinations"), ("novel", "novel combinations")):
+        for measure, name in names.items():
+            for kind in ("generated", "true"):
+                value = results[f"{kind}_{key}"][measure]
+                rows.append(share(f"{kind} pictures, {text}: {name}", value))
+    rows.append(f"| four pictures, 25 steps | {results['seconds_for_four_pictures']:.1f} s | | 1 |")
+    return "\n".join(rows)
