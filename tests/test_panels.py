@@ -28,14 +28,16 @@ def image_in(ax):
     return ax.get_images()[0].get_array()
 
 
-def test_picture_row_draws_each_picture_under_its_title(pictures):
-    chosen = list(pictures.values())[:5]
-    figure = panels.picture_row(chosen, list("abcde"), rows=2)
-    assert [ax.get_title() for ax in figure.axes] == list("abcde")
+def test_picture_grid_draws_each_picture_in_its_place(pictures):
+    chosen = list(pictures.values())
+    figure = panels.picture_grid([chosen[:3], chosen[3:]], list("abc"), ["first", "second"])
+    assert [ax.get_title() for ax in figure.axes] == ["a", "b", "c", "", "", ""]
+    assert [ax.get_ylabel() for ax in figure.axes] == ["first", "", "", "second", "", ""]
     for ax, picture in zip(figure.axes, chosen, strict=True):
         assert np.array_equal(image_in(ax), np.asarray(picture))
-    with pytest.raises(ValueError):
-        panels.picture_row(chosen, ["too few"])
+    for rows, columns in (([chosen[:2]], "abc"), ([chosen[:3], chosen[:2]], "abc")):
+        with pytest.raises(ValueError):
+            panels.picture_grid(rows, list(columns))
 
 
 def test_words_figure_has_one_bar_per_word_and_embedding(pictures):
@@ -113,16 +115,26 @@ def test_panel_follows_its_widgets(pictures):
         assert f'alt="The concept with alpha_blend {alpha:g} and seed {seed}"' in panel.view.value
 
 
-def test_show_stores_png_with_alt_text(monkeypatch, pictures):
+def test_show_stores_the_smaller_format_with_alt_text(monkeypatch, pictures):
     import IPython.display
 
     shown = []
     monkeypatch.setattr(IPython.display, "display", shown.append)
-    panels.show(panels.picture_row([pictures[1, 0]], ["a"]), "a red square")
-    panels.show(pictures[1, 0], "the picture itself")
-    for image, alt in zip(shown, ("a red square", "the picture itself"), strict=True):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    given = {
+        "a chart": panels.words_figure({"guess": [0.5]}, ["cat"]),
+        "one colour": pictures[1, 0],
+        "noise": Image.fromarray(noise),
+    }
+    for alt, figure in given.items():
+        panels.show(figure, alt)
+    kinds = []
+    for image, alt in zip(shown, given, strict=True):
         data, metadata = image._repr_mimebundle_()
-        assert metadata["image/png"]["alt"] == alt and json.dumps(data)
+        ((kind, text),) = data.items()
+        assert metadata[kind]["alt"] == alt and json.dumps(text)
+        kinds.append(kind)
+    assert kinds == ["image/png", "image/png", "image/jpeg"]
     assert Image.open(io.BytesIO(shown[1].data)).size == (8, 8)
 
 

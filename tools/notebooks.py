@@ -246,8 +246,9 @@ def faults(notebook, solved):
             data = output.get("data", {})
             if WIDGET in data:
                 found.append(f"stores a widget in cell {number}.")
-            if "image/png" in data and not output.metadata.get("image/png", {}).get("alt"):
-                found.append(f"has a picture without alt text in cell {number}.")
+            for kind in {"image/png", "image/jpeg", "image/svg+xml"} & set(data):
+                if not output.metadata.get(kind, {}).get("alt"):
+                    found.append(f"has a picture without alt text in cell {number}.")
     return found
 
 

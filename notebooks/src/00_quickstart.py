@@ -66,16 +66,19 @@ print("backbone: small, since it comes with the package, needs no download and r
 
 # %% [markdown]
 # **The small backbone** is a complete text-to-image model, built like Stable Diffusion but with
-# pictures of 64 × 64 pixels. It knows a small world: 700 things as emoji, in three drawing styles,
-# before 20 backgrounds. Sixty more things were kept from it during all training. The picture below
-# shows one of those, so neither the model nor the encoder has ever seen it.
+# pictures of 64 × 64 pixels. It knows a small world: things as emoji, in several drawing styles,
+# before plain and painted backgrounds. Some things were kept from it during all training. Our
+# picture shows one of those, so neither the model nor the encoder has ever seen it.
 
 # %%
-from dte_lab.world import concepts, render_image
+from dte_lab.world import SCENES, STYLES, concepts, render_image, split_names
 
 NAME = "tractor"
 picture = render_image(NAME, "fluent", "white")
-print(f"The {NAME} belongs to the split {concepts()[NAME].split!r}: it was not trained on.")
+print(f"trained on {len(split_names('train'))} things, {len(STYLES)} styles, {len(SCENES)} scenes")
+print(f"kept back: {len(split_names('val'))} things to choose with, among them the {NAME}, and")
+print(f"{len(split_names('test'))} to test with")
+assert concepts()[NAME].split == "val"
 
 # %% [markdown]
 # ## The five lines
@@ -102,7 +105,7 @@ images = pipe.generate(concept, prompts, seeds=[0])
 concept.save(file)
 
 # %%
-from dte_lab.panels import picture_row
+from dte_lab.panels import picture_grid
 
 print(
     f"learned in {concept.seconds:.0f} s with {concept.info['num_steps']} tuning steps; "
@@ -110,7 +113,7 @@ print(
 )
 settings = [prompt.removeprefix("a picture of ") for prompt in prompts]
 show(
-    picture_row([picture] + [row[0] for row in images], ["the input"] + settings),
+    picture_grid([[picture] + [row[0] for row in images]], ["the input"] + settings),
     f"The input picture, a {NAME} on white, then six drawings of it: {', '.join(settings)}.",
 )
 
@@ -128,8 +131,9 @@ show(
 # The encoder starts from a guess. CLIP, which was trained to match pictures with texts, compares
 # the picture with the text "a picture of a …" for every word of the vocabulary. The embeddings of
 # the few best words are mixed, weighted by how well they fit. The chart shows the real words that
-# lie nearest to that mixture. It cannot contain the right word with any meaning: the model has
-# never seen this thing next to its name.
+# lie nearest to that mixture. The thing's own name cannot be among them: the names of the things
+# kept back are not in the vocabulary either. This start is ours; the paper does not say where its
+# encoder begins.
 
 # %%
 from dte_lab.features import image_features
@@ -138,6 +142,8 @@ from dte_lab.panels import words_figure
 features = image_features(pipe.backbone, pipe.pixels([picture]))
 guess = pipe.encoder.zero_shot(features.embeds)  # (1, d)
 words, cosines = zip(*pipe.nearest_words(guess, k=8), strict=True)
+table = pipe.prompt_encoder.table
+print(f"{len(table)} words; {NAME!r} is {'one' if NAME in table.words else 'none'} of them")
 show(
     words_figure({"initial guess": cosines}, words, picture),
     f"The input picture, and bars of the cosine similarity of the initial guess with its nearest "
@@ -152,13 +158,11 @@ show(
 # prediction alone; the seeds are the same in both rows.
 
 # %%
-from dte_lab.plots import contact_sheet
-
 predicted = pipe.personalize(picture, num_steps=0)
 drawn = pipe.generate(predicted, prompts, seeds=[0])
 rows = [[picture] + [row[0] for row in result] for result in (drawn, images)]
 show(
-    contact_sheet(rows, ["predicted only", "tuned"], ["input"] + settings, tile=96),
+    picture_grid(rows, ["the input"] + settings, ["predicted only", "tuned"]),
     "Two rows of the same six settings: drawn from the prediction alone, and after tuning.",
 )
 
@@ -166,14 +170,14 @@ show(
 # ### 3. The nearest real words, before and after
 #
 # `v*` is a vector in the same space as the embeddings of all words, so we can ask which words it
-# lies close to. The method *wants* it close to some: an embedding far from every word still draws
-# the thing, but stops obeying the rest of the prompt. A contrastive term in the loss pulls `v*`
-# towards its nearest words and away from the embeddings of other things.
+# lies close to. The method *wants* it close to some. The paper's reason: a vector far from every
+# word can still draw the thing, but gets on badly with the other words of a prompt. So a
+# contrastive term in the loss pulls `v*` towards its nearest words and away from the embeddings of
+# other things.
 
 # %%
 import torch.nn.functional as F
 
-table = pipe.prompt_encoder.table
 both = [word for c in (predicted, concept) for word, _ in pipe.nearest_words(c.v_star, k=6)]
 words = list(dict.fromkeys(both))
 rows = table.embeddings[[table.words.index(word) for word in words]]  # (n, d)
@@ -231,10 +235,9 @@ checks.nearest_words(nearest_words)
 # better. We tune once more with a callback that keeps every state. The seed is the same, and so
 # is the result. Each picture is drawn from the same initial noise.
 #
-# Every step draws new noise, and how hard the task is depends on the noise more than on our
-# progress: the dotted curve jumps about. To see progress we need the same noises at every step; the
-# solid curve is the mean over 32 of them. A single tuning loss tells you almost nothing, so look at
-# the pictures.
+# The loss that tuning sees is noisy: every step draws new noise, some noise is easier to remove
+# than other, and so the dotted curve jumps about. To see progress we need the same noises at every
+# step; the solid curve is the mean over 32 of them.
 
 # %%
 from dataclasses import replace
@@ -268,7 +271,7 @@ def loss_on_fixed_noise(state):
 fixed = [loss_on_fixed_noise(state) for state in states]
 losses = [r["diffusion"] for r in record]
 strip = [
-    pipe.generate(state, "a picture of S*", seeds=[2], progress=False)[0][0] for state in states
+    pipe.generate(state, "a picture of S*", seeds=[0], progress=False)[0][0] for state in states
 ]
 
 # %%
@@ -366,8 +369,8 @@ for alpha in ALPHAS:
 hard_word = pipe.nearest_words(concept.v_star, k=1)[0][0]
 print(f"nearest real word: {hard_word}; blend used so far: {concept.config.alpha_blend}")
 show(
-    picture_row(
-        [blended[alpha, 0] for alpha in ALPHAS] + [picture],
+    picture_grid(
+        [[blended[alpha, 0] for alpha in ALPHAS] + [picture]],
         [f"α = {alpha:g}" for alpha in ALPHAS] + ["the input"],
     ),
     f"{len(ALPHAS)} pictures on the beach with the same seed: at alpha 0 the model's own "
@@ -416,9 +419,7 @@ display(blend_panel(blended))
 # %%
 rows = [[blended[alpha, seed] for alpha in ALPHAS] for seed in SEEDS]
 show(
-    contact_sheet(
-        rows, [f"seed {seed}" for seed in SEEDS], [f"α = {alpha:g}" for alpha in ALPHAS], tile=80
-    ),
+    picture_grid(rows, [f"α = {alpha:g}" for alpha in ALPHAS], [f"seed {seed}" for seed in SEEDS]),
     f"All {len(blended)} pictures of the panel: one row per seed, one column per alpha.",
 )
 
@@ -441,7 +442,7 @@ failures = {
     "α = 1": blended[1, 0],
 }
 show(
-    picture_row(list(failures.values()), list(failures)),
+    picture_grid([list(failures.values())], list(failures)),
     "Five pictures: a photograph of a cat's face; the result on the beach; the concept on a "
     "bicycle; alpha 0; alpha 1.",
 )
@@ -470,7 +471,8 @@ if MY_PICTURE:
     mine = pipe.personalize(MY_PICTURE)
     results = pipe.generate(mine, prompts, seeds=[0])
     own = square(read_image(MY_PICTURE), pipe.backbone.resolution)
-    show(picture_row([own] + [r[0] for r in results], ["the input"] + settings), "Your picture.")
+    grid = picture_grid([[own] + [r[0] for r in results]], ["the input"] + settings)
+    show(grid, "Your picture, then six drawings of it.")
 
 # %% [markdown]
 # ## To take along
