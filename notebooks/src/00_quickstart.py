@@ -73,7 +73,7 @@ print("backbone: small, since it comes with the package, needs no download and r
 # %%
 from dte_lab.world import SCENES, STYLES, concepts, render_image, split_names
 
-NAME = "tractor"
+NAME = "cupcake"
 picture = render_image(NAME, "fluent", "white")
 print(f"trained on {len(split_names('train'))} things, {len(STYLES)} styles, {len(SCENES)} scenes")
 print(f"kept back: {len(split_names('val'))} things to choose with, among them the {NAME}, and")
@@ -118,6 +118,9 @@ show(
 )
 
 # %% [markdown]
+# The shapes are rough. This model is tiny and was trained on two CPU cores, so look for colours and
+# parts: is it *this* thing, and is the setting the one asked for?
+#
 # `S*` stands for your thing and can be anywhere in a prompt. The prompts are made of words that the
 # small model has read: *on the beach, on the grass, in the forest, in space, on a wooden table, on
 # a red background …* The saved file holds the new word and the weight change. `Concept.load` reads
@@ -132,8 +135,8 @@ show(
 # the picture with the text "a picture of a …" for every word of the vocabulary. The embeddings of
 # the few best words are mixed, weighted by how well they fit. The chart shows the real words that
 # lie nearest to that mixture. The thing's own name cannot be among them: the names of the things
-# kept back are not in the vocabulary either. This start is ours; the paper does not say where its
-# encoder begins.
+# kept back are not in the vocabulary either. Are the neighbours alike in kind, or only in colour?
+# This start is ours; the paper does not say where its encoder begins.
 
 # %%
 from dte_lab.features import image_features
@@ -238,6 +241,9 @@ checks.nearest_words(nearest_words)
 # The loss that tuning sees is noisy: every step draws new noise, some noise is easier to remove
 # than other, and so the dotted curve jumps about. To see progress we need the same noises at every
 # step; the solid curve is the mean over 32 of them.
+#
+# Watch the background as well as the thing. The loss is about the whole picture, and nothing tells
+# tuning which part of it is the thing.
 
 # %%
 from dataclasses import replace
@@ -439,24 +445,24 @@ failures = {
     "… on the beach": pipe.generate(cat, prompts[0], progress=False)[0][0],
     "S* on a bicycle": pipe.generate(concept, "S* on a bicycle", progress=False)[0][0],
     "α = 0": blended[0, 0],
-    "α = 1": blended[1, 0],
+    "no setting": strip[-1],
 }
 show(
     picture_grid([list(failures.values())], list(failures)),
-    "Five pictures: a photograph of a cat's face; the result on the beach; the concept on a "
-    "bicycle; alpha 0; alpha 1.",
+    "Five pictures: a photograph of a cat's face; what it becomes on the beach; our concept on a "
+    "bicycle; our concept with alpha 0; our concept without a setting in the prompt.",
 )
 
 # %% [markdown]
-# - **A thing from another world.** The small model has only ever seen emoji. A photograph is
-#   squeezed into what it knows. The paper says the same of its own model: what its training data
-#   show rarely is hard to encode.
-# - **Words that the model does not know.** Tuning gives the model your thing, and no new scenes.
-# - **Lost likeness** (α small): you get the model's own idea of the nearest word.
-# - **Overfitting** (α = 1): more of the input picture comes along than you asked for, such as its
-#   white background, and the prompt counts for less.
-# - **An unlucky seed.** Compare the rows of the table above before you judge a setting by one
-#   picture.
+# - **A thing from another world** (the first two). The small model has only ever seen emoji, and a
+#   photograph is squeezed into what it knows. The paper says the same of its own encoder: what the
+#   training data rarely show is hard to encode.
+# - **Words that the model does not know** (*on a bicycle*). Tuning teaches the model your thing, and
+#   no new scenes.
+# - **Lost likeness** (α = 0, or small). You get the model's own idea of the nearest real word.
+# - **Overfitting** (*no setting*). A prompt that leaves the background open gets the background of
+#   the input picture. With more tuning or a larger α the input can win over the prompt as well.
+# - **An unlucky seed.** Compare the rows of the table above before you judge by one picture.
 
 # %% [markdown]
 # ## Your own picture
@@ -481,7 +487,7 @@ if MY_PICTURE:
 # - `v*` has neighbours among the real words, and staying near them keeps a prompt's other words in
 #   force.
 # - `alpha_blend` trades likeness for freedom. Look at several seeds before you choose.
-# - The tuning loss is too noisy to judge by.
+# - The loss of a single tuning step is too noisy to judge by; look at pictures.
 #
 # Everything here is in short files: `dte_lab/pipeline.py` has the five lines,
 # `dte_lab/dual_path.py` the two paths, `dte_lab/tuning.py` the twelve steps.
