@@ -457,8 +457,8 @@ show(
 # - **A thing from another world** (the first two). The small model has only ever seen emoji, and a
 #   photograph is squeezed into what it knows. The paper says the same of its own encoder: what the
 #   training data rarely show is hard to encode.
-# - **Words that the model does not know** (*on a bicycle*). Tuning teaches the model your thing, and
-#   no new scenes.
+# - **Words that the model does not know** (*on a bicycle*). Tuning teaches the model your thing,
+#   and no new scenes.
 # - **Lost likeness** (α = 0, or small). You get the model's own idea of the nearest real word.
 # - **Overfitting** (*no setting*). A prompt that leaves the background open gets the background of
 #   the input picture. With more tuning or a larger α the input can win over the prompt as well.
