@@ -48,7 +48,7 @@ def picture_grid(
     row_labels: Sequence[str] | None = None,
 ) -> Figure:
     """Pictures in rows and columns, labelled above the columns and left of the rows."""
-    figure = Figure(figsize=(1.45 * len(column_labels), 1.42 * len(rows) + 0.25))
+    figure = Figure(figsize=(1.45 * len(column_labels), 1.42 * len(rows) + 0.35))
     figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02)
     grid = figure.subplots(len(rows), len(column_labels), squeeze=False)
     for axes, row in zip(grid, rows, strict=True):
