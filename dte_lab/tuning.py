@@ -27,7 +27,7 @@ class TuneConfig:
     num_steps: int = 12
     batch_size: int = 8
     token_learning_rate: float = 0.02
-    offset_learning_rate: float = 2e-3
+    offset_learning_rate: float = 4e-3
     prompts: tuple[str, ...] = ("a picture of S*",)
 
 

@@ -14,7 +14,7 @@ SETTINGS = ("on the beach", "at night", "in the snow", "in the desert", "in the 
 
 def quickstart():
     """The README's example picture, then the concept in new settings."""
-    picture = read_image(HERE.parent / "examples" / "strawberry.png")
+    picture = read_image(HERE.parent / "examples" / "bus.png")
     pipe = DTEPipeline.from_pretrained("small")
     concept = pipe.personalize(picture)
     drawn = pipe.generate(concept, [f"a picture of S* {setting}" for setting in SETTINGS])
