@@ -1,5 +1,7 @@
 """The judges of the base model are right on true renderings, and packing keeps the weights."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -83,10 +85,11 @@ def test_pack_halves_floats_and_keeps_the_rest(tmp_path):
     part = tmp_path / "run" / "vae"
     part.mkdir(parents=True)
     save_file({"w": torch.randn(3), "ids": torch.arange(3)}, part / "model.safetensors")
-    (part / "config.json").write_text("{}")
+    (part / "config.json").write_text('{"width": 3, "_name_or_path": "a/path"}')
     pack({"autoencoder": tmp_path / "run"}, tmp_path / "out")
     packed = load_file(tmp_path / "out" / "vae" / "model.safetensors")
     assert packed["w"].dtype == torch.float16 and packed["ids"].dtype == torch.int64
-    assert (tmp_path / "out" / "vae" / "config.json").read_text() == "{}"
+    config = json.loads((tmp_path / "out" / "vae" / "config.json").read_text())
+    assert config == {"width": 3}  # not where it was trained
     with pytest.raises(FileNotFoundError, match="unet is missing"):
         pack({"unet": tmp_path / "run"}, tmp_path / "out")

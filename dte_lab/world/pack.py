@@ -3,6 +3,7 @@
 dte world pack --autoencoder RUN --clip RUN --unet RUN [--encoder RUN] --out DIR
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -40,5 +41,9 @@ def main(runs: dict[str, Path], out: Path) -> None:
                     if any(not torch.isfinite(v).all() for v in weights.values()):
                         raise ValueError(f"{file} does not fit into half precision.")
                     write_atomically(target / file.name, save(weights, metadata={"format": "pt"}))
+                elif file.name == "config.json":  # not where it lay on the machine that trained it
+                    config = json.loads(file.read_text())
+                    config.pop("_name_or_path", None)
+                    write_atomically(target / file.name, json.dumps(config, indent=2).encode())
                 else:
                     shutil.copyfile(file, target / file.name)
