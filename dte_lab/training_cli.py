@@ -116,7 +116,7 @@ def evaluate(
     """Measure the base model: autoencoder, CLIP, and what its pictures show."""
     from dte_lab.world import evaluate
 
-    typer.echo(evaluate.table(evaluate.main(out, backbone, captions)))
+    evaluate.main(out, backbone, captions)
 
 
 def given(**options) -> dict:

@@ -113,7 +113,7 @@ def evaluation_items(count: int, seed: int, novel: bool) -> list[tuple[str, str,
 
 
 def main(out: Path, backbone: str = "small", n: int = 500) -> dict:
-    """Write and return the table of measures (see `results/world.json`)."""
+    """Write, print and return the measures (see `results/world.json`)."""
     b = load_backbone(backbone)
     judge = Judge(b)
     results: dict = {"backbone": backbone, "guidance_scale": GUIDANCE_SCALE, "steps": STEPS}
@@ -151,6 +151,7 @@ def main(out: Path, backbone: str = "small", n: int = 500) -> dict:
     generate(b, [caption(*i) for i in items[:4]], seed=1)
     results["seconds_for_four_pictures"] = time.perf_counter() - start
     write_atomically(Path(out), json.dumps(results, indent=1).encode())
+    print(table(results))
     return results
 
 
