@@ -117,6 +117,17 @@ class Backbone:
         return ((pixels - mean) / std).to(self.dtype)
 
 
+def signal_variance(backbone, latents, timesteps):
+    """abar_t of timesteps (B,), shaped to multiply latents (B, C, h, w): (B, 1, 1, 1)."""
+    return backbone.alphas_cumprod[timesteps].to(latents)[:, None, None, None]
+
+
+def add_noise(backbone, latents, noise, timesteps):
+    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, for latents (B, C, h, w), timesteps (B,)."""
+    alpha = signal_variance(backbone, latents, timesteps)
+    return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+
+
 def load_backbone(name="small", device="cpu", dtype=torch.float32):
     """Load "small", "sd15" or a directory in the Stable Diffusion layout.
 

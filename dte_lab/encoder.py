@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
-from dte_lab.backbone import WEIGHTS
+from dte_lab.backbone import WEIGHTS, add_noise
 from dte_lab.dual_path import projection_shapes
 from dte_lab.features import ImageFeatures, image_features, unet_feature_dim, unet_features
 from dte_lab.hypernetwork import FeatureFusion, LoRAHypernetwork, TokenHead
@@ -167,8 +167,7 @@ class TuningEncoder(ModelMixin, ConfigMixin):
         latents = backbone.encode_images(images).float().repeat_interleave(n, dim=0)
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
-        alpha = backbone.alphas_cumprod[timesteps].to(latents)[:, None, None, None]
-        noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+        noisy = add_noise(backbone, latents, noise, timesteps)
         clip = ImageFeatures(
             *(f.repeat_interleave(n, dim=0) for f in image_features(backbone, images))
         )

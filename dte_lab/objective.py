@@ -12,14 +12,9 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
+from dte_lab.backbone import add_noise, signal_variance
 from dte_lab.contrastive import contrastive_loss, norm_loss
 from dte_lab.dual_path import dual_path
-
-
-def add_noise(backbone, latents, noise, timesteps):
-    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, for latents (B, C, h, w), timesteps (B,)."""
-    alpha = _abar(backbone, latents, timesteps)
-    return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
 
 
 def diffusion_target(backbone, latents, noise, timesteps):
@@ -27,7 +22,7 @@ def diffusion_target(backbone, latents, noise, timesteps):
     if backbone.prediction_type == "epsilon":
         return noise
     if backbone.prediction_type == "v_prediction":
-        alpha = _abar(backbone, latents, timesteps)
+        alpha = signal_variance(backbone, latents, timesteps)
         return alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
     raise ValueError(f"Prediction type {backbone.prediction_type!r} is not supported.")
 
@@ -80,7 +75,3 @@ def _contrastive(table, v_star, concepts, bank, config):
     ids = torch.cat(ids)  # (B + M,)
     mask = (ids != own[:, None]) & (ids != -1)  # (B, B + M)
     return contrastive_loss(v_star, positives, torch.cat(negatives), mask, config.temperature)
-
-
-def _abar(backbone, latents, timesteps):
-    return backbone.alphas_cumprod[timesteps].to(latents)[:, None, None, None]

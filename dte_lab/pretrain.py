@@ -22,9 +22,10 @@ from diffusers.utils import make_image_grid
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from dte_lab.backbone import add_noise
 from dte_lab.checkpoint import ema_weights, load_checkpoint, save_checkpoint
 from dte_lab.features import image_features, unet_features
-from dte_lab.objective import add_noise, objective
+from dte_lab.objective import objective
 from dte_lab.pipeline import DTEPipeline, to_pil
 from dte_lab.tokens import PromptEncoder
 

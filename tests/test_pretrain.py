@@ -162,7 +162,7 @@ def test_what_the_features_see(tiny_backbone, shared):
     """The noisy target at the loss's timestep, or the noisy concept picture at one of its own."""
     from torch.utils.data import default_collate
 
-    from dte_lab.objective import add_noise
+    from dte_lab.backbone import add_noise
     from dte_lab.pretrain import prepare
 
     batch = default_collate([Pictures()[i] for i in range(3)])
