@@ -5,10 +5,12 @@ A backbone is a directory in the Stable Diffusion layout plus a CLIP image encod
     unet/ vae/ text_encoder/ tokenizer/ scheduler/ image_encoder/ feature_extractor/
 
 `load_backbone("small")` is the model of the small world that ships with the package, "sd15" is
-Stable Diffusion 1.5 from the hub, and any path to such a directory works as well.
+Stable Diffusion 1.5 from the hub, and any path to such a directory works as well. The image encoder
+of a plain copy of Stable Diffusion 1.5, which has none, comes from the hub.
 """
 
 import json
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +25,19 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-WEIGHTS = Path(__file__).parent / "weights"
+from dte_lab.sd15 import (
+    CLIP_FILES,
+    CLIP_L14,
+    CLIP_L14_REVISION,
+    SD15,
+    SD15_REVISION,
+    TEXT,
+    fetch,
+    random_parts,
+    sd15_files,
+)
 
-# SD 1.5's text tower is the one of openai/clip-vit-large-patch14, which has the projection and the
-# image tower too: both come from there.
-CLIP_L14 = "openai/clip-vit-large-patch14"
-SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+WEIGHTS = Path(__file__).parent / "weights"
 
 
 @dataclass
@@ -47,6 +56,7 @@ class Backbone:
     unet: UNet2DConditionModel
     vae: torch.nn.Module
     scheduler: DPMSolverMultistepScheduler
+    offload: bool = False  # keep image encoder and autoencoder on the CPU while they are idle
 
     def __post_init__(self):
         for module in self.modules:
@@ -88,23 +98,36 @@ class Backbone:
     def prediction_type(self):
         return self.scheduler.config.prediction_type
 
-    def to(self, device=None, dtype=None):
-        given = {k: v for k, v in {"device": device, "dtype": dtype}.items() if v is not None}
+    def to(self, device):
         for module in self.modules:
-            module.to(**given)
+            idle = self.offload and module in (self.image_encoder, self.vae)
+            module.to("cpu" if idle else device)
         return self
+
+    @contextmanager
+    def loaded(self, module):
+        """`module`, an image encoder or autoencoder, on the device inside the block."""
+        if self.offload:
+            module.to(self.device)
+        try:
+            yield module
+        finally:
+            if self.offload:
+                module.to("cpu")
 
     @torch.no_grad()
     def encode_images(self, images):
         """Pictures (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w), the posterior's mode."""
-        posterior = self.vae.encode(images.to(self.device, self.dtype)).latent_dist
-        return posterior.mode() * self.vae.config.scaling_factor
+        with self.loaded(self.vae) as vae:
+            posterior = vae.encode(images.to(self.device, self.dtype)).latent_dist
+        return posterior.mode() * vae.config.scaling_factor
 
     @torch.no_grad()
     def decode_latents(self, latents):
         """Scaled latents (B, C, h, w) -> pictures (B, 3, H, W), clipped to [-1, 1]."""
         latents = latents.to(self.device, self.dtype) / self.vae.config.scaling_factor
-        return self.vae.decode(latents).sample.clamp(-1, 1)
+        with self.loaded(self.vae) as vae:
+            return vae.decode(latents).sample.clamp(-1, 1)
 
     def clip_pixels(self, images):
         """Pictures (B, 3, H, W) in [-1, 1] -> the image encoder's input (B, 3, S, S)."""
@@ -128,51 +151,129 @@ def add_noise(backbone, latents, noise, timesteps):
     return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
 
 
-def load_backbone(name="small", device="cpu", dtype=torch.float32):
-    """Load "small", "sd15" or a directory in the Stable Diffusion layout.
+def load_backbone(
+    name="small", device="cpu", dtype=None, random=False, revision=None, local_files_only=False,
+    gradient_checkpointing=False, offload=False,
+):  # fmt: skip
+    """Load "small", "sd15" or a directory in the Stable Diffusion layout; safetensors only.
 
-    Raises ValueError when `name` is neither, or when the directory lacks a part.
+    dtype: by default half precision on CUDA, except for "small", and float32 elsewhere.
+    random: "sd15" with random weights, at full size, for measurements; downloads nothing.
+    revision: commit of the hub's Stable Diffusion 1.5, by default a fixed one. local_files_only:
+    use the hub's cache alone, as the environment variable HF_HUB_OFFLINE=1 does everywhere.
+    gradient_checkpointing: the UNet computes its activations anew in the backward pass, for less
+    memory and about a third more time. offload: see `Backbone`.
+
+    Raises ValueError when `name` is neither, or when the directory lacks a part or holds a model of
+    another kind (Stable Diffusion 2 without its image encoder, XL); OSError when something must
+    come from the hub and cannot.
     """
-    if name == "sd15":  # needs the network, or the hub's cache
-        source = {"text_encoder": (CLIP_L14, None), "tokenizer": (SD15, "tokenizer")}
-        source |= {part: (SD15, part) for part in ("unet", "vae", "scheduler")}
-        source |= {part: (CLIP_L14, None) for part in ("image_encoder", "feature_extractor")}
-        text_class, vae_class = CLIPTextModelWithProjection, AutoencoderKL
+    if dtype is None:
+        half = torch.device(device).type == "cuda" and name != "small"
+        dtype = torch.float16 if half else torch.float32
+    if random:
+        if name != "sd15":
+            raise ValueError(f"Only sd15 can be had with random weights, not {name}.")
+        parts = random_parts(device, dtype)
     else:
-        root = WEIGHTS / "small" if name == "small" else Path(name)
-        parts = ["unet", "vae", "text_encoder", "tokenizer", "scheduler", "image_encoder"]
+        parts = _load_parts(name, dtype, revision, local_files_only)
+    _check_parts(name, parts)
+    backbone = Backbone(name=str(name), **parts, offload=offload)
+    if isinstance(backbone.vae, AutoencoderKL):
+        backbone.vae.enable_slicing()  # picture by picture: the decoder is what needs most memory
+    if gradient_checkpointing:
+        backbone.unet.enable_gradient_checkpointing()
+    return backbone.to(device)
+
+
+def _load_parts(name, dtype, revision, local_files_only):
+    """The parts of a `Backbone` by name, on the CPU."""
+    half = dtype != torch.float32
+    if name == "sd15":
+        files, revision = sd15_files(half), revision or SD15_REVISION
+        root = fetch(SD15, files, revision, local_files_only)
+        vae_class, variant = AutoencoderKL, "fp16" if half else None
+    else:
+        root, variant = WEIGHTS / "small" if name == "small" else Path(name), None
+        _check_folders(root)
+        vae_class = _vae_class(root)
+
+    image_root, processor_root, text_root = (
+        root / part for part in ("image_encoder", "feature_extractor", "text_encoder")
+    )
+    text_class = CLIPTextModelWithProjection
+    if projection := name == "sd15" or not image_root.is_dir():
+        clip = fetch(CLIP_L14, CLIP_FILES, CLIP_L14_REVISION, local_files_only)
+        image_root = processor_root = clip
+        text_root = clip if name == "sd15" else text_root
+    elif "CLIPTextModelWithProjection" not in _config(text_root).get("architectures", []):
+        text_class = CLIPTextModel
+    weights = {"use_safetensors": True}
+    text_encoder = text_class.from_pretrained(text_root, dtype=dtype, **weights)
+    if projection and text_root != clip:  # a plain copy of Stable Diffusion has no projection
+        whole = CLIPTextModelWithProjection.from_pretrained(clip, dtype=dtype, **weights)
+        text_encoder.text_projection = whole.text_projection
+    weights["torch_dtype"] = dtype
+    return {
+        "text_encoder": text_encoder,
+        "tokenizer": CLIPTokenizer.from_pretrained(root / "tokenizer"),
+        "image_encoder": CLIPVisionModelWithProjection.from_pretrained(
+            image_root, dtype=dtype, use_safetensors=True
+        ),
+        "image_processor": CLIPImageProcessor.from_pretrained(processor_root),
+        "unet": UNet2DConditionModel.from_pretrained(root / "unet", variant=variant, **weights),
+        "vae": vae_class.from_pretrained(root / "vae", variant=variant, **weights),
+        "scheduler": DPMSolverMultistepScheduler.from_pretrained(root / "scheduler"),
+    }
+
+
+def _check_folders(root):
+    if not root.is_dir():
+        raise ValueError(
+            f"No backbone at {root}: give small, sd15 or the folder of a model like Stable "
+            "Diffusion 1.5; Stable Diffusion XL and its successors are not supported."
+        )
+    if (root / "text_encoder_2").exists():
+        raise ValueError(
+            f"The model at {root} has two text encoders, as Stable Diffusion XL has: only models "
+            "like Stable Diffusion 1.5, with one, are supported."
+        )
+    parts = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]
+    if (root / "image_encoder").is_dir():
         parts.append("feature_extractor")
-        if not root.is_dir():
-            raise ValueError(f"No backbone at {root}: give 'small', 'sd15' or a model directory.")
-        if missing := [part for part in parts if not (root / part).is_dir()]:
-            raise ValueError(f"The backbone at {root} lacks the folder(s) {', '.join(missing)}.")
-        source = {part: (str(root / part), None) for part in parts}
-        text_class, vae_class = _text_class(root), _vae_class(root)
-
-    def load(cls, part, **kwargs):
-        path, subfolder = source[part]
-        return cls.from_pretrained(path, subfolder=subfolder or "", **kwargs)
-
-    return Backbone(
-        name=str(name),
-        tokenizer=load(CLIPTokenizer, "tokenizer"),
-        text_encoder=load(text_class, "text_encoder", dtype=dtype),
-        image_encoder=load(CLIPVisionModelWithProjection, "image_encoder", dtype=dtype),
-        image_processor=load(CLIPImageProcessor, "feature_extractor"),
-        unet=load(UNet2DConditionModel, "unet", torch_dtype=dtype),
-        vae=load(vae_class, "vae", torch_dtype=dtype),
-        scheduler=load(DPMSolverMultistepScheduler, "scheduler"),
-    ).to(device)
+    if missing := [part for part in parts if not (root / part).is_dir()]:
+        raise ValueError(f"The backbone at {root} lacks the folder(s) {', '.join(missing)}.")
+    if not (root / "image_encoder").is_dir():
+        width = _config(root / "text_encoder")["hidden_size"]
+        if width != TEXT["hidden_size"]:
+            raise ValueError(
+                f"The model at {root} has no image_encoder, and text states of width {width} fit "
+                "no CLIP that can be fetched for it (Stable Diffusion 2 has 1024): use Stable "
+                "Diffusion 1.5, or add the folders image_encoder and feature_extractor of its CLIP."
+            )
 
 
-def _text_class(root):
-    config = json.loads((root / "text_encoder" / "config.json").read_text())
-    projects = "CLIPTextModelWithProjection" in (config.get("architectures") or [])
-    return CLIPTextModelWithProjection if projects else CLIPTextModel
+def _check_parts(name, parts):
+    """Raise ValueError where the parts do not fit together."""
+    text, image, unet = (parts[p].config for p in ("text_encoder", "image_encoder", "unet"))
+    if len(parts["tokenizer"]) > text.vocab_size or not parts["tokenizer"]("a").input_ids[1:-1]:
+        raise ValueError(f"The tokenizer of the backbone {name} is damaged or of another model.")
+    if unet.cross_attention_dim != text.hidden_size:
+        raise ValueError(
+            f"The UNet of the backbone {name} reads text of width {unet.cross_attention_dim}, "
+            f"but its text encoder gives {text.hidden_size}."
+        )
+    projects = isinstance(parts["text_encoder"], CLIPTextModelWithProjection)
+    if projects and text.projection_dim != image.projection_dim:
+        raise ValueError(f"Text and image encoder of the backbone {name} are not of one CLIP.")
+
+
+def _config(folder):
+    return json.loads((folder / "config.json").read_text())
 
 
 def _vae_class(root):
-    name = json.loads((root / "vae" / "config.json").read_text()).get("_class_name")
+    name = _config(root / "vae").get("_class_name")
     if name == "PatchAutoencoder":
         from dte_lab.world.autoencoder import PatchAutoencoder
 
