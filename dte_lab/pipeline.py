@@ -22,6 +22,7 @@ from dte_lab.encoder import load_encoder
 from dte_lab.images import read_image, to_square_tensor
 from dte_lab.tokens import PromptEncoder
 from dte_lab.tuning import TuneConfig, tune
+from dte_lab.zero_shot import ZeroShotStart
 
 
 class DTEPipeline:
@@ -33,15 +34,19 @@ class DTEPipeline:
         self.prompt_encoder = PromptEncoder(backbone)
 
     @classmethod
-    def from_pretrained(cls, backbone="small", encoder=None, device="cpu", dtype=torch.float32):
+    def from_pretrained(cls, backbone="small", encoder=None, device="cpu", dtype=None, **options):
         """Load a backbone ("small", "sd15" or a directory) and its encoder.
 
-        encoder: "small" or a directory; by default the folder `encoder` of the backbone.
-        Raises ValueError when either is missing or they do not fit together.
+        encoder: "small" or a directory; by default the folder `encoder` of the backbone. Where
+        there is none, as for "sd15", tuning starts from the nearest word, see zero_shot.py.
+        dtype and options: see `load_backbone`.
+        Raises ValueError when one is missing or they do not fit together.
         """
-        encoder = encoder or ("small" if backbone == "small" else Path(backbone) / "encoder")
-        backbone = load_backbone(backbone, device, dtype)
-        return cls(backbone, load_encoder(encoder, backbone))
+        folder = encoder or ("small" if backbone == "small" else Path(backbone) / "encoder")
+        backbone = load_backbone(backbone, device, dtype, **options)
+        if encoder is None and folder != "small" and not folder.is_dir():
+            return cls(backbone, ZeroShotStart(backbone))
+        return cls(backbone, load_encoder(folder, backbone))
 
     def to(self, device):
         self.backbone.to(device)
