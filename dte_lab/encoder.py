@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from tqdm.auto import tqdm
 
 from dte_lab.backbone import WEIGHTS, add_noise
 from dte_lab.dual_path import projection_shapes
@@ -195,11 +196,11 @@ def word_clip_embeddings(backbone, table, batch_size=256):
             "save it as CLIPTextModelWithProjection."
         )
     embeddings = []
-    for i in range(0, len(table), batch_size):
+    starts = range(0, len(table), batch_size)
+    for i in tqdm(starts, desc="words", disable=len(starts) < 50):  # a large vocabulary takes time
         texts = [f"a picture of a {word}" for word in table.words[i : i + batch_size]]
-        ids = backbone.tokenizer(
-            texts, padding="max_length", truncation=True, return_tensors="pt"
-        ).input_ids
+        # Attention is causal, so padding behind the end token would change nothing.
+        ids = backbone.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").input_ids
         embeds = backbone.text_encoder(input_ids=ids.to(backbone.device)).text_embeds
         embeddings.append(F.normalize(embeds.float(), dim=-1))
     return torch.cat(embeddings)
