@@ -200,7 +200,8 @@ def word_clip_embeddings(backbone, table, batch_size=256):
     for i in tqdm(starts, desc="words", disable=len(starts) < 50):  # a large vocabulary takes time
         texts = [f"a picture of a {word}" for word in table.words[i : i + batch_size]]
         # Attention is causal, so padding behind the end token would change nothing.
-        ids = backbone.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").input_ids
+        batch = backbone.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        ids = batch.input_ids
         embeds = backbone.text_encoder(input_ids=ids.to(backbone.device)).text_embeds
         embeddings.append(F.normalize(embeds.float(), dim=-1))
     return torch.cat(embeddings)
