@@ -1,0 +1,86 @@
+"""What fits on this machine: `dte memory`, `dte doctor`, and the options that make things fit."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Device = Annotated[
+    str | None, typer.Option(help="cpu or cuda; by default cuda where there is a GPU.")
+]
+TuningBatch = Annotated[
+    int | None, typer.Option("--batch-size", min=1, help="Noise levels per tuning step.")
+]
+Checkpointing = Annotated[
+    bool,
+    typer.Option("--gradient-checkpointing", help="Tune with less memory, about a third slower."),
+]
+Offload = Annotated[
+    bool,
+    typer.Option("--offload", help="Keep image encoder and autoencoder on the CPU while idle."),
+]
+
+
+def checked_device(device: str | None) -> str:
+    """The device to use; with several processes each has its own GPU.
+
+    Raises ValueError when CUDA is asked for and is not there.
+    """
+    import torch
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            "torch finds no CUDA device: use --device cpu, or ask dte doctor what is there."
+        )
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
+
+
+def memory(
+    backbone: Annotated[str, typer.Option(help="sd15, or small for comparison.")] = "sd15",
+    resolution: Annotated[int, typer.Option(help="Side of the picture in pixels.")] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="Noise levels, or pictures, per step.")] = 4,
+    dtype: Annotated[str, typer.Option(help="Of frozen parts: fp16, bf16 or fp32.")] = "fp16",
+    rank: Annotated[int, typer.Option(min=1, max=16, help="Rank of the offsets.")] = 4,
+    gradient_checkpointing: Checkpointing = False,
+    offload: Offload = False,
+    card: Annotated[float | None, typer.Option(help="GPU memory in GB to fit into.")] = None,
+) -> None:
+    """Predict the peak GPU memory of tuning, pre-training and sampling: no GPU, no weights."""
+    from dte_lab.cli import quiet_libraries
+
+    quiet_libraries()
+    from dte_lab.memory import DTYPES, Setting, advise, predict
+
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype is one of {', '.join(DTYPES)}, not {dtype}.")
+    setting = Setting(backbone, resolution, batch, dtype, rank, gradient_checkpointing, offload)
+    peaks = predict(setting)
+    typer.echo(f"{setting}\npeak of all tensors on the GPU, predicted from a trace of the step:")
+    for name, peak in peaks.items():
+        typer.echo(f"  {name:<14}{peak / 1e9:6.2f} GB")
+    typer.echo("CUDA itself and fragments of the allocator come on top: about 1 GB, not predicted.")
+    if card is not None:
+        typer.echo(advise(setting, card))
+
+
+def doctor(
+    backbone: Annotated[
+        str, typer.Option(help="small, sd15, or a folder in the Stable Diffusion layout.")
+    ] = "small",
+    encoder: Annotated[Path | None, typer.Option(help="Folder of the encoder.")] = None,
+    device: Device = None,
+    out: Annotated[Path, typer.Option(help="Where results would go.")] = Path("."),
+) -> None:
+    """Say what is installed and what would fail; exit status 1 if anything would."""
+    from dte_lab.doctor import examine
+
+    failures = 0
+    for finding in examine(backbone, encoder, device, out):
+        failures += not finding.good
+        typer.echo(f"{'ok  ' if finding.good else 'FAIL'} {finding.what:<12}{finding.text}")
+    if failures:
+        sys.exit(1)
