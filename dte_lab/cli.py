@@ -3,6 +3,7 @@
     dte personalize PICTURE --prompt "S* on the beach" --out out/
     dte generate out/concept.safetensors --prompt "S* at night" --out out/
     dte pretrain | dte world ...        how the shipped weights were made
+    dte memory | dte doctor             what fits on this machine, and what would fail
 
 Whatever the user can put right is answered by one line, `error: ...`, and exit status 2. Prompts,
 pictures and the output folder are checked before any slow work. DTE_DEBUG=1 shows tracebacks.
@@ -22,7 +23,7 @@ from typing import Annotated
 
 import typer
 
-from dte_lab import __version__, placeholder_token, training_cli
+from dte_lab import __version__, hardware_cli, placeholder_token, training_cli
 from dte_lab.images import read_image, save_png, square
 
 app = typer.Typer(
@@ -79,6 +80,10 @@ def personalize(
     guidance_scale: Guidance = 3.0,
     num_inference_steps: InferenceSteps = 25,
     alpha: Alpha = None,
+    device: hardware_cli.Device = None,
+    batch_size: hardware_cli.TuningBatch = None,
+    gradient_checkpointing: hardware_cli.Checkpointing = False,
+    offload: hardware_cli.Offload = False,
 ) -> None:
     """Learn the concept of one picture, or of a few, and draw it in new settings."""
     start = time.perf_counter()
@@ -86,12 +91,16 @@ def personalize(
     check_prompts(prompt)
     pictures = [read_image(path) for path in images]
     prepare_folder(out)
-    pipe = load_pipeline(backbone, encoder)
+    pipe = load_pipeline(
+        backbone, encoder, device, gradient_checkpointing=gradient_checkpointing, offload=offload
+    )
     pipe.prompt_encoder.tokenize(prompt)  # a prompt may be too long for the text encoder
+    from dte_lab import TuneConfig
 
+    config = TuneConfig(**training_cli.given(batch_size=batch_size))
     results = {"predicted only": pipe.personalize(pictures, num_steps=0, seed=seed[0])}
     if steps:
-        results["tuned"] = pipe.personalize(pictures, num_steps=steps, seed=seed[0])
+        results["tuned"] = pipe.personalize(pictures, steps, seed[0], config=config)
     concept = results["tuned" if steps else "predicted only"]
     concept.save(out / "concept.safetensors")  # first, since it is the costly part
 
@@ -135,6 +144,8 @@ def generate(
     guidance_scale: Guidance = 3.0,
     num_inference_steps: InferenceSteps = 25,
     alpha: Alpha = None,
+    device: hardware_cli.Device = None,
+    offload: hardware_cli.Offload = False,
 ) -> None:
     """Draw a concept that `dte personalize` saved in further settings."""
     prompt, seed = distinct(prompt), distinct(seed)
@@ -144,7 +155,8 @@ def generate(
 
     loaded = Concept.load(concept)
     prepare_folder(out)
-    drawn = load_pipeline(backbone or loaded.backbone, encoder).generate(
+    pipe = load_pipeline(backbone or loaded.backbone, encoder, device, offload=offload)
+    drawn = pipe.generate(
         loaded,
         prompt,
         seeds=seed,
@@ -186,15 +198,24 @@ def prepare_folder(out: Path) -> None:
         raise OSError(f"the output folder {out} cannot be written ({reason}).") from error
 
 
-def load_pipeline(backbone: str, encoder: Path | None):
+def load_pipeline(backbone: str, encoder: Path | None, device: str | None = None, **options):
     """DTEPipeline for a backbone; one that lies on the disk never needs the network."""
     typer.echo(f"loading the backbone {backbone} ...", err=True)
-    if backbone != "sd15":
+    if backbone == "small" or (Path(backbone) / "image_encoder").is_dir():
         os.environ["HF_HUB_OFFLINE"] = "1"
     quiet_libraries()
     from dte_lab import DTEPipeline
+    from dte_lab.zero_shot import ZeroShotStart
 
-    return DTEPipeline.from_pretrained(backbone, encoder=encoder)
+    device = hardware_cli.checked_device(device)
+    pipe = DTEPipeline.from_pretrained(backbone, encoder=encoder, device=device, **options)
+    if isinstance(pipe.encoder, ZeroShotStart):
+        typer.echo(
+            f"no encoder for {backbone}: v* starts from the nearest word, and tuning has to learn "
+            "the rest; plan for some hundred --steps.",
+            err=True,
+        )
+    return pipe
 
 
 def quiet_libraries() -> None:
@@ -251,6 +272,8 @@ def save_contact_sheet(pictures, drawn: dict, prompts, seeds, path: Path) -> Non
 
 
 app.command()(training_cli.pretrain)
+app.command()(hardware_cli.memory)
+app.command()(hardware_cli.doctor)
 app.add_typer(training_cli.world, name="world")
 
 
