@@ -195,7 +195,7 @@ def _load_parts(name, dtype, revision, local_files_only):
         vae_class, variant = AutoencoderKL, "fp16" if half else None
     else:
         root, variant = WEIGHTS / "small" if name == "small" else Path(name), None
-        _check_folders(root)
+        check_folders(root)
         vae_class = _vae_class(root)
 
     image_root, processor_root, text_root = (
@@ -227,7 +227,8 @@ def _load_parts(name, dtype, revision, local_files_only):
     }
 
 
-def _check_folders(root):
+def check_folders(root):
+    """Raise ValueError when `root` holds no backbone that `load_backbone` can load."""
     if not root.is_dir():
         raise ValueError(
             f"No backbone at {root}: give small, sd15 or the folder of a model like Stable "

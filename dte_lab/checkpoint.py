@@ -1,25 +1,63 @@
-"""The state of a pre-training run in one file, which is never half written."""
+"""The state of a training run in one file, which is never half written; and its learning rate.
 
-import json
-import os
-import tempfile
+Shared by the pre-training of the encoder and the training of the small base model.
+"""
+
 from contextlib import contextmanager
-from dataclasses import asdict
-from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
 from dte_lab.files import write_atomically
 
-FREE_TO_CHANGE = {  # between two pieces of one run
-    "steps", "num_workers", "log_every", "checkpoint_every", "sample_every", "max_minutes",
-}  # fmt: skip
+
+def trapezoid(step, steps, warmup_steps, decay_fraction):
+    """Factor of the learning rate: linear warm-up, constant, linear decay to zero at `steps`."""
+    warm = (step + 1) / max(1, warmup_steps)
+    decay = (steps - step) / max(1, int(decay_fraction * steps))
+    return min(1.0, warm, decay)
+
+
+def write_state(path, parts, optimizer, metadata):
+    """Write parts {name: {key: tensor}}, the optimizer's state and metadata {str: str} to `path`.
+
+    The tensors are called "part.key", and "optimizer.index.key" with the parameter's index.
+    """
+    tensors = {f"{part}.{k}": v for part, state in parts.items() for k, v in state.items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
+    tensors = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
+    write_atomically(path, save(tensors, metadata))
+
+
+def read_state(path):
+    """Undo `write_state`: (parts, with the optimizer's as "optimizer"; metadata)."""
+    parts = {}
+    with safe_open(path, "pt") as file:
+        for key in file.keys():
+            part, rest = key.split(".", 1)
+            parts.setdefault(part, {})[rest] = file.get_tensor(key)
+        return parts, file.metadata()
+
+
+@torch.no_grad()
+def restore_optimizer(optimizer, state):
+    """Load {"index.key": tensor} into an optimizer of the same parameters."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    restored = {}
+    for key, value in state.items():
+        index, name = key.split(".", 1)
+        parameter = parameters[int(index)]
+        if value.shape == parameter.shape:  # fused AdamW takes for granted that strides agree
+            value = torch.empty_like(parameter).copy_(value)
+        restored.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": restored})
 
 
 @contextmanager
 def ema_weights(ema, encoder):
-    """The encoder with its EMA weights, inside the block."""
+    """The encoder with the weights of a diffusers EMAModel, inside the block."""
     parameters = list(encoder.parameters())
     ema.store(parameters)
     ema.copy_to(parameters)
@@ -27,71 +65,3 @@ def ema_weights(ema, encoder):
         yield
     finally:
         ema.restore(parameters)
-
-
-def save_checkpoint(out_dir, encoder, optimizer, ema, config, step):
-    """Write the whole state to one file, and the EMA encoder to out_dir/encoder; atomically."""
-    tensors = {f"model.{k}": v for k, v in encoder.state_dict().items()}
-    tensors |= {f"ema.{i}": p for i, p in enumerate(ema.shadow_params)}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    metadata = {"step": str(step), "config": json.dumps(_settings(encoder, config))}
-    write_atomically(out_dir / "checkpoint.safetensors", save(tensors, metadata))
-
-    final = out_dir / "encoder"
-    final.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_dir) as folder, ema_weights(ema, encoder):
-        encoder.save_pretrained(folder)
-        for file in Path(folder).iterdir():
-            os.replace(file, final / file.name)
-
-
-def load_checkpoint(out_dir, encoder, optimizer, ema, config):
-    """Restore the state from out_dir and return its step; 0 when there is none.
-
-    Raises ValueError when settings other than `FREE_TO_CHANGE` have changed.
-    """
-    path = out_dir / "checkpoint.safetensors"
-    if not path.is_file():
-        return 0
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
-    step, before = int(metadata["step"]), json.loads(metadata["config"])
-    now = json.loads(json.dumps(_settings(encoder, config)))
-    if changed := [k for k, v in now.items() if k not in FREE_TO_CHANGE and v != before.get(k)]:
-        raise ValueError(
-            f"{out_dir} holds a run with other settings ({', '.join(changed)}): "
-            "use them again, or another folder."
-        )
-
-    def part(prefix):
-        return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-
-    encoder.load_state_dict(part("model."))
-    for i, value in part("ema.").items():
-        ema.shadow_params[int(i)].copy_(value)
-    ema.optimization_step = step
-    state = {}
-    for key, value in part("optimizer.").items():
-        i, name = key.split(".", 1)
-        state.setdefault(int(i), {})[name] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-
-    log = out_dir / "log.jsonl"  # forget what was logged after the checkpoint
-    if log.is_file():
-        lines = [x for x in log.read_text().splitlines() if _step_of(x) <= step]
-        write_atomically(log, "".join(x + "\n" for x in lines).encode())
-    return step
-
-
-def _settings(encoder, config):
-    return {**asdict(config), **asdict(encoder.dte)}
-
-
-def _step_of(line):
-    try:
-        return json.loads(line)["step"]
-    except ValueError:  # the run was killed while it wrote this line
-        return float("inf")

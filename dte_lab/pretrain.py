@@ -6,12 +6,18 @@ another scene of the concept as the target, with its caption ("ours").
 
 Every random number of step s comes from a generator seeded by (seed, s), and the dataset's items
 are pure functions of their index. So weights, optimizer, EMA and s are the whole state, and a run
-that was cut off goes on exactly as it would have.
+that was cut off goes on exactly as it would have. Several processes share a batch and see each
+other's v* as negatives, so that the same settings give the same losses whatever their number:
+
+    accelerate launch --num_processes 2 -m dte_lab.pretrain --out runs/encoder ...
 """
 
 import json
+import os
+import sys
+import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +29,21 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from dte_lab.backbone import add_noise
-from dte_lab.checkpoint import ema_weights, load_checkpoint, save_checkpoint
-from dte_lab.features import image_features, unet_features
+from dte_lab.checkpoint import (
+    ema_weights,
+    read_state,
+    restore_optimizer,
+    trapezoid,
+    write_state,
+)
+from dte_lab.files import write_atomically
 from dte_lab.objective import objective
 from dte_lab.pipeline import DTEPipeline, to_pil
 from dte_lab.tokens import PromptEncoder
+
+FREE_TO_CHANGE = {  # between two pieces of one run
+    "steps", "num_workers", "log_every", "checkpoint_every", "sample_every", "max_minutes",
+}  # fmt: skip
 
 
 @dataclass
@@ -35,10 +51,11 @@ class PretrainConfig:
     """Values are ours, not the paper's.
 
     The learning rate rises over `warmup_steps`, stays, and falls linearly to zero over the last
-    `decay_fraction` of `steps`. `batch_size` is per process. With `shared_timestep_probability` the
-    UNet features of a sample come from the noisy target at the loss's timestep, as in the paper;
-    otherwise from the noisy concept picture at a timestep of its own, which is what `personalize`
-    does. `max_minutes` ends this call, with a checkpoint, to be continued by the next.
+    `decay_fraction` of `steps`. `batch_size` is that of all processes together. With
+    `shared_timestep_probability` the UNet features of a sample come from the noisy target at the
+    loss's timestep, as in the paper; otherwise from the noisy concept picture at a timestep of its
+    own, which is what `personalize` does. `max_minutes` ends this call, with a checkpoint, to be
+    continued by the next.
     """
 
     steps: int = 10_000
@@ -72,37 +89,37 @@ def pretrain(
     callback: called with a dict of each log line, and with {"step", "grid"} for each sample grid.
     Returns the encoder with its EMA weights loaded. Once all steps are done a call only does that.
 
-    Raises ValueError when out_dir holds a run with other settings, RuntimeError when the loss stops
-    being finite (the last checkpoint stays).
+    Raises ValueError when out_dir holds a run with other settings or the batch cannot be shared out
+    evenly, RuntimeError when the loss stops being finite (the last checkpoint stays).
     """
     config = config or PretrainConfig()
     started = time.monotonic()
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, cpu=backbone.device.type == "cpu"
     )
-    device, rank, is_main = (
-        accelerator.device,
-        accelerator.process_index,
-        accelerator.is_main_process,
-    )
-    backbone.to(device)
-    encoder.to(device).train().requires_grad_(True)
+    if config.batch_size % accelerator.num_processes:
+        raise ValueError(
+            f"A batch of {config.batch_size} cannot be shared out evenly to "
+            f"{accelerator.num_processes} processes."
+        )
+    is_main = accelerator.is_main_process
+    backbone.to(accelerator.device)
+    encoder.to(accelerator.device).train().requires_grad_(True)
     prompt_encoder = PromptEncoder(backbone)
-    empty_prompt = prompt_encoder.plain([""])
+    feature_prompt = prompt_encoder.plain([encoder.dte.feature_prompt])
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
 
     parameters = list(encoder.parameters())
-    optimizer = torch.optim.AdamW(
-        parameters, lr=0.0, betas=(0.9, 0.99), weight_decay=config.weight_decay
-    )
+    optimizer = build_optimizer(parameters, config)
     ema = EMAModel(parameters, decay=config.ema_decay, foreach=True)
-    ema.to(device)
+    ema.to(accelerator.device)
     first = load_checkpoint(out_dir, encoder, optimizer, ema, config)
     model, optimizer = accelerator.prepare(encoder, optimizer)
+    share = accelerator.process_index, accelerator.num_processes
     loader = DataLoader(
         dataset,
-        batch_sampler=StepBatches(len(dataset), config, first, rank),
+        batch_sampler=StepBatches(len(dataset), config, first, *share),
         num_workers=config.num_workers,
     )
     bar = tqdm(
@@ -114,50 +131,37 @@ def pretrain(
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        sample = prepare(backbone, batch, config, step, rank)
-        unet = unet_features(
-            backbone, sample["feature_latents"], sample["feature_timesteps"], empty_prompt,
-            grid=encoder.dte.grid,
+        sample = prepare(backbone, batch, config, step, *share)
+        losses, prediction, grad_norm = train_step(
+            accelerator, model, optimizer, backbone, prompt_encoder, feature_prompt, sample,
+            config.max_grad_norm,
         )  # fmt: skip
-        clip = image_features(backbone, sample["images"])
-        with accelerator.autocast():
-            prediction = model(clip, unet, sample["feature_timesteps"])
-            with objective(
-                backbone, prompt_encoder, prediction, batch["prompt"], sample["latents"],
-                sample["noise"], sample["timesteps"], encoder.dte, sample["concepts"],
-                (encoder.bank.clone(), encoder.bank_concepts),
-            ) as losses:  # fmt: skip
-                accelerator.backward(losses["loss"])
-        grad_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
         scaled = accelerator.scaler is not None  # in fp16 a gradient may overflow: step is skipped
         if not (losses["loss"].isfinite() and (scaled or grad_norm.isfinite())):
             raise RuntimeError(
                 f"The loss or its gradient at step {step} is not finite; the last checkpoint in "
                 f"{out_dir} is good: lower learning_rate and start again."
             )
-        optimizer.step()
-        optimizer.zero_grad()
         ema.step(parameters)
-        encoder.remember(
-            accelerator.gather(prediction.v_star.detach()), accelerator.gather(sample["concepts"])
-        )
         step += 1
         bar.update()
 
-        out_of_time = (
-            config.max_minutes is not None and time.monotonic() - started > 60 * config.max_minutes
+        out_of_time = config.max_minutes is not None and any_process(
+            accelerator, time.monotonic() - started > 60 * config.max_minutes
         )
         last = step == config.steps or out_of_time
-        if is_main and (step % config.log_every == 0 or last):
+        if step % config.log_every == 0 or last:
             line = {name: value.item() for name, value in losses.items()}
             line |= statistics(prediction, prompt_encoder.table)
+            line = mean_over_processes(accelerator, line)
             line |= {"grad_norm": float(grad_norm), "learning_rate": lr}
             line = {"step": step, **line, "seconds": time.monotonic() - started}
-            with open(out_dir / "log.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
-            bar.set_postfix(loss=f"{line['diffusion']:.4f}")
-            if callback is not None:
-                callback(line)
+            if is_main:
+                with open(out_dir / "log.jsonl", "a") as file:
+                    file.write(json.dumps(line) + "\n")
+                bar.set_postfix(loss=f"{line['diffusion']:.4f}")
+                if callback is not None:
+                    callback(line)
         if is_main and (step % config.checkpoint_every == 0 or last):
             save_checkpoint(out_dir, encoder, optimizer, ema, config, step)
         if is_main and len(eval_images) and (step % config.sample_every == 0 or last):
@@ -176,50 +180,189 @@ def pretrain(
     return encoder.eval().requires_grad_(False)
 
 
+def build_optimizer(parameters, config):
+    return torch.optim.AdamW(
+        parameters, lr=0.0, betas=(0.9, 0.99), weight_decay=config.weight_decay
+    )
+
+
+def train_step(
+    accelerator, model, optimizer, backbone, prompt_encoder, feature_prompt, sample,
+    max_grad_norm=1.0,
+):  # fmt: skip
+    """One optimisation step on what `prepare` returned: (losses, prediction, gradient norm).
+
+    feature_prompt: (1, L, d), the encoded prompt under which the UNet's features are taken.
+    """
+    encoder = accelerator.unwrap_model(model)
+    unet = encoder.unet_features(
+        backbone, sample["feature_latents"], sample["feature_timesteps"], feature_prompt
+    )
+    clip = encoder.image_features(backbone, sample["images"])
+    with accelerator.autocast():
+        prediction = model(clip, unet, sample["feature_timesteps"])
+        v_star, concepts = SeenByAll.apply(prediction.v_star, accelerator), sample["concepts"]
+        concepts = accelerator.gather(concepts)
+        others = torch.arange(len(v_star), device=v_star.device)
+        others = others.div(len(prediction.v_star), rounding_mode="floor")
+        others = others != accelerator.process_index
+        bank = (
+            torch.cat([encoder.bank.clone(), v_star[others]]),
+            torch.cat([encoder.bank_concepts, concepts[others]]),
+        )
+        with objective(
+            backbone, prompt_encoder, prediction, sample["prompts"], sample["latents"],
+            sample["noise"], sample["timesteps"], encoder.dte, sample["concepts"], bank,
+        ) as losses:  # fmt: skip
+            accelerator.backward(losses["loss"])
+    grad_norm = accelerator.clip_grad_norm_(encoder.parameters(), max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    encoder.remember(v_star, concepts)
+    return losses, prediction, grad_norm
+
+
+class SeenByAll(torch.autograd.Function):
+    """(B, d) of each process -> (processes * B, d) for all, in the order of the processes.
+
+    Each process's part gets the gradients of all processes, which `Accelerator.gather` drops.
+    """
+
+    @staticmethod
+    def forward(ctx, x, accelerator):
+        ctx.accelerator, ctx.size = accelerator, len(x)
+        return accelerator.gather(x) if accelerator.num_processes > 1 else x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        accelerator = ctx.accelerator
+        gradient = accelerator.reduce(gradient.contiguous(), "sum")
+        return gradient.split(ctx.size)[accelerator.process_index], None
+
+
+def any_process(accelerator, flag):
+    """Whether `flag` is true in any of the processes, so that all of them do the same."""
+    flags = torch.tensor([float(flag)], device=accelerator.device)
+    return bool(accelerator.gather(flags).any())
+
+
+def mean_over_processes(accelerator, line):
+    """The means of {name: number} over the processes."""
+    values = torch.tensor(list(line.values()), dtype=torch.float64, device=accelerator.device)
+    return dict(zip(line, accelerator.reduce(values, "mean").tolist(), strict=True))
+
+
+def save_checkpoint(out_dir, encoder, optimizer, ema, config, step):
+    """Write the whole state to one file, and the EMA encoder to out_dir/encoder; atomically."""
+    parts = {
+        "model": encoder.state_dict(),
+        "ema": {str(i): p for i, p in enumerate(ema.shadow_params)},
+    }
+    metadata = {"step": str(step), "config": json.dumps(_settings(encoder, config))}
+    write_state(out_dir / "checkpoint.safetensors", parts, optimizer, metadata)
+
+    final = out_dir / "encoder"
+    final.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out_dir) as folder, ema_weights(ema, encoder):
+        encoder.save_pretrained(folder)
+        for file in Path(folder).iterdir():
+            os.replace(file, final / file.name)
+
+
+def load_checkpoint(out_dir, encoder, optimizer, ema, config):
+    """Restore the state from out_dir and return its step; 0 when there is none.
+
+    Raises ValueError when settings other than `FREE_TO_CHANGE` have changed.
+    """
+    path = out_dir / "checkpoint.safetensors"
+    if not path.is_file():
+        return 0
+    parts, metadata = read_state(path)
+    step, before = int(metadata["step"]), json.loads(metadata["config"])
+    now = json.loads(json.dumps(_settings(encoder, config)))
+    if changed := [k for k, v in now.items() if k not in FREE_TO_CHANGE and v != before.get(k)]:
+        raise ValueError(
+            f"{out_dir} holds a run with other settings ({', '.join(changed)}): "
+            "use them again, or another folder."
+        )
+    encoder.load_state_dict(parts["model"])
+    for i, value in parts["ema"].items():
+        ema.shadow_params[int(i)].copy_(value)
+    ema.optimization_step = step
+    restore_optimizer(optimizer, parts["optimizer"])
+
+    log = out_dir / "log.jsonl"  # forget what was logged after the checkpoint
+    if log.is_file():
+        lines = [x for x in log.read_text().splitlines() if _step_of(x) <= step]
+        write_atomically(log, "".join(x + "\n" for x in lines).encode())
+    return step
+
+
+def _settings(encoder, config):
+    return {**asdict(config), **asdict(encoder.dte)}
+
+
+def _step_of(line):
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # the run was killed while it wrote this line
+        return float("inf")
+
+
 def learning_rate(step, config):
     """Trapezoid: linear warm-up, constant, linear decay to zero at `steps`."""
-    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    decay = (config.steps - step) / max(1.0, config.decay_fraction * config.steps)
-    return config.learning_rate * min(warm, decay, 1.0)
+    factor = trapezoid(step, config.steps, config.warmup_steps, config.decay_fraction)
+    return config.learning_rate * factor
 
 
-def step_generator(seed, step, rank, stream):
-    """A CPU generator for one purpose (`stream`) at one step of one process."""
-    state = np.random.SeedSequence([seed, step, rank, stream]).generate_state(1, np.uint64)[0]
+def step_generator(seed, step, stream):
+    """A CPU generator for one purpose (`stream`) at one step."""
+    state = np.random.SeedSequence([seed, step, stream]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) >> 1)
 
 
 class StepBatches:
-    """Indices of each step's batch, drawn with replacement from the step's own generator."""
+    """Indices of one process's share of each step's batch.
 
-    def __init__(self, size, config, first, rank):
-        self.size, self.config, self.first, self.rank = size, config, first, rank
+    The batch is drawn with replacement from the step's own generator.
+    """
+
+    def __init__(self, size, config, first, rank=0, processes=1):
+        self.size, self.config, self.first = size, config, first
+        self.rank, self.processes = rank, processes
 
     def __len__(self):
         return max(0, self.config.steps - self.first)
 
     def __iter__(self):
         for step in range(self.first, self.config.steps):
-            generator = step_generator(self.config.seed, step, self.rank, stream=0)
-            yield torch.randint(self.size, (self.config.batch_size,), generator=generator).tolist()
+            generator = step_generator(self.config.seed, step, stream=0)
+            batch = torch.randint(self.size, (self.config.batch_size,), generator=generator)
+            yield batch.chunk(self.processes)[self.rank].tolist()
 
 
-def prepare(backbone, batch, config, step, rank):
-    """Latents, noise and timesteps of one step, and the noisy latents that the features see."""
-    generator = step_generator(config.seed, step, rank, stream=1)
-    device, B, T = backbone.device, len(batch["prompt"]), len(backbone.alphas_cumprod)
+def prepare(backbone, batch, config, step, rank=0, processes=1):
+    """Latents, noise and timesteps of a step, and the noisy latents that the features see.
+
+    All of it is drawn for the whole batch, of which each process takes its share.
+    """
+    generator = step_generator(config.seed, step, stream=1)
+    device, T = backbone.device, len(backbone.alphas_cumprod)
+    B = len(batch["prompt"]) * processes
     both = backbone.encode_images(torch.cat([batch["target"], batch["image"]])).float()
-    latents, image_latents = both.chunk(2)  # (B, C, h, w)
+    latents, image_latents = both.chunk(2)  # (B / processes, C, h, w)
+
+    def share(x):
+        return x.chunk(processes)[rank].to(device)
 
     def timesteps():
-        return torch.randint(T, (B,), generator=generator).to(device)
+        return share(torch.randint(T, (B,), generator=generator))
 
     def normal():
-        return torch.randn(latents.shape, generator=generator).to(device)
+        return share(torch.randn((B, *latents.shape[1:]), generator=generator))
 
     t, noise, own_t, own_noise = timesteps(), normal(), timesteps(), normal()
-    shared = torch.rand(B, generator=generator) < config.shared_timestep_probability
-    shared = shared.to(device)
+    shared = share(torch.rand(B, generator=generator)) < config.shared_timestep_probability
     feature_latents = torch.where(
         shared[:, None, None, None],
         add_noise(backbone, latents, noise, t),
@@ -227,6 +370,7 @@ def prepare(backbone, batch, config, step, rank):
     )
     return {
         "images": batch["image"],
+        "prompts": batch["prompt"],
         "latents": latents,
         "noise": noise,
         "timesteps": t,
@@ -256,3 +400,9 @@ def sample_grid(pipe, images, prompts):
         samples = pipe.generate(concept, list(prompts), progress=False)
         cells += [*to_pil(pipe.pixels([image])), *(row[0] for row in samples)]
     return make_image_grid(cells, rows=len(images), cols=1 + len(prompts))
+
+
+if __name__ == "__main__":  # what `accelerate launch -m dte_lab.pretrain` runs: dte pretrain
+    from dte_lab.cli import main
+
+    main(["pretrain", *sys.argv[1:]])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
-from huggingface_hub import constants, get_session, snapshot_download
+from huggingface_hub import constants, get_session, snapshot_download, try_to_load_from_cache
 from transformers import (
     CLIPImageProcessor,
     CLIPTextConfig,
@@ -129,8 +129,16 @@ def fetch(repository, files, revision, local_files_only=False):
     ) from cause
 
 
+def in_cache(repository, files, revision):
+    """Whether the hub's cache holds all `files` of a repository."""
+    found = (try_to_load_from_cache(repository, name, revision=revision) for name in files)
+    return all(isinstance(path, str) for path in found)
+
+
 def check_hub(timeout=5):
     """Raise whatever the network raises when the hub does not answer within `timeout` seconds."""
+    if constants.is_offline_mode():
+        raise ConnectionError("offline mode is on (HF_HUB_OFFLINE)")
     get_session().head(constants.ENDPOINT, timeout=timeout)
 
 

@@ -25,27 +25,81 @@ SAMPLE_CONCEPTS = ("strawberry", "peacock", "tractor", "cupcake")  # val: not tr
 
 def pretrain(
     out: Out,
-    backbone: Backbone = "small",
+    backbone: Annotated[
+        str, typer.Option(help="small, sd15, or a folder in the Stable Diffusion layout.")
+    ] = "small",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder with a sub-folder of pictures per class, or a Hugging Face dataset with "
+            "image and label; by default the small world."
+        ),
+    ] = None,
     steps: Steps = None,
     minutes: Minutes = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Of all processes together.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, max=16, help="Rank of the offsets.")] = None,
     device: Device = "cpu",
+    mixed_precision: Annotated[
+        str, typer.Option(help="no, bf16 or fp16: of frozen parts and autocast.")
+    ] = "no",
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, about a third slower.")
+    ] = False,
+    num_workers: Annotated[int | None, typer.Option(min=0, help="Reading pictures.")] = None,
+    log_every: Annotated[int | None, typer.Option(min=1, help="In steps.")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(min=1, help="In steps.")] = None,
 ) -> None:
-    """Pre-train the tuning encoder on the train concepts of the small world; writes OUT/encoder."""
+    """Pre-train the tuning encoder; writes OUT/encoder. Several processes: accelerate launch."""
+    import torch
+
     from dte_lab.backbone import load_backbone
-    from dte_lab.encoder import TuningEncoder
+    from dte_lab.data import load_pictures
+    from dte_lab.encoder import DTEConfig, TuningEncoder
+    from dte_lab.hardware_cli import checked_device
     from dte_lab.pretrain import PretrainConfig, pretrain
     from dte_lab.world.pairs import ConceptPairs
     from dte_lab.world.scenes import render_image
 
-    parts = load_backbone(backbone, device)
+    dtypes = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if mixed_precision not in dtypes:
+        raise ValueError(f"--mixed-precision is no, bf16 or fp16, not {mixed_precision}.")
+    parts = load_backbone(
+        backbone,
+        checked_device(device),
+        dtypes[mixed_precision],
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    if data is not None:
+        dataset = load_pictures(data, parts.resolution)
+        shown = [dataset.pairs[0][0], dataset.pairs[len(dataset) // 2][0]]
+        prompts = ("a picture of S*",)
+    elif parts.resolution == 64:
+        dataset = ConceptPairs()
+        shown = [render_image(name, "fluent", "white") for name in SAMPLE_CONCEPTS]
+        prompts = ("a picture of S*", "a picture of S* on the beach")
+    else:
+        raise ValueError(f"{backbone} is no model of the small world: say --data FOLDER.")
     pretrain(
         parts,
-        TuningEncoder.from_backbone(parts),
-        ConceptPairs(),
-        PretrainConfig(**given(steps=steps, max_minutes=minutes)),
+        TuningEncoder.from_backbone(parts, DTEConfig(**given(rank=rank))),
+        dataset,
+        PretrainConfig(
+            mixed_precision=mixed_precision,
+            **given(
+                steps=steps,
+                max_minutes=minutes,
+                batch_size=batch_size,
+                num_workers=num_workers,
+                log_every=log_every,
+                checkpoint_every=checkpoint_every,
+            ),
+        ),
         out_dir=out,
-        eval_images=[render_image(name, "fluent", "white") for name in SAMPLE_CONCEPTS],
-        eval_prompts=("a picture of S*", "a picture of S* on the beach"),
+        eval_images=shown,
+        eval_prompts=prompts,
     )
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dte_lab import TuningEncoder, load_encoder
-from dte_lab.pretrain import PretrainConfig, StepBatches, learning_rate, pretrain
+from dte_lab.pretrain import PretrainConfig, StepBatches, learning_rate, prepare, pretrain
 
 CONFIG = PretrainConfig(
     steps=6, batch_size=3, warmup_steps=2, log_every=1, checkpoint_every=2, sample_every=100
@@ -151,10 +151,30 @@ def test_learning_rate_is_a_trapezoid_that_ends_at_zero():
 
 def test_batches_depend_on_the_step_alone():
     config = dataclasses.replace(CONFIG, steps=5)
-    whole = list(StepBatches(1000, config, 0, rank=0))
-    assert whole[3:] == list(StepBatches(1000, config, 3, rank=0))
+    whole = list(StepBatches(1000, config, 0))
+    assert whole[3:] == list(StepBatches(1000, config, 3))
     assert len({tuple(b) for b in whole}) == 5
-    assert whole != list(StepBatches(1000, config, 0, rank=1))
+
+
+def test_processes_share_the_batch_and_its_noise(tiny_backbone):
+    from torch.utils.data import default_collate
+
+    config = dataclasses.replace(CONFIG, batch_size=4)
+    (batch,) = list(StepBatches(12, dataclasses.replace(config, steps=1), 0))
+    shares = [
+        list(StepBatches(12, dataclasses.replace(config, steps=1), 0, rank, 2))[0]
+        for rank in (0, 1)
+    ]
+    assert shares[0] + shares[1] == batch
+    whole = prepare(tiny_backbone, default_collate([Pictures()[i] for i in batch]), config, 7)
+    parts = [
+        prepare(tiny_backbone, default_collate([Pictures()[i] for i in share]), config, 7, rank, 2)
+        for rank, share in enumerate(shares)
+    ]
+    for name in ("noise", "timesteps", "feature_timesteps", "concepts"):
+        assert torch.equal(torch.cat([part[name] for part in parts]), whole[name]), name
+    for name in ("latents", "feature_latents"):
+        torch.testing.assert_close(torch.cat([part[name] for part in parts]), whole[name])
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -163,11 +183,10 @@ def test_what_the_features_see(tiny_backbone, shared):
     from torch.utils.data import default_collate
 
     from dte_lab.backbone import add_noise
-    from dte_lab.pretrain import prepare
 
     batch = default_collate([Pictures()[i] for i in range(3)])
     config = dataclasses.replace(CONFIG, shared_timestep_probability=float(shared))
-    sample = prepare(tiny_backbone, batch, config, step=4, rank=0)
+    sample = prepare(tiny_backbone, batch, config, step=4)
     latents = tiny_backbone.encode_images(batch["target"])
     torch.testing.assert_close(sample["latents"], latents)
     noisy = add_noise(tiny_backbone, latents, sample["noise"], sample["timesteps"])
@@ -180,7 +199,7 @@ def test_what_the_features_see(tiny_backbone, shared):
         noise = (sample["feature_latents"] - alpha.sqrt() * pictures) / (1 - alpha).sqrt()
         assert abs(noise.mean()) < 0.15 and abs(noise.std() - 1) < 0.1
         assert not torch.allclose(noise, sample["noise"], atol=1e-2)
-    again = prepare(tiny_backbone, batch, config, step=4, rank=0)
-    other = prepare(tiny_backbone, batch, config, step=5, rank=0)
+    again = prepare(tiny_backbone, batch, config, step=4)
+    other = prepare(tiny_backbone, batch, config, step=5)
     assert torch.equal(again["noise"], sample["noise"])
     assert not torch.equal(other["noise"], sample["noise"])

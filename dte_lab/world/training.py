@@ -12,12 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
+from dte_lab.checkpoint import read_state, restore_optimizer, trapezoid, write_state
 from dte_lab.files import write_atomically
 
 
@@ -42,8 +41,7 @@ class TrainConfig:
 
 def learning_rate_at(step: int, c: TrainConfig) -> float:
     """Warm up, hold, decay linearly to zero at the last step."""
-    decay_steps = max(1, int(c.steps * c.decay_fraction))
-    return c.learning_rate * min(1.0, (step + 1) / c.warmup_steps, (c.steps - step) / decay_steps)
+    return c.learning_rate * trapezoid(step, c.steps, c.warmup_steps, c.decay_fraction)
 
 
 def ema_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
@@ -59,35 +57,17 @@ def ema_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], 
 
 def save_checkpoint(path: Path, model: nn.Module, ema: nn.Module, optimizer, step: int) -> None:
     """Model, EMA, optimiser state and step in one safetensors file, written atomically."""
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-    tensors |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
-    tensors = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
-    write_atomically(path, save(tensors, metadata={"step": str(step)}))
+    parts = {"model": model.state_dict(), "ema": ema.state_dict()}
+    write_state(path, parts, optimizer, {"step": str(step)})
 
 
-@torch.no_grad()
 def load_checkpoint(path: Path, model: nn.Module, ema: nn.Module, optimizer) -> int:
     """Undo `save_checkpoint`; returns the number of finished steps."""
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
-    with safe_open(path, "pt") as file:
-        step = int(file.metadata()["step"])
-        for key in file.keys():
-            part, rest = key.split(".", 1)
-            parts[part][rest] = file.get_tensor(key)
+    parts, metadata = read_state(path)
     model.load_state_dict(parts["model"])
     ema.load_state_dict(parts["ema"])
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in parts["optimizer"].items():
-        index, name = key.split(".", 1)
-        parameter = parameters[int(index)]
-        if value.shape == parameter.shape:  # fused AdamW takes for granted that strides agree
-            value = torch.empty_like(parameter).copy_(value)
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    return step
+    restore_optimizer(optimizer, parts.get("optimizer", {}))
+    return int(metadata["step"])
 
 
 def train(
