@@ -1,0 +1,8 @@
+"""Measure the method and the baselines on concepts that no training has seen.
+
+edits.py     which concepts and edits, and their true renderings
+methods.py   what is compared: the tuning encoder, its variants, the baselines
+measures.py  identity, prompt fidelity, distance to the truth, words, diversity
+run.py       `dte evaluate`: one table of measures per run, with resume
+report.py    `dte report`: tables with intervals and figures
+"""

@@ -1,0 +1,85 @@
+"""What is asked of every method: one picture of each held-out concept, a fixed list of edits."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dte_lab.world.captions import caption
+from dte_lab.world.data import to_tensor
+from dte_lab.world.scenes import OFFSET, SIZE, SPRITE_PX, render
+from dte_lab.world.sprites import STYLES, concepts, split_names, sprite
+
+INPUT_SCENES = ("white", "grass", "table")  # no edit asks for these but the style edits for white
+SCENE_EDITS = (
+    "beach", "red", "night", "snow", "blue", "water", "forest", "yellow", "desert", "green",
+)  # fmt: skip
+QUICK_SCENES = SCENE_EDITS[:3]
+BOX = np.s_[..., OFFSET : OFFSET + SPRITE_PX, OFFSET : OFFSET + SPRITE_PX]  # where the sprite is
+
+
+@dataclass(frozen=True)
+class Item:
+    """A held-out concept and the style, scene and seed of its one input picture."""
+
+    name: str
+    style: str
+    scene: str
+    seed: int = 0
+
+    @property
+    def group(self) -> str:
+        return concepts()[self.name].group
+
+    def picture(self) -> Tensor:
+        """(1, 3, 64, 64) in [-1, 1]."""
+        return to_tensor(render(self.name, self.style, self.scene, self.seed)[None])
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A prompt with "S*" for an item, and what it truly shows. `name` is short and unique."""
+
+    name: str
+    prompt: str
+    style: str
+    scene: str
+    is_style: bool
+
+
+def items(count: int, split: str = "test") -> list[Item]:
+    """`count` concepts of a split, evenly spread over its order, the three styles in rotation.
+
+    Raises ValueError when the split has fewer.
+    """
+    names = split_names(split)
+    if not 1 <= count <= len(names):
+        raise ValueError(f"The split {split} has {len(names)} concepts: ask for 1 to {len(names)}.")
+    chosen = [names[i * len(names) // count] for i in range(count)]
+    return [Item(name, STYLES[i % 3], INPUT_SCENES[(i // 3) % 3]) for i, name in enumerate(chosen)]
+
+
+def edits(item: Item, scenes: tuple[str, ...] = SCENE_EDITS) -> list[Edit]:
+    """The scenes, places and colours, in the item's own style; then its two other styles."""
+    asked = [Edit(s, caption("S*", None, s), item.style, s, False) for s in scenes]
+    others = [s for s in STYLES if s != item.style]
+    return asked + [Edit(s, caption("S*", s, "white"), s, "white", True) for s in others]
+
+
+def truth(item: Item, edit: Edit, seed: int = 0) -> Tensor:
+    """The true rendering of an edit: (3, 64, 64) in [-1, 1]."""
+    return to_tensor(render(item.name, edit.style, edit.scene, seed)[None])[0]
+
+
+def object_mask(name: str, style: str) -> Tensor:
+    """(48, 48) bool of `BOX`: where the sprite or its mirror image is; both are correct."""
+    alpha = torch.from_numpy(sprite(name, style, SPRITE_PX)[..., 3] > 0.1)
+    return alpha | alpha.flip(-1)
+
+
+def object_region(x: Tensor, mask: Tensor) -> Tensor:
+    """Pictures (..., 64, 64) -> (..., 48, 48), mid-grey outside the mask (48, 48)."""
+    if x.shape[-1] != SIZE:
+        raise ValueError(f"The small world's pictures have {SIZE} pixels, not {x.shape[-1]}.")
+    return torch.where(mask, x[BOX], torch.zeros((), dtype=x.dtype))

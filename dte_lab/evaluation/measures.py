@@ -1,0 +1,100 @@
+"""How well a picture keeps the concept, does what the prompt says, and hits the truth.
+
+`small` marks measures by the small world's own CLIP, which took part in training the methods; the
+others are by networks and rules that did not.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dte_lab import placeholder_token
+from dte_lab.evaluation.edits import BOX, Edit, Item, object_mask, object_region, truth
+from dte_lab.features import image_features
+from dte_lab.judges import ImageJudge, SentenceJudge
+from dte_lab.world.captions import caption
+from dte_lab.world.evaluate import JUDGE_SIZE, Judge, classify_scene
+from dte_lab.world.scenes import SCENES
+
+PICTURE_MEASURES = {
+    "clip_i_small": "cosine of CLIP embeddings to the input picture",
+    "identity": "cosine of EfficientNet-Lite0 features of the object region to the input's",
+    "clip_t_small": "cosine of CLIP embeddings to the prompt, with 'a thing' for S*",
+    "scene": "share of pictures whose scene, read from the pixels of the border, is the prompt's",
+    "truth_similarity": "as identity, but to the true rendering of the edit",
+    "truth_rmse": "root mean squared error to the true rendering in the object region, 0 to 1",
+    "diversity": "one minus the mean cosine of the object regions' features between seeds",
+}
+WORD_MEASURES = {
+    "word_similarity_small": "mean CLIP text cosine of the concept's name to v*'s nearest words",
+    "word_similarity": "the same by a sentence encoder, all-MiniLM-L6-v2",
+}
+
+
+class Measures:
+    """The judges, loaded once. Raises ImportError when the outside judges are not installed."""
+
+    def __init__(self, backbone):
+        self.backbone = backbone
+        self.clip = Judge(backbone)
+        self.outside = ImageJudge(size=JUDGE_SIZE)
+        self.sentences = SentenceJudge()
+
+    def pictures(self, drawn: Tensor, item: Item, edits: list[Edit]) -> list[dict[str, float]]:
+        """One dict of PICTURE_MEASURES per edit, means over seeds.
+
+        drawn: (edits, seeds, 3, 64, 64) in [-1, 1], the item's edits as a method drew them.
+        """
+        E, S = drawn.shape[:2]
+        x, given = drawn.flatten(0, 1), item.picture()  # (E*S, 3, 64, 64), (1, 3, 64, 64)
+        texts = [edit.prompt.replace(placeholder_token, "a thing") for edit in edits]
+        embeds = image_features(self.backbone, torch.cat([given, x])).embeds  # (1 + E*S, p)
+        clip_i = (embeds[1:] @ embeds[0]).view(E, S)
+        clip_t = (embeds[1:].view(E, S, -1) * self.clip.text(texts)[:, None]).sum(-1)
+        asked = np.array([SCENES.index(edit.scene) for edit in edits]).repeat(S)
+        scene = torch.from_numpy(classify_scene(x) == asked).double().view(E, S)
+
+        own = object_mask(item.name, item.style)
+        features = self._features(object_region(x, own))  # (E*S, 1280)
+        identity = (features @ self._both_ways(object_region(given, own)).T).amax(-1).view(E, S)
+        features = features.view(E, S, -1)
+        pairs = (features @ features.mT)[:, ~torch.eye(S, dtype=torch.bool)]  # (E, S * (S - 1))
+        to_truth = [self._to_truth(drawn[i], item, edit) for i, edit in enumerate(edits)]
+
+        rows = []
+        for i in range(E):
+            values = {
+                "clip_i_small": clip_i[i], "identity": identity[i], "clip_t_small": clip_t[i],
+                "scene": scene[i], "truth_similarity": to_truth[i][0], "truth_rmse": to_truth[i][1],
+                "diversity": 1 - pairs[i],
+            }  # fmt: skip
+            rows.append({name: value.mean().item() for name, value in values.items()})
+        return rows
+
+    def words(self, name: str, words: list[str]) -> dict[str, float]:
+        """WORD_MEASURES of the words nearest to a v*; nothing where a method learns none."""
+        if not words:
+            return {}
+        texts = [caption(text, None, None) for text in [name, *words]]
+        small, outside = self.clip.text(texts), self.sentences.embed([name, *words])
+        return {
+            "word_similarity_small": (small[1:] @ small[0]).mean().item(),
+            "word_similarity": (outside[1:] @ outside[0]).mean().item(),
+        }
+
+    def _features(self, x: Tensor) -> Tensor:
+        return F.normalize(self.outside.features(x), dim=-1)
+
+    def _both_ways(self, x: Tensor) -> Tensor:
+        """Features of (1, 3, H, W) and of its mirror image, which is as true: (2, 1280)."""
+        return self._features(torch.cat([x, x.flip(-1)]))
+
+    def _to_truth(self, x: Tensor, item: Item, edit: Edit) -> tuple[Tensor, Tensor]:
+        """Similarity and RMSE (S,) of pictures (S, 3, 64, 64) to the true rendering."""
+        mask, true = object_mask(item.name, edit.style), truth(item, edit)[None]
+        reference = self._both_ways(object_region(true, mask))
+        similarity = (self._features(object_region(x, mask)) @ reference.T).amax(-1)
+        pixels = torch.cat([true, true.flip(-1)])[BOX][:, :, mask]  # (2, 3, n)
+        errors = (x[BOX][:, :, mask][:, None] - pixels).square().mean((2, 3)).sqrt() / 2  # (S, 2)
+        return similarity, errors.amin(-1)

@@ -1,0 +1,230 @@
+"""From a run's rows to tables with bootstrap intervals over concepts, and figures."""
+
+import json
+from collections import defaultdict
+
+import numpy as np
+
+from dte_lab.evaluation.measures import PICTURE_MEASURES, WORD_MEASURES
+from dte_lab.world.evaluate import interval
+
+REFERENCE = "dte"
+FOLLOWING = ("truth_similarity", "truth_rmse")  # measured on style edits
+OF_CONCEPT = (*WORD_MEASURES, "seconds", "extra_memory_mb")
+NAMES = {
+    "dte": "tuning encoder", "ti": "Textual Inversion", "lora": "DreamBooth LoRA",
+    "lora-prior": "DreamBooth LoRA, prior kept", "e4t": "E4T-style encoder",
+    "oracle": "true rendering", "other": "another concept, true rendering",
+}  # fmt: skip
+
+
+def per_concept(rows) -> dict[tuple[str, int], dict[str, dict[str, float]]]:
+    """{(method, steps): {concept: {measure: value}}}, means over edits.
+
+    Identity, prompt fidelity and diversity over the scene edits, distance to the truth over the
+    style edits. Adds, per concept, `identity_scaled`: 0 is the mean identity of another concept's
+    true rendering, 1 that of the concept's own; `fidelity`, the harmonic mean of it and `scene`;
+    and `fidelity_small`, that of the two CLIP measures.
+    """
+    cells = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for row in rows:
+        cell = cells[row["method"], int(row["steps"])][row["concept"]]
+        cell["group"] = row["group"]
+        for name in PICTURE_MEASURES:
+            if bool(int(row["is_style"])) == (name in FOLLOWING):
+                cell[name].append(float(row[name]))
+        for name in OF_CONCEPT:
+            if row[name]:
+                cell[name].append(float(row[name]))
+    table = {
+        key: {
+            concept: {k: v if k == "group" else float(np.mean(v)) for k, v in cell.items() if v}
+            for concept, cell in of_method.items()
+        }
+        for key, of_method in cells.items()
+    }
+    floor, ceiling = (
+        np.mean([cell["identity"] for cell in table[anchor, 0].values()])
+        for anchor in ("other", "oracle")
+    )
+    for of_method in table.values():
+        for cell in of_method.values():
+            scaled = (cell["identity"] - floor) / (ceiling - floor)
+            cell["identity_scaled"] = float(np.clip(scaled, 0, 1))
+            cell["fidelity"] = harmonic(cell["identity_scaled"], cell["scene"])
+            cell["fidelity_small"] = harmonic(
+                max(0.0, cell["clip_i_small"]), max(0.0, cell["clip_t_small"])
+            )
+    return table
+
+
+def harmonic(a: float, b: float) -> float:
+    return 2 * a * b / (a + b) if a + b > 0 else 0.0
+
+
+def summarise(rows) -> list[dict]:
+    """One dict per method and steps: measure -> {mean, low, high, n}, intervals over concepts.
+
+    `ahead` is how far the tuning encoder at its most steps (12 or fewer) is ahead on `fidelity`,
+    paired by concept: an interval above 0 says it is ahead.
+    """
+    table = per_concept(rows)
+    ours = [steps for method, steps in table if method == REFERENCE]
+    ours = max([s for s in ours if s <= 12] or ours, default=None)
+    summary = []
+    for (method, steps), of_method in table.items():
+        measures = defaultdict(list)
+        for concept, cell in of_method.items():
+            for name, value in cell.items():
+                if name != "group":
+                    measures[name].append(value)
+            reference = table.get((REFERENCE, ours), {}).get(concept)
+            if reference and (method, steps) != (REFERENCE, ours):
+                measures["ahead"].append(reference["fidelity"] - cell["fidelity"])
+        values = {name: interval(np.array(v)) for name, v in measures.items()}
+        summary.append({"method": method, "steps": steps, **values})
+    return summary
+
+
+def least_steps(rows, share=0.95) -> dict[str, dict[str, int]]:
+    """{method: {group: the least number of steps with `share` of its best mean `fidelity`}}."""
+    means = defaultdict(lambda: defaultdict(dict))
+    for (method, steps), of_method in per_concept(rows).items():
+        groups = defaultdict(list)
+        for cell in of_method.values():
+            groups[cell["group"]].append(cell["fidelity"])
+        for group, values in groups.items():
+            means[method][group][steps] = np.mean(values)
+    return {
+        method: {
+            group: min(s for s, v in by_steps.items() if v >= share * max(by_steps.values()))
+            for group, by_steps in groups.items()
+        }
+        for method, groups in means.items()
+        if any(len(by_steps) > 1 for by_steps in groups.values())
+    }
+
+
+COLUMNS = {
+    "fidelity": "harmonic mean", "ahead": "DTE ahead by", "identity_scaled": "identity, 0 to 1",
+    "scene": "scene is right", "truth_similarity": "style edit: similarity to truth",
+    "clip_i_small": "CLIP-I (small)", "clip_t_small": "CLIP-T (small)",
+    "word_similarity": "words (MiniLM)", "word_similarity_small": "words (small CLIP)",
+    "diversity": "diversity", "seconds": "seconds", "extra_memory_mb": "extra MB",
+}  # fmt: skip
+
+
+def markdown(summary) -> str:
+    """The summary as a table, mean [95 % interval over n concepts]."""
+    shown = {k: v for k, v in COLUMNS.items() if any(k in line for line in summary)}
+    lines = [
+        "| Method | Steps | n | " + " | ".join(shown.values()) + " |",
+        "|---|---|---|" + "---|" * len(shown),
+    ]
+    for line in summary:
+        steps = "" if line["method"] in ("oracle", "other") else line["steps"]
+        cells = [name_of(line["method"]), str(steps), str(line["identity"]["n"])]
+        cells += [_cell(line.get(name)) for name in shown]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def name_of(label: str) -> str:
+    """'dte@rank=2' -> 'tuning encoder, rank=2'."""
+    name, *options = label.split("@")
+    return ", ".join([NAMES[name], *options])
+
+
+def _cell(value) -> str:
+    if value is None:
+        return ""
+    digits = 0 if abs(value["mean"]) >= 100 else 1 if abs(value["mean"]) >= 10 else 3
+    mean, low, high = (f"{value[k]:.{digits}f}" for k in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def picture_sheet(run_dir, summary, count=2):
+    """The first `count` edits of every concept whose pictures the run kept: one row each, and one
+    column per method at its most steps.
+    """
+    from PIL import Image
+
+    from dte_lab.plots import contact_sheet
+
+    steps = {}
+    for line in summary:
+        steps[line["method"]] = max(line["steps"], steps.get(line["method"], 0))
+    edits, rows, labels = first_edits(run_dir)[:count], [], []
+    for folder in sorted(path for path in (run_dir / "pictures").iterdir() if path.is_dir()):
+        given = Image.open(folder / "input.png")
+        for i, edit in enumerate(edits):
+            row = [given]
+            for label, n in steps.items():
+                strip = Image.open(folder / f"{label}_{n}.png".replace("/", "-"))
+                size = given.width
+                row.append(strip.crop((i * size, 0, (i + 1) * size, size)))
+            rows.append(row)
+            labels.append(f"{folder.name.replace('-', ' ')}: {edit}")
+    columns = [f"{name_of(k)}\n{n} steps" if n else name_of(k) for k, n in steps.items()]
+    return contact_sheet(rows, labels, ["input", *columns])
+
+
+def tradeoff(summary):
+    """Figure: scaled identity against right scenes, with 95 % intervals over concepts."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+    axes = figure.subplots()
+    for i, line in enumerate(s for s in summary if s["method"] not in ("oracle", "other")):
+        x, y = line["scene"], line["identity_scaled"]
+        axes.errorbar(
+            x["mean"], y["mean"], fmt="osD^vP*X"[i % 8], color=f"C{i % 10}",
+            xerr=[[x["mean"] - x["low"]], [x["high"] - x["mean"]]],
+            yerr=[[y["mean"] - y["low"]], [y["high"] - y["mean"]]],
+            label=f"{name_of(line['method'])}, {line['steps']} steps", capsize=2,
+        )  # fmt: skip
+    n = summary[0]["identity"]["n"]
+    axes.set(
+        xlabel="prompt fidelity: share of right scenes",
+        ylabel="identity: 0 another concept, 1 the true rendering",
+        title=f"{n} held-out concepts, 95 % bootstrap intervals",
+    )
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small", frameon=False)
+    return figure
+
+
+def curves(summary):
+    """Figure: measures over the number of steps, for methods with several; None without one."""
+    from matplotlib.figure import Figure
+
+    lines = defaultdict(list)
+    for line in summary:
+        lines[line["method"]].append(line)
+    lines = {k: sorted(v, key=lambda x: x["steps"]) for k, v in lines.items() if len(v) > 1}
+    if not lines:
+        return None
+    panels = {k: COLUMNS[k] for k in ("fidelity", "identity_scaled", "scene")}
+    figure = Figure(figsize=(4 * len(panels), 3.6), layout="constrained")
+    for axes, (name, title) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for i, (method, points) in enumerate(lines.items()):
+            steps = [point["steps"] for point in points]
+            mean, low, high = ([p[name][k] for p in points] for k in ("mean", "low", "high"))
+            axes.plot(steps, mean, marker="o", ms=3, color=f"C{i}", label=name_of(method))
+            axes.fill_between(steps, low, high, color=f"C{i}", alpha=0.15, lw=0)
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set(title=title, xlabel="steps", ylim=(0, 1))
+        axes.grid(alpha=0.3)
+    figure.legend(
+        *axes.get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=len(lines),
+        frameon=False,
+    )
+    return figure
+
+
+def first_edits(run_dir) -> list[str]:
+    """Names of the edits, in the order in which the pictures show them."""
+    settings = json.loads((run_dir / "run.json").read_text())["settings"]
+    return settings["scenes"]

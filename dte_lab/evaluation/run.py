@@ -1,0 +1,216 @@
+"""`dte evaluate`: every method on every concept, one table of measures per run.
+
+A run's folder holds measures.csv (one row per method, steps, concept and edit; what belongs to a
+concept stands in each of its rows), run.json (settings, versions, and at the end the summary) and
+pictures/ (of the first concepts: edits from left to right, seeds from top to bottom). A run that
+was cut off goes on where it stopped.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers.utils import make_image_grid
+from tqdm.auto import tqdm
+
+from dte_lab import __version__, placeholder_token
+from dte_lab.evaluation.edits import SCENE_EDITS, Item, edits, items, truth
+from dte_lab.evaluation.measures import PICTURE_MEASURES, WORD_MEASURES, Measures
+from dte_lab.evaluation.methods import ANCHORS, Method, Methods, parse
+from dte_lab.evaluation.report import summarise
+from dte_lab.files import write_atomically
+from dte_lab.pipeline import DTEPipeline, to_pil
+
+KEYS = ["method", "steps", "concept", "group", "input_style", "input_scene", "edit", "is_style"]
+CONCEPT_MEASURES = [*WORD_MEASURES, "nearest_words", "seconds", "extra_memory_mb"]
+COLUMNS = [*KEYS, *PICTURE_MEASURES, *CONCEPT_MEASURES]
+SHOWN = 6  # concepts whose pictures are kept
+
+
+def evaluate(
+    out_dir, pipe: DTEPipeline, specs, count=60, seeds=2, scenes=SCENE_EDITS, split="test",
+    num_inference_steps=18, guidance_scale=3.0, seed=0, progress=True,
+):  # fmt: skip
+    """Measure methods, given as in methods.py, and write the run's folder.
+
+    count: concepts. seeds: pictures per edit. seed: of every method's optimisation. The anchors
+    "oracle" and "other" are always measured. Returns the summary of `report.summarise`.
+    Raises ValueError for a wrong specification, and when out_dir holds a run with other settings.
+    """
+    out_dir, methods = Path(out_dir), Methods(pipe)
+    specs = list(dict.fromkeys([*(s for s in specs if s not in ANCHORS), *ANCHORS]))
+    parsed = [parse(spec) for spec in specs]
+    for method in parsed:
+        methods.check(method)
+    if seeds < 2:
+        raise ValueError("Diversity needs at least 2 seeds.")
+    settings = {
+        "methods": specs, "split": split, "concepts": count, "scenes": list(scenes),
+        "seeds": seeds, "seed": seed, "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale, "backbone": pipe.backbone.name,
+        "weights": fingerprint(pipe.backbone.unet, pipe.backbone.text_encoder, pipe.encoder),
+        "dte": pipe.encoder.config.get("dte"),
+    }  # fmt: skip
+    settings = json.loads(json.dumps(settings))
+    rows = resume(out_dir, settings)
+    done = {(row["method"], row["concept"]) for row in rows}
+
+    judges, chosen = Measures(pipe.backbone), items(count, split)
+    jobs = [(i, item, method) for i, item in enumerate(chosen) for method in parsed]
+    bar = tqdm(jobs, desc="evaluate", disable=not progress)
+    for i, item, method in bar:
+        if (method.label, item.name) in done:
+            continue
+        bar.set_postfix_str(f"{item.name}, {method.label}")
+        wanted = edits(item, scenes)
+        sampling = (range(seeds), num_inference_steps, guidance_scale)
+        for concept, drawn in draw(pipe, methods, method, item, chosen, wanted, sampling, seed):
+            rows += measured(judges, method, item, wanted, concept, drawn)
+            if i < SHOWN:
+                keep(out_dir, item, method, concept, drawn)
+        write_atomically(out_dir / "measures.csv", to_csv(rows))
+    summary = summarise(rows)
+    document = {"settings": settings, "versions": versions(), "summary": summary}
+    write_atomically(out_dir / "run.json", json.dumps(document, indent=1).encode())
+    return summary
+
+
+def draw(pipe, methods, method: Method, item: Item, chosen, wanted, sampling, seed):
+    """Yield (info of the concept, its edits drawn (E, S, 3, 64, 64)) per number of steps."""
+    seeds, num_inference_steps, guidance_scale = sampling
+    if method.name in ANCHORS:
+        shown = item
+        if method.name == "other":
+            name = chosen[(chosen.index(item) + 1) % len(chosen)].name
+            shown = Item(name, item.style, item.scene)
+        # Seed 0 made the reference of `measures`: a fair truth is drawn with others.
+        pictures = [torch.stack([truth(shown, e, 100 + s) for s in seeds]) for e in wanted]
+        yield {"num_steps": 0}, torch.stack(pictures)
+        return
+    memory = PeakMemory(pipe.backbone.device)
+    concepts = methods.concepts(method, item.picture(), seed)
+    peak = memory.read()
+    for concept in concepts.values():
+        phrase = concept.info.get("phrase", placeholder_token)
+        drawn = pipe.generate(
+            concept, [edit.prompt.replace(placeholder_token, phrase) for edit in wanted], seeds,
+            guidance_scale=guidance_scale, num_inference_steps=num_inference_steps,
+            batch_size=len(wanted) * len(seeds), progress=False,
+        )  # fmt: skip
+        pictures = pipe.pixels([picture for row in drawn for picture in row])
+        info = concept.info | {"extra_memory_mb": peak}
+        yield info, pictures.unflatten(0, (len(wanted), len(seeds)))
+
+
+def measured(judges, method: Method, item: Item, wanted, info, drawn) -> list[dict]:
+    """One row per edit."""
+    words = [word for word, _ in info.get("words_after", [])]
+    own = {
+        **judges.words(item.name, words), "nearest_words": " ".join(words),
+        "seconds": info.get("seconds"), "extra_memory_mb": info.get("extra_memory_mb"),
+    }  # fmt: skip
+    rows = []
+    for edit, values in zip(wanted, judges.pictures(drawn, item, wanted), strict=True):
+        row = {
+            "method": method.label, "steps": info["num_steps"], "concept": item.name,
+            "group": item.group, "input_style": item.style, "input_scene": item.scene,
+            "edit": edit.name, "is_style": int(edit.is_style), **values, **own,
+        }  # fmt: skip
+        rows.append({column: _text(row.get(column)) for column in COLUMNS})
+    return rows
+
+
+def _text(value) -> str:
+    if value is None:
+        return ""
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def to_csv(rows) -> bytes:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue().encode()
+
+
+def read_csv(path) -> list[dict]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def resume(out_dir: Path, settings) -> list[dict]:
+    """The rows of an earlier call with the same settings, or none; writes the settings first.
+
+    Raises ValueError when the folder holds a run with other settings.
+    """
+    path = out_dir / "run.json"
+    if path.is_file():
+        before = json.loads(path.read_text())["settings"]
+        if changed := [key for key in settings if settings[key] != before.get(key)]:
+            raise ValueError(
+                f"{out_dir} holds a run with other settings ({', '.join(changed)}): "
+                "use another folder."
+            )
+    else:
+        document = {"settings": settings, "versions": versions()}
+        write_atomically(path, json.dumps(document, indent=1).encode())
+    table = out_dir / "measures.csv"
+    return read_csv(table) if table.is_file() else []
+
+
+def versions() -> dict:
+    packages = ("torch", "diffusers", "transformers", "numpy")
+    names = {"dte_lab": __version__, "python": platform.python_version()}
+    return names | {name: version(name) for name in packages} | {"date": time.strftime("%Y-%m-%d")}
+
+
+def fingerprint(*modules) -> str:
+    """Changes when any weight of the modules does: the first 16 digits of a SHA-256."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for tensor in module.state_dict().values():
+            digest.update(np.ascontiguousarray(tensor.detach().float().cpu().numpy()).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def keep(out_dir: Path, item: Item, method: Method, info, drawn) -> None:
+    """pictures/CONCEPT/METHOD_STEPS.png, and the input beside it."""
+    E, S = drawn.shape[:2]
+    folder = out_dir / "pictures" / item.name.replace(" ", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    to_pil(item.picture())[0].save(folder / "input.png")
+    name = f"{method.label}_{info['num_steps']}".replace("/", "-")
+    grid = make_image_grid(to_pil(drawn.transpose(0, 1).flatten(0, 1)), rows=S, cols=E)
+    grid.save(folder / f"{name}.png")
+
+
+class PeakMemory:
+    """Peak memory in MB from here to `read`, above what was in use; None where it is not known."""
+
+    def __init__(self, device):
+        self.cuda = device.type == "cuda"
+        try:
+            if self.cuda:
+                torch.cuda.reset_peak_memory_stats()
+            else:
+                Path("/proc/self/clear_refs").write_text("5")  # Linux: peak := current
+            self.before = self._now()
+        except OSError:
+            self.before = None
+
+    def _now(self):
+        if self.cuda:
+            return torch.cuda.max_memory_allocated() / 2**20
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
+
+    def read(self):
+        return None if self.before is None else self._now() - self.before

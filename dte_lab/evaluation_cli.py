@@ -1,0 +1,130 @@
+"""The commands that measure and export: `dte evaluate`, `dte report`, `dte export`, and the
+training of the E4T-style baseline, `dte pretrain-e4t`.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Out = Annotated[Path, typer.Option("--out", help="Folder for what is written.")]
+Backbone = Annotated[str, typer.Option(help="small, or a folder with a model of the small world.")]
+
+
+def evaluate(
+    out: Out,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="6 concepts, 5 edits, few steps: does everything run?")
+    ] = False,
+    experiment: Annotated[
+        str, typer.Option(help="table, long, steps, blend, rank or regulariser.")
+    ] = "table",
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="Instead, such as dte:0,12 or dte@alpha_blend=1:12; repeatable."),
+    ] = None,
+    concepts: Annotated[int, typer.Option(min=2, help="How many held-out concepts.")] = 60,
+    split: Annotated[str, typer.Option(help="test; val to choose settings on.")] = "test",
+    seeds: Annotated[int, typer.Option(min=2, help="Pictures per edit.")] = 2,
+    backbone: Backbone = "small",
+    encoder: Annotated[
+        Path | None, typer.Option(help="Folder of the encoder; by default the backbone's own.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda for a GPU.")] = "cpu",
+) -> None:
+    """Compare the tuning encoder with what people use instead; goes on where it stopped."""
+    from dte_lab import cli
+
+    cli.prepare_folder(out)
+    pipe = cli.load_pipeline(backbone, encoder, device)
+    try:
+        from dte_lab.evaluation.edits import QUICK_SCENES, SCENE_EDITS
+        from dte_lab.evaluation.methods import Methods
+        from dte_lab.evaluation.run import evaluate
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    specs = method or Methods(pipe).experiment("quick" if quick else experiment)
+    try:
+        evaluate(
+            out, pipe, specs, 6 if quick else concepts, seeds,
+            QUICK_SCENES if quick else SCENE_EDITS, split, 15 if quick else 18,
+        )  # fmt: skip
+    except ImportError as error:  # the outside judges
+        raise ValueError(str(error)) from error
+    report(out)
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="OUT of `dte evaluate`.")],
+) -> None:
+    """Turn a finished run into table.md and figures, beside its measures."""
+    from dte_lab.evaluation.report import curves, least_steps, markdown, picture_sheet, tradeoff
+    from dte_lab.evaluation.run import read_csv
+    from dte_lab.files import write_atomically
+    from dte_lab.images import save_png
+
+    if not (run / "run.json").is_file():
+        raise ValueError(f"{run} holds no run.json: give the --out of dte evaluate.")
+    document = json.loads((run / "run.json").read_text())
+    if "summary" not in document:
+        raise ValueError(f"The run in {run} is not finished: call dte evaluate again to go on.")
+    summary, rows = document["summary"], read_csv(run / "measures.csv")
+    text = markdown(summary)
+    if by_group := least_steps(rows):
+        text += "\n\nLeast number of steps with 95 % of a method's best harmonic mean:\n\n"
+        groups = sorted({group for groups in by_group.values() for group in groups})
+        text += "| Method | " + " | ".join(groups) + " |\n" + "|---" * (len(groups) + 1) + "|\n"
+        for name, groups_of in by_group.items():
+            text += f"| {name} | " + " | ".join(str(groups_of.get(g, "")) for g in groups) + " |\n"
+    write_atomically(run / "table.md", (text.rstrip() + "\n").encode())
+    tradeoff(summary).savefig(run / "tradeoff.png", dpi=150)
+    if (figure := curves(summary)) is not None:
+        figure.savefig(run / "steps.png", dpi=150)
+    if (run / "pictures").is_dir():
+        save_png(picture_sheet(run, summary), run / "pictures.png")
+    typer.echo(text)
+
+
+def export(
+    concept: Annotated[Path, typer.Argument(metavar="CONCEPT", help="A concept.safetensors.")],
+    out: Out,
+) -> None:
+    """Write a concept as LoRA (PEFT, diffusers; kohya) and textual-inversion embedding."""
+    from dte_lab import cli
+
+    cli.quiet_libraries()
+    from dte_lab import Concept
+    from dte_lab.export import export
+
+    paths = export(Concept.load(concept), out)
+    typer.echo(f"wrote {', '.join(path.name for path in paths)} to {out}")
+    typer.echo(
+        f'in diffusers: pipe.load_lora_weights("{out}"); '
+        f'pipe.load_textual_inversion("{out}/learned_embeds.safetensors"); pipe("S* at night")\n'
+        "they hold the soft path alone: what `dte generate --alpha 1` draws"
+    )
+
+
+def pretrain_e4t(
+    out: Out,
+    backbone: Backbone = "small",
+    steps: Annotated[int | None, typer.Option(min=1, help="Train this many steps in all.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Stop this call after so long.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda for a GPU.")] = "cpu",
+) -> None:
+    """Pre-train the E4T-style baseline on the small world, as `dte pretrain` does the encoder.
+
+    Writes OUT/encoder; `dte evaluate` looks for it in the backbone's folder, under e4t.
+    """
+    from dte_lab.backbone import load_backbone
+    from dte_lab.baselines import E4TEncoder
+    from dte_lab.pretrain import PretrainConfig, pretrain
+    from dte_lab.training_cli import given
+    from dte_lab.world.pairs import ConceptPairs
+
+    parts = load_backbone(backbone, device)
+    config = PretrainConfig(**given(steps=steps, max_minutes=minutes))
+    pretrain(parts, E4TEncoder.from_backbone(parts), ConceptPairs(), config, out_dir=out)
