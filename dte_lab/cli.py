@@ -23,7 +23,7 @@ from typing import Annotated
 
 import typer
 
-from dte_lab import __version__, hardware_cli, placeholder_token, training_cli
+from dte_lab import __version__, evaluation_cli, hardware_cli, placeholder_token, training_cli
 from dte_lab.images import read_image, save_png, square
 
 app = typer.Typer(
@@ -274,6 +274,10 @@ def save_contact_sheet(pictures, drawn: dict, prompts, seeds, path: Path) -> Non
 app.command()(training_cli.pretrain)
 app.command()(hardware_cli.memory)
 app.command()(hardware_cli.doctor)
+app.command()(evaluation_cli.evaluate)
+app.command()(evaluation_cli.report)
+app.command()(evaluation_cli.export)
+app.command()(evaluation_cli.pretrain_e4t)
 app.add_typer(training_cli.world, name="world")
 
 
