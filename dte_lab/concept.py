@@ -22,6 +22,8 @@ class Concept:
     v_star: (1, d). offsets: {"layer.projection": (A (1, Din, r), B (1, r, Dout))}.
     backbone: name of the backbone it belongs to. config: the encoder's DTEConfig.
     info: what happened: seconds, peak_memory_mb, losses, words_before, words_after, ...
+    pictures: (n, 3, H, W) uint8, the pictures it was made from at the backbone's resolution; what
+    `refresh` needs to predict anew, so they are in the file as well.
     """
 
     v_star: torch.Tensor
@@ -29,6 +31,7 @@ class Concept:
     backbone: str
     config: DTEConfig = field(default_factory=DTEConfig)
     info: dict = field(default_factory=dict)
+    pictures: torch.Tensor | None = None
 
     @property
     def nearest_words(self):
@@ -52,6 +55,8 @@ class Concept:
             "info": json.dumps(self.info),
         }
         tensors = {key: t.detach().float().cpu().contiguous() for key, t in tensors.items()}
+        if self.pictures is not None:
+            tensors["pictures"] = self.pictures.cpu().contiguous()
         write_atomically(path, save(tensors, metadata))
 
     @classmethod
@@ -80,6 +85,7 @@ class Concept:
                 metadata["backbone"],
                 DTEConfig(**json.loads(metadata["config"])),
                 json.loads(metadata["info"]),
+                tensors.get("pictures"),
             )
         except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
             raise ValueError(

@@ -6,17 +6,32 @@ Every attention branch runs twice and the two results are blended:
         + (1 - alpha_blend) * attention(x; W, hard text with v_h)
 
 (paper, section on the dual path; `pairing="figure"`). The paper's text can also be read as
-giving the offsets to the hard path: `pairing="text"`. The offsets are one pair of matrices *per
-sample*, so they live on the attention processor; `functional_call` would give silently wrong
-gradients under gradient checkpointing.
+giving the offsets to the hard path: `pairing="text"`; and as running every UNet *block* twice:
+`granularity="block"` sends [soft, hard] through a block as one batch and blends what comes out.
+The offsets are one pair of matrices *per sample*, so they live on the attention processor;
+`functional_call` would give silently wrong gradients under gradient checkpointing.
 """
 
 from contextlib import contextmanager
 
+import torch
 import torch.nn.functional as F
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
 PAIRINGS = ("figure", "text")
+GRANULARITIES = ("attention", "block")
+
+
+def alpha_at(alpha_blend, timesteps, num_timesteps):
+    """The blend at timesteps, a number or (B,), of num_timesteps: a number or (B,).
+
+    alpha_blend: a constant; or a pair, the values at t = num_timesteps (where sampling starts) and
+    at t = 0 (the picture), with a line between them. ("ours": the paper names one coefficient)
+    """
+    if not isinstance(alpha_blend, tuple):
+        return alpha_blend
+    first, last = alpha_blend
+    return last + (first - last) * timesteps / num_timesteps
 
 
 def attention_layers(unet):
@@ -46,6 +61,7 @@ class DualPathProcessor:
 
     offsets: {projection: (A (B, Din, r), B (B, r, Dout))}, B may be 1 for the whole batch.
     hard_hidden_states: (B, L, d) text of the hard path; None runs the soft path alone.
+    alpha_blend: a number or (B, 1, 1).
     """
 
     def __init__(self, offsets, hard_hidden_states=None, alpha_blend=1.0, pairing="figure"):
@@ -104,6 +120,22 @@ class DualPathProcessor:
         return x @ a.to(x) @ b.to(x)
 
 
+class BlockPathProcessor(DualPathProcessor):
+    """Attention on a batch [soft, hard] of twice the size, with offsets on one of the halves."""
+
+    def __init__(self, offsets, pairing="figure"):
+        super().__init__(offsets)
+        self.half = PAIRINGS.index(pairing)
+
+    def _offset(self, projection, x):
+        """x A B on the half that has offsets, 0 on the other: (2B, T, Din) -> (2B, T, Dout)."""
+        delta = super()._offset(projection, x.chunk(2)[self.half])
+        if not isinstance(delta, torch.Tensor):
+            return delta
+        zero = torch.zeros_like(delta)
+        return torch.cat([zero, delta] if self.half else [delta, zero])
+
+
 def _no_offset(projection, x):
     return 0
 
@@ -118,41 +150,105 @@ def _attend(q, k, v, heads):
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, T, H*hs)
 
 
+class DualPath:
+    """The paths of one UNet, which may change between two of its calls; made by `dual_path`."""
+
+    def __init__(self, unet, pairing, granularity):
+        self.layers, self.shapes = attention_layers(unet), projection_shapes(unet)
+        self.pairing, self.granularity = pairing, granularity
+        self.before = {name: attn.processor for name, attn in self.layers.items()}
+        self.blocks = []
+        if granularity == "block":  # without cross-attention both paths of a block are the same
+            blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
+            self.blocks = [b for b in blocks if getattr(b, "has_cross_attention", False)]
+
+    def update(self, offsets, hard_hidden_states=None, alpha_blend=1.0):
+        """Set offsets, hard text and blend of the next calls; see `dual_path`, also for errors."""
+        constant = not isinstance(alpha_blend, torch.Tensor)
+        if constant and alpha_blend == 1:
+            hard_hidden_states = None
+        elif hard_hidden_states is None:
+            raise ValueError(f"alpha_blend is {alpha_blend}, so the hard path needs its text.")
+        check_offsets(offsets, self.shapes)
+        if not constant:
+            alpha_blend = alpha_blend.to(hard_hidden_states).reshape(-1, 1, 1)
+        self.hard, self.alpha = hard_hidden_states, alpha_blend
+        for name, attn in self.layers.items():
+            own = {p: offsets[f"{name}.{p}"] for p in PROJECTIONS if f"{name}.{p}" in offsets}
+            if self.hard is not None and self.granularity == "block":
+                processor = BlockPathProcessor(own, self.pairing)
+            else:
+                processor = DualPathProcessor(own, self.hard, self.alpha, self.pairing)
+            attn.set_processor(processor)
+
+    def clear(self):
+        """The vanilla UNet, until the next update."""
+        self.hard = None
+        for name, attn in self.layers.items():
+            attn.set_processor(self.before[name])
+
+    def double(self, block, args, kwargs):
+        """Before a block: its inputs (B, ...) become [soft, hard] (2B, ...)."""
+        if self.hard is None:
+            return None
+        text = kwargs["encoder_hidden_states"]  # (B, L, d)
+        both = {key: _twice(value) for key, value in kwargs.items()}
+        both["encoder_hidden_states"] = torch.cat([text, self.hard.to(text).expand_as(text)])
+        return tuple(_twice(value) for value in args), both
+
+    def blend(self, block, args, output):
+        """After a block: blend the halves of each tensor (2B, C, h, w) that it returns."""
+        if self.hard is None:
+            return None
+        if not isinstance(output, torch.Tensor):
+            return tuple(self.blend(block, args, part) for part in output)
+        alpha = self.alpha[..., None] if isinstance(self.alpha, torch.Tensor) else self.alpha
+        soft, hard = output.chunk(2)
+        return alpha * soft + (1 - alpha) * hard
+
+
+def _twice(value):
+    """(B, ...) -> (2B, ...), also within a tuple; what is no tensor stays."""
+    if isinstance(value, torch.Tensor):
+        return torch.cat([value, value])
+    return tuple(_twice(v) for v in value) if type(value) is tuple else value
+
+
 @contextmanager
-def dual_path(unet, offsets, hard_hidden_states=None, alpha_blend=1.0, pairing="figure"):
+def dual_path(
+    unet, offsets, hard_hidden_states=None, alpha_blend=1.0, pairing="figure",
+    granularity="attention",
+):  # fmt: skip
     """Run the UNet with offsets, and blended with the hard path, inside a `with` block.
 
     offsets: {"layer.projection": (A (B, Din, r), B (B, r, Dout))}, B = 1 serves any batch.
     hard_hidden_states: (B, L, d), needed unless alpha_blend is 1, where only the soft path runs.
-    The previous processors come back when the block is left, also by an exception. With gradient
-    checkpointing `backward` must run inside the block, since it computes the forward pass anew.
+    alpha_blend: a number or (B,), see `alpha_at`.
+    Yields a `DualPath`, whose `update` changes these three. The previous processors come back when
+    the block is left, also by an exception. With gradient checkpointing `backward` must run inside
+    the block and before any update, since it computes the forward pass anew.
 
-    Raises ValueError for an unknown pairing, unknown or misshapen offsets, missing hard states, and
-    a UNet that already carries a PEFT LoRA.
+    Raises ValueError for an unknown pairing or granularity, unknown or misshapen offsets, missing
+    hard states, and a UNet that already carries a PEFT LoRA.
     """
-    layers = attention_layers(unet)
-    _check(unet, layers, offsets, hard_hidden_states, alpha_blend, pairing)
-    if alpha_blend == 1:
-        hard_hidden_states = None
-    before = {name: attn.processor for name, attn in layers.items()}
-    try:
-        for name, attn in layers.items():
-            own = {p: offsets[f"{name}.{p}"] for p in PROJECTIONS if f"{name}.{p}" in offsets}
-            attn.set_processor(DualPathProcessor(own, hard_hidden_states, alpha_blend, pairing))
-        yield unet
-    finally:
-        for name, attn in layers.items():
-            attn.set_processor(before[name])
-
-
-def _check(unet, layers, offsets, hard_hidden_states, alpha_blend, pairing):
-    if pairing not in PAIRINGS:
-        raise ValueError(f"Unknown pairing {pairing!r}: use one of {PAIRINGS}.")
-    if hard_hidden_states is None and alpha_blend != 1:
-        raise ValueError(f"alpha_blend is {alpha_blend}, so the hard path needs its text states.")
-    if any(hasattr(attn.to_q, "base_layer") for attn in layers.values()):
+    for name, value, known in [
+        ("pairing", pairing, PAIRINGS),
+        ("granularity", granularity, GRANULARITIES),
+    ]:
+        if value not in known:
+            raise ValueError(f"Unknown {name} {value!r}: use one of {known}.")
+    path = DualPath(unet, pairing, granularity)
+    if any(hasattr(attn.to_q, "base_layer") for attn in path.layers.values()):
         raise ValueError("The UNet carries a PEFT LoRA: unload it before using the dual path.")
-    check_offsets(offsets, projection_shapes(unet))
+    hooks = [b.register_forward_pre_hook(path.double, with_kwargs=True) for b in path.blocks]
+    hooks += [b.register_forward_hook(path.blend) for b in path.blocks]
+    try:
+        path.update(offsets, hard_hidden_states, alpha_blend)
+        yield path
+    finally:
+        for hook in hooks:
+            hook.remove()
+        path.clear()
 
 
 def check_offsets(offsets, shapes):

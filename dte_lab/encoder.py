@@ -18,9 +18,10 @@ from diffusers.configuration_utils import register_to_config
 from tqdm.auto import tqdm
 
 from dte_lab.backbone import WEIGHTS, add_noise
-from dte_lab.dual_path import projection_shapes
+from dte_lab.contrastive import REGULARISERS
+from dte_lab.dual_path import GRANULARITIES, PAIRINGS, projection_shapes
 from dte_lab.features import ImageFeatures, image_features, unet_feature_dim, unet_features
-from dte_lab.hypernetwork import FeatureFusion, LoRAHypernetwork, TokenHead
+from dte_lab.hypernetwork import FeatureFusion, FullHypernetwork, LoRAHypernetwork, TokenHead
 from dte_lab.tokens import PromptEncoder, TokenTable
 
 
@@ -28,20 +29,31 @@ from dte_lab.tokens import PromptEncoder, TokenTable
 class DTEConfig:
     """Everything the paper leaves open about the method; all values are ours, not the paper's.
 
-    Architecture: `rank` 1 to 16; `width` of tokens and queries; `grid` of the fused feature map;
-    `fusion_depth` residual conv blocks; `trunk_depth` cross-attention blocks; `num_heads`.
+    Features: `clip_layer` whose patches are read (-1 the last); `unet_layers` (names as in
+    features.py, None for all) and the prompt they see, `feature_prompt`.
+    Architecture: `rank` 1 to 16, or "full" for whole matrices; `width` of tokens and queries;
+    `grid` of the fused feature map; `fusion_depth` residual conv blocks; `trunk_depth`
+    cross-attention blocks; `num_heads`.
     Scales: `token_scale` (residual of v* in units of a word's typical entry; E4T uses about 0.1 of
     a norm), `offset_scale` (of B). Zero-shot guess: `zero_shot_words` best words at
     `zero_shot_temperature`.
-    Method: `alpha_blend` in [0, 1] and `pairing` of the dual path; `num_positives` N(v*) and
-    `temperature` tau of the contrastive term; the weights of the two regularisers;
-    `negative_bank_size` recent embeddings of training concepts.
+    Dual path: `alpha_blend` in [0, 1], or a pair (at the start of sampling, at its end); `pairing`
+    and `granularity`, see dual_path.py.
+    Regulariser of v*: `regulariser`, one of contrastive.py's; `num_positives` N(v*) and
+    `temperature` tau; `negative_bank_size` recent embeddings of training concepts;
+    `contrastive_weight` and `norm_weight` of the paper's two terms, `regulariser_weight` of any
+    other.
     Static prediction: mean over the predictions at `feature_timesteps`, as fractions of T.
-    Sampling: with `unconditional_offsets` both halves of classifier-free guidance run with the
-    offsets, as with any LoRA; without, the unconditional half keeps the vanilla weights.
+    Sampling: `refresh`, how often v* and the offsets are predicted anew from the current noisy
+    latent: "every step", every so many steps (an int), or "once" (the static prediction). With
+    `unconditional_offsets` both halves of classifier-free guidance run with the offsets, as with
+    any LoRA; without, the unconditional half keeps the vanilla weights.
     """
 
-    rank: int = 4
+    clip_layer: int = -1
+    unet_layers: tuple[str, ...] | None = None
+    feature_prompt: str = ""
+    rank: int | str = 4
     width: int = 160
     grid: int = 8
     fusion_depth: int = 2
@@ -51,26 +63,60 @@ class DTEConfig:
     offset_scale: float = 0.1
     zero_shot_words: int = 8
     zero_shot_temperature: float = 0.02
-    alpha_blend: float = 0.7
+    alpha_blend: float | tuple[float, float] = 0.7
     pairing: str = "figure"
+    granularity: str = "attention"
+    regulariser: str = "contrastive"
     num_positives: int = 5
     temperature: float = 0.1
     contrastive_weight: float = 0.01
     norm_weight: float = 0.01
+    regulariser_weight: float = 0.01
     negative_bank_size: int = 256
     feature_timesteps: tuple[float, ...] = (0.2, 0.4, 0.6)
+    refresh: str | int = "once"
     unconditional_offsets: bool = True
 
     def __post_init__(self):
-        self.feature_timesteps = tuple(self.feature_timesteps)  # JSON knows lists only
+        for name in ("feature_timesteps", "unet_layers", "alpha_blend"):  # JSON knows lists only
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, tuple(getattr(self, name)))
+        for name, known in [
+            ("regulariser", REGULARISERS),
+            ("pairing", PAIRINGS),
+            ("granularity", GRANULARITIES),
+        ]:
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"Unknown {name} {getattr(self, name)!r}: use one of {', '.join(known)}."
+                )
+        refresh_interval(self.refresh)  # complain about a wrong value
+
+
+def refresh_interval(refresh):
+    """Sampling steps between two predictions: 1, 2, ... or None for "once".
+
+    Raises ValueError for anything else than "every step", "once" and a positive int.
+    """
+    if refresh == "once":
+        return None
+    if refresh == "every step":
+        return 1
+    if isinstance(refresh, int) and refresh > 0:
+        return refresh
+    raise ValueError(f"refresh {refresh!r}: use 'every step', 'once' or a number of steps from 1.")
 
 
 @dataclass
 class EncoderPrediction:
-    """v_star (B, d) and offsets {"layer.projection": (A (B, Din, r), B (B, r, Dout))}."""
+    """v_star (B, d) and offsets {"layer.projection": (A (B, Din, r), B (B, r, Dout))}.
+
+    class_word (B, d): the embedding of the word that CLIP finds first in the picture.
+    """
 
     v_star: torch.Tensor
     offsets: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    class_word: torch.Tensor | None = None
 
 
 class TuningEncoder(ModelMixin, ConfigMixin):
@@ -97,9 +143,11 @@ class TuningEncoder(ModelMixin, ConfigMixin):
             clip_dim, embed_dim, unet_dim, dte.width, dte.grid, dte.fusion_depth
         )
         self.token_head = TokenHead(dte.width, token_dim)
-        self.hypernetwork = LoRAHypernetwork(
-            projections, dte.rank, dte.width, dte.num_heads, dte.trunk_depth, dte.offset_scale
-        )
+        trunk = (dte.width, dte.num_heads, dte.trunk_depth, dte.offset_scale)
+        if dte.rank == "full":
+            self.hypernetwork = FullHypernetwork(projections, *trunk)
+        else:
+            self.hypernetwork = LoRAHypernetwork(projections, dte.rank, *trunk)
         self.register_buffer("word_clip", torch.zeros(num_words, embed_dim))
         self.register_buffer("word_embeddings", torch.zeros(num_words, token_dim), persistent=False)
         self.register_buffer("bank", torch.zeros(dte.negative_bank_size, token_dim))
@@ -116,7 +164,8 @@ class TuningEncoder(ModelMixin, ConfigMixin):
         table = table or TokenTable(backbone)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            encoder = cls(**_dimensions(backbone, table), dte=asdict(dte or DTEConfig()))
+            dte = dte or DTEConfig()
+            encoder = cls(**encoder_dimensions(backbone, table, dte), dte=asdict(dte))
         encoder.word_clip.copy_(word_clip_embeddings(backbone, table))
         encoder.word_embeddings.copy_(table.embeddings)
         return encoder.to(backbone.device)
@@ -127,7 +176,8 @@ class TuningEncoder(ModelMixin, ConfigMixin):
         guess = self.zero_shot(image_features.embeds)  # (B, d)
         unit = self.word_embeddings.square().mean().sqrt()  # a word's typical entry
         v_star = guess + self.dte.token_scale * unit * self.token_head(tokens)
-        return EncoderPrediction(v_star, self.hypernetwork(tokens))
+        best = (image_features.embeds @ self.word_clip.T).argmax(dim=-1)  # (B,)
+        return EncoderPrediction(v_star, self.hypernetwork(tokens), self.word_embeddings[best])
 
     def zero_shot(self, embeds):
         """Mixture of the words that CLIP finds in pictures: unit (B, p) -> (B, d).
@@ -151,14 +201,24 @@ class TuningEncoder(ModelMixin, ConfigMixin):
         self.bank_concepts[rows] = concepts.to(self.bank_concepts)
         self.bank_position.copy_((self.bank_position + len(v_star)) % size)
 
-    @torch.no_grad()
-    def predict(self, backbone, images, seed=0, prompt_encoder=None):
-        """Static prediction from pictures (B, 3, H, W) of *one* concept in [-1, 1].
+    def image_features(self, backbone, images):
+        """CLIP features of pictures (B, 3, H, W), with the layer that this encoder reads."""
+        return image_features(backbone, images, self.dte.clip_layer)
 
-        The features need a noisy latent; the picture itself is noised to each of
-        `feature_timesteps`, and the B * len(feature_timesteps) predictions are averaged. A mean of
-        A and a mean of B is not the mean of A B; but one A is shared by most pictures. ("ours")
-        Returns an EncoderPrediction with batch size 1.
+    def unet_features(self, backbone, noisy_latents, timesteps, prompt):
+        """UNet features (B, C, g, g) of latents (B, c, h, w) at (B,), with the layers it reads.
+
+        prompt: (1, L, d), the encoded `feature_prompt`.
+        """
+        dte = self.dte
+        return unet_features(backbone, noisy_latents, timesteps, prompt, dte.grid, dte.unet_layers)
+
+    @torch.no_grad()
+    def static_features(self, backbone, images, seed=0, prompt_encoder=None):
+        """What the static prediction is made from: the three arguments of `forward`.
+
+        The features need a noisy latent: each of the B pictures is noised to each of the n
+        `feature_timesteps`, so there are B * n rows. ("ours")
         """
         prompt_encoder = prompt_encoder or PromptEncoder(backbone)
         T = len(backbone.alphas_cumprod)
@@ -169,19 +229,31 @@ class TuningEncoder(ModelMixin, ConfigMixin):
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         noisy = add_noise(backbone, latents, noise, timesteps)
-        clip = ImageFeatures(
-            *(f.repeat_interleave(n, dim=0) for f in image_features(backbone, images))
-        )
-        unet = unet_features(
-            backbone, noisy, timesteps, prompt_encoder.plain([""]), grid=self.dte.grid
-        )
-        prediction = self(clip, unet, timesteps)
+        clip = self.image_features(backbone, images)
+        clip = ImageFeatures(*(f.repeat_interleave(n, dim=0) for f in clip))
+        prompt = prompt_encoder.plain([self.dte.feature_prompt])
+        return clip, self.unet_features(backbone, noisy, timesteps, prompt), timesteps
 
-        def mean(x):
-            return x.mean(dim=0, keepdim=True)
+    @torch.no_grad()
+    def predict(self, backbone, images, seed=0, prompt_encoder=None):
+        """Static prediction from pictures (B, 3, H, W) of *one* concept in [-1, 1].
 
-        offsets = {key: (mean(a), mean(b)) for key, (a, b) in prediction.offsets.items()}
-        return EncoderPrediction(mean(prediction.v_star), offsets)
+        The mean of the predictions from `static_features`. A mean of A and a mean of B is not the
+        mean of A B; but one A is shared by most pictures. ("ours")
+        Returns an EncoderPrediction with batch size 1.
+        """
+        features = self.static_features(backbone, images, seed, prompt_encoder)
+        return mean_prediction(self(*features), len(features[-1]))
+
+
+def mean_prediction(prediction, n):
+    """Mean over each n neighbouring rows of an EncoderPrediction: batch B * n -> B."""
+
+    def mean(x):
+        return x.unflatten(0, (-1, n)).mean(dim=1)
+
+    offsets = {key: (mean(a), mean(b)) for key, (a, b) in prediction.offsets.items()}
+    return EncoderPrediction(mean(prediction.v_star), offsets, mean(prediction.class_word))
 
 
 @torch.no_grad()
@@ -218,7 +290,7 @@ def load_encoder(name_or_path, backbone, table=None):
         raise ValueError(f"No encoder at {path}: give 'small' or a directory that holds one.")
     encoder = TuningEncoder.from_pretrained(path, low_cpu_mem_usage=False)
     table = table or TokenTable(backbone)
-    for key, value in _dimensions(backbone, table).items():
+    for key, value in encoder_dimensions(backbone, table, encoder.dte).items():
         saved = encoder.config[key]
         if key == "projections":
             saved = {name: list(shape) for name, shape in saved.items()}
@@ -231,13 +303,13 @@ def load_encoder(name_or_path, backbone, table=None):
     return encoder.to(backbone.device).eval().requires_grad_(False)
 
 
-def _dimensions(backbone, table):
+def encoder_dimensions(backbone, table, dte):
     """What an encoder must know of its backbone."""
     return {
         "projections": {key: list(s) for key, s in projection_shapes(backbone.unet).items()},
         "clip_dim": backbone.image_encoder.config.hidden_size,
         "embed_dim": backbone.image_encoder.config.projection_dim,
-        "unet_dim": unet_feature_dim(backbone.unet),
+        "unet_dim": unet_feature_dim(backbone.unet, dte.unet_layers),
         "token_dim": table.embeddings.shape[1],
         "num_words": len(table),
     }

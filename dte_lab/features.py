@@ -1,7 +1,8 @@
 """What the encoder sees: CLIP image features and features of the UNet's encoder half.
 
 As in E4T, which the paper follows, the denoiser's features come from the *current noisy latent* at
-the current timestep, with the empty prompt. Both towers are frozen and run without gradients.
+the current timestep, by default with the empty prompt. Both towers are frozen and run without
+gradients. Which layers are read is a choice (DTEConfig), since the paper does not say.
 """
 
 from typing import NamedTuple
@@ -13,58 +14,80 @@ import torch.nn.functional as F
 class ImageFeatures(NamedTuple):
     """CLIP features of a batch of pictures."""
 
-    patches: torch.Tensor  # (B, width, g, g) last hidden state on the patch grid
+    patches: torch.Tensor  # (B, width, g, g) hidden state on the patch grid
     embeds: torch.Tensor  # (B, projection) unit vectors in the image-text space
 
 
 @torch.no_grad()
-def image_features(backbone, images):
-    """CLIP features of pictures (B, 3, H, W) in [-1, 1]; see `ImageFeatures`."""
-    output = backbone.image_encoder(backbone.clip_pixels(images))
-    patches = output.last_hidden_state[:, 1:]  # (B, g*g, width), without the class token
+def image_features(backbone, images, layer=-1):
+    """CLIP features of pictures (B, 3, H, W) in [-1, 1]; see `ImageFeatures`.
+
+    layer: which hidden state the patches come from: -1 the last, -2 the one before, ...
+    """
+    with backbone.loaded(backbone.image_encoder) as tower:
+        output = tower(backbone.clip_pixels(images), output_hidden_states=True)
+    patches = output.hidden_states[layer][:, 1:]  # (B, g*g, width), without the class token
     g = round(patches.shape[1] ** 0.5)
     patches = patches.transpose(1, 2).unflatten(2, (g, g))  # (B, width, g, g)
     return ImageFeatures(patches.float(), F.normalize(output.image_embeds.float(), dim=-1))
 
 
 @torch.no_grad()
-def unet_features(backbone, noisy_latents, timesteps, empty_prompt, grid=8):
+def unet_features(backbone, noisy_latents, timesteps, prompt, grid=8, layers=None):
     """Features of the UNet's down and mid blocks, each map brought to one grid and scale.
 
-    noisy_latents: (B, C, h, w). timesteps: (B,). empty_prompt: (1, L, d), the encoded "".
+    noisy_latents: (B, C, h, w). timesteps: (B,). prompt: (1, L, d), encoded. layers: some of
+    `unet_layers(unet)`, None for all; what lies behind the last of them is not computed.
     Returns (B, sum of the maps' channels, grid, grid); `unet_feature_dim` counts the channels.
     Every map is normalised over itself (mean 0, variance 1), because their scales differ by orders
     of magnitude. ("ours": the paper does not say how the maps are pooled; E4T takes their means.)
+
+    Raises ValueError for an unknown layer.
     """
     unet = backbone.unet
+    wanted = list(_channels(unet, layers))
     noisy_latents = noisy_latents.to(backbone.dtype)
-    text = empty_prompt.to(backbone.dtype).expand(len(noisy_latents), -1, -1)
+    text = prompt.to(backbone.dtype).expand(len(noisy_latents), -1, -1)
     temb = unet.time_embedding(unet.get_time_embed(noisy_latents, timesteps))  # (B, 4 * channels)
 
-    hidden = unet.conv_in(noisy_latents)
-    maps = [hidden]
-    for block in unet.down_blocks:
-        cross = {"encoder_hidden_states": text} if _has_cross_attention(block) else {}
-        hidden, residuals = block(hidden, temb, **cross)
-        maps.extend(residuals)
-    cross = {"encoder_hidden_states": text} if _has_cross_attention(unet.mid_block) else {}
-    maps.append(unet.mid_block(hidden, temb, **cross))
+    hidden, maps = noisy_latents, []
+    for name in unet_layers(unet):
+        layer = unet.get_submodule(name)
+        if name == "conv_in":
+            hidden = layer(hidden)
+            found = [hidden]
+        else:
+            cross = getattr(layer, "has_cross_attention", False)
+            found = layer(hidden, temb, **({"encoder_hidden_states": text} if cross else {}))
+            hidden, found = found if isinstance(found, tuple) else (found, [found])
+        if name in wanted:
+            maps += [_to_grid(F.group_norm(m.float(), 1), grid) for m in found]
+        if name == wanted[-1]:
+            return torch.cat(maps, dim=1)
 
-    maps = [F.group_norm(m.float(), 1) for m in maps]
-    return torch.cat([_to_grid(m, grid) for m in maps], dim=1)
+
+def unet_layers(unet):
+    """Names of the encoder half's layers, in order: conv_in, down_blocks.0, ..., mid_block."""
+    return ["conv_in", *(f"down_blocks.{i}" for i in range(len(unet.down_blocks))), "mid_block"]
 
 
-def unet_feature_dim(unet):
+def unet_feature_dim(unet, layers=None):
     """Number of channels that `unet_features` returns, counted from the configuration."""
-    widths, layers = unet.config.block_out_channels, unet.config.layers_per_block
-    total = widths[0] + widths[-1]  # conv_in and mid block
-    for i, width in enumerate(widths):
-        total += width * (layers + (i < len(widths) - 1))  # one per layer, one per downsampler
-    return total
+    return sum(_channels(unet, layers).values())
 
 
-def _has_cross_attention(block):
-    return getattr(block, "has_cross_attention", False)
+def _channels(unet, layers):
+    """{layer: channels of its maps} of the chosen layers, in the UNet's order."""
+    widths, per_block = unet.config.block_out_channels, unet.config.layers_per_block
+    channels = {"conv_in": widths[0]}
+    for i, width in enumerate(widths):  # one map per layer, one per downsampler
+        channels[f"down_blocks.{i}"] = width * (per_block + (i < len(widths) - 1))
+    channels["mid_block"] = widths[-1]
+    if layers is None:
+        return channels
+    if not layers or not set(layers) <= set(channels):
+        raise ValueError(f"UNet layers {list(layers)}: choose some of {', '.join(channels)}.")
+    return {name: count for name, count in channels.items() if name in layers}
 
 
 def _to_grid(x, grid):

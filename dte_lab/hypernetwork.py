@@ -90,8 +90,27 @@ class CrossBlock(nn.Module):
         return queries + self.mlp(self.norm2(queries))
 
 
-class LoRAHypernetwork(nn.Module):
+class Trunk(nn.Module):
+    """Learned queries read from tokens (B, N, d): -> answers (B, Q, d)."""
+
+    def __init__(self, num_queries, width, num_heads, depth):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(num_queries, width))
+        self.blocks = nn.ModuleList([CrossBlock(width, num_heads) for _ in range(depth)])
+        self.norm = nn.LayerNorm(width)
+
+    def answers(self, tokens):
+        queries = self.queries.expand(len(tokens), -1, -1)  # (B, Q, d)
+        for block in self.blocks:
+            queries = block(queries, tokens)
+        return self.norm(queries)
+
+
+class LoRAHypernetwork(Trunk):
     """Tokens (B, N, d) -> {"layer.projection": (A (B, Din, r), B (B, r, Dout))}.
+
+    One query per (layer, projection, side); the heads grow with the number of distinct widths, not
+    with the number of layers.
 
     A starts with entries of variance 1/Din, so that x A has the scale of x; B starts at exactly
     zero, so that W + A B = W. `offset_scale` multiplies B, which makes a learning rate near 1e-3
@@ -99,7 +118,7 @@ class LoRAHypernetwork(nn.Module):
     """
 
     def __init__(self, projections, rank, width, num_heads, depth, offset_scale):
-        super().__init__()
+        super().__init__(2 * len(projections), width, num_heads, depth)
         self.rank, self.offset_scale = rank, offset_scale
         self.keys = sorted(projections)  # a reloaded configuration comes in another order
         # Matrix 2i is the A of key i, matrix 2i+1 its B; `dims` holds Din or Dout.
@@ -108,9 +127,6 @@ class LoRAHypernetwork(nn.Module):
         for i, dim in enumerate(dims):
             self.groups.setdefault(f"{'AB'[i % 2]}{dim}", []).append(i)
 
-        self.queries = nn.Parameter(torch.randn(len(dims), width))
-        self.blocks = nn.ModuleList([CrossBlock(width, num_heads) for _ in range(depth)])
-        self.norm = nn.LayerNorm(width)
         self.heads = nn.ModuleDict()
         for name in self.groups:
             dim = int(name[1:])
@@ -120,17 +136,100 @@ class LoRAHypernetwork(nn.Module):
             self.heads[name] = head
 
     def forward(self, tokens):
-        queries = self.queries.expand(len(tokens), -1, -1)  # (B, Q, d)
-        for block in self.blocks:
-            queries = block(queries, tokens)
-        queries = self.norm(queries)
-
-        matrices = {}
+        answers, matrices = self.answers(tokens), {}  # (B, Q, d)
         for name, index in self.groups.items():
-            out = self.heads[name](queries[:, index])  # (B, q, dim*r)
+            out = self.heads[name](answers[:, index])  # (B, q, dim*r)
             if name[0] == "A":
                 out = out.unflatten(-1, (-1, self.rank))  # (B, q, Din, r)
             else:
                 out = self.offset_scale * out.unflatten(-1, (self.rank, -1))  # (B, q, r, Dout)
             matrices |= zip(index, out.unbind(1), strict=True)
         return {key: (matrices[2 * i], matrices[2 * i + 1]) for i, key in enumerate(self.keys)}
+
+
+class FullHypernetwork(Trunk):
+    """Tokens (B, N, d) -> {"layer.projection": (W_delta (B, Din, Dout), identity)}.
+
+    The paper's alternative to low rank, for comparison: the same trunk with one query per (layer,
+    projection), and heads of Din * Dout outputs. Whole matrices go through the same code as pairs
+    A, B, with an identity for B. Starts as an exact no-op.
+    """
+
+    def __init__(self, projections, width, num_heads, depth, offset_scale):
+        super().__init__(len(projections), width, num_heads, depth)
+        self.keys, self.offset_scale = sorted(projections), offset_scale
+        self.groups = {}  # (Din, Dout) -> the keys of that shape
+        for i, key in enumerate(self.keys):
+            self.groups.setdefault(tuple(projections[key]), []).append(i)
+        self.heads = nn.ModuleDict()
+        for d_in, d_out in self.groups:
+            self.heads[f"{d_in}x{d_out}"] = head = nn.Linear(width, d_in * d_out, bias=False)
+            nn.init.zeros_(head.weight)
+
+    def forward(self, tokens):
+        answers, offsets = self.answers(tokens), {}  # (B, Q, d)
+        for (d_in, d_out), index in self.groups.items():
+            out = self.heads[f"{d_in}x{d_out}"](answers[:, index]).unflatten(-1, (d_in, d_out))
+            out = out * self.offset_scale * d_in**-0.5  # (B, q, Din, Dout)
+            eye = torch.eye(d_out, device=out.device).expand(len(out), -1, -1)
+            offsets |= {self.keys[i]: (out[:, j], eye) for j, i in enumerate(index)}
+        return {key: offsets[key] for key in self.keys}
+
+
+def count_parameters(projections, rank, width, num_heads, depth):
+    """Parameters of the hypernetwork for a UNet's {key: (Din, Dout)}, allocating nothing.
+
+    rank: 1, 2, ..., or "full" for whole matrices. Returns a dict: `hypernetwork`, trunk and heads;
+    `heads` alone; `offsets`, the values that it predicts for one concept.
+    """
+    with torch.device("meta"):
+        if rank == "full":
+            net = FullHypernetwork(projections, width, num_heads, depth, 1.0)
+        else:
+            net = LoRAHypernetwork(projections, rank, width, num_heads, depth, 1.0)
+
+    def count(module):
+        return sum(p.numel() for p in module.parameters())
+
+    sizes = [(i * o if rank == "full" else (i + o) * rank) for i, o in projections.values()]
+    return {"hypernetwork": count(net), "heads": count(net.heads), "offsets": sum(sizes)}
+
+
+@torch.no_grad()
+def singular_values(offsets):
+    """{key: singular values (B, r)} of A B, largest first, from two thin QR decompositions.
+
+    A = Q R and B^T = P S give A B = Q (R S^T) P^T, whose singular values are those of R S^T.
+    """
+    values = {}
+    for key, (a, b) in offsets.items():
+        r = torch.linalg.qr(a.float()).R  # (B, min(Din, r), r)
+        s = torch.linalg.qr(b.float().mT).R  # (B, min(Dout, r), r)
+        values[key] = torch.linalg.svdvals(r @ s.mT)
+    return values
+
+
+def effective_rank(values):
+    """exp of the entropy of the normalised singular values (..., r): 1 to r, 0 for no offset.
+
+    (Roy and Vetterli 2007, "The effective rank".)
+    """
+    share = values / values.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
+    rank = torch.special.entr(share).sum(dim=-1).exp()
+    return torch.where(values.sum(dim=-1) > 0, rank, torch.zeros_like(rank))
+
+
+@torch.no_grad()
+def truncate(offsets, rank):
+    """Offsets with the best approximation of A B of a lower rank (Eckart and Young).
+
+    Returns {key: (A (B, Din, rank), B (B, rank, Dout))}; the singular values are split evenly.
+    """
+    short = {}
+    for key, (a, b) in offsets.items():
+        q, r = torch.linalg.qr(a.float())
+        p, s = torch.linalg.qr(b.float().mT)
+        u, sigma, vh = torch.linalg.svd(r @ s.mT, full_matrices=False)
+        root = sigma[..., None, :rank].sqrt()  # (B, 1, rank)
+        short[key] = (q @ u[..., :rank] * root, root.mT * (vh[..., :rank, :] @ p.mT))
+    return short

@@ -3,18 +3,18 @@
     L = ||target - UNet(x_t, t, prompt with v*; W + A B)||^2
         + contrastive_weight * L_contrastive + norm_weight * L_norm
 
+or, with another `regulariser`, its terms instead of the second line (contrastive.py).
 The target is the noise or the velocity, as the backbone predicts. (paper: diffusion loss plus
 contrastive regularisation plus L2; the weights are not known.)
 """
 
 from contextlib import contextmanager
 
-import torch
 import torch.nn.functional as F
 
 from dte_lab.backbone import add_noise, signal_variance
-from dte_lab.contrastive import contrastive_loss, norm_loss
-from dte_lab.dual_path import dual_path
+from dte_lab.contrastive import regularise, word_in_use
+from dte_lab.dual_path import alpha_at, dual_path
 
 
 def diffusion_target(backbone, latents, noise, timesteps):
@@ -36,42 +36,29 @@ def objective(
 
     prediction: v_star (B, d) and offsets, or one (batch 1) for all samples. prompts: B strings with
     "S*". latents, noise: (B, C, h, w). timesteps: (B,). config: DTEConfig. concepts: (B,) ids that
-    tell which samples of the batch are negatives of each other. bank: more negatives, as
-    (embeddings (M, d), their concept ids (M,), -1 for empty rows).
-    Yields {"loss", "diffusion", "contrastive", "norm"}, scalars.
+    tell which samples of the batch are negatives of each other. bank: more negatives, see
+    `regularise`.
+    Yields scalars: "loss", "diffusion", and the regulariser's terms ("contrastive" and "norm").
 
     >>> with objective(...) as losses:
     ...     losses["loss"].backward()
     """
-    v_star = prediction.v_star
+    v_star = word_in_use(prediction.v_star, prompt_encoder.table, config)
     soft = prompt_encoder(prompts, v_star)  # (B, L, d)
     hard = prompt_encoder.hard(prompts, v_star) if config.alpha_blend != 1 else None
+    alpha = alpha_at(config.alpha_blend, timesteps, len(backbone.alphas_cumprod))
     noisy = add_noise(backbone, latents, noise, timesteps).to(backbone.dtype)
     target = diffusion_target(backbone, latents, noise, timesteps)
-    with dual_path(backbone.unet, prediction.offsets, hard, config.alpha_blend, config.pairing):
+    with dual_path(
+        backbone.unet, prediction.offsets, hard, alpha, config.pairing, config.granularity
+    ):
         output = backbone.unet(noisy, timesteps, soft.to(backbone.dtype)).sample
-        losses = {
-            "diffusion": F.mse_loss(output.float(), target.float()),
-            "contrastive": _contrastive(prompt_encoder.table, v_star, concepts, bank, config),
-            "norm": norm_loss(v_star, prompt_encoder.table.mean_norm),
-        }
-        losses["loss"] = (
-            losses["diffusion"]
-            + config.contrastive_weight * losses["contrastive"]
-            + config.norm_weight * losses["norm"]
+        losses = {"diffusion": F.mse_loss(output.float(), target.float())}
+        total = losses["diffusion"]
+        terms = regularise(
+            prediction.v_star, prompt_encoder.table, config, concepts, bank, prediction.class_word
         )
-        yield losses
-
-
-def _contrastive(table, v_star, concepts, bank, config):
-    """Positives from the table; negatives from the batch (with gradient) and the bank."""
-    rows = table.nearest_rows(v_star, config.num_positives)[1]
-    positives = table.embeddings.to(v_star.device)[rows]  # (B, N, d)
-    own = v_star.new_full((len(v_star),), -2, dtype=torch.long) if concepts is None else concepts
-    negatives, ids = [v_star], [own]
-    if bank is not None:
-        negatives.append(bank[0])
-        ids.append(bank[1])
-    ids = torch.cat(ids)  # (B + M,)
-    mask = (ids != own[:, None]) & (ids != -1)  # (B, B + M)
-    return contrastive_loss(v_star, positives, torch.cat(negatives), mask, config.temperature)
+        for name, (weight, value) in terms.items():
+            losses[name] = value
+            total = total + weight * value
+        yield losses | {"loss": total}

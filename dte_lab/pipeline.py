@@ -17,9 +17,11 @@ from tqdm.auto import tqdm
 
 from dte_lab.backbone import load_backbone
 from dte_lab.concept import Concept
+from dte_lab.contrastive import word_in_use
 from dte_lab.dual_path import dual_path
-from dte_lab.encoder import load_encoder
+from dte_lab.encoder import load_encoder, refresh_interval
 from dte_lab.images import read_image, to_square_tensor
+from dte_lab.sampling import Conditioning, Refresher
 from dte_lab.tokens import PromptEncoder
 from dte_lab.tuning import TuneConfig, tune
 from dte_lab.zero_shot import ZeroShotStart
@@ -54,11 +56,15 @@ class DTEPipeline:
         self.prompt_encoder = PromptEncoder(self.backbone)
         return self
 
-    def personalize(self, image, num_steps=12, seed=0, callback=None, progress=True, config=None):
+    def personalize(
+        self, image, num_steps=12, seed=0, callback=None, progress=True, config=None, dte=None
+    ):
         """Predict v* and the offsets from pictures of one concept, then tune them.
 
-        image: a path, a PIL image, or a list of them. num_steps: 0 (prediction only) to 12.
-        callback: see `tune`. config: TuneConfig, whose num_steps is overridden.
+        image: a path, a PIL image, or a list of them. num_steps: 0 (prediction only), 12 as in the
+        paper, or any other number. callback: see `tune`. config: TuneConfig, whose num_steps is
+        overridden. dte: DTEConfig with other regularisers, dual path or sampling than the encoder
+        was trained with; what concerns its architecture is ignored.
         Raises ValueError for pictures that cannot be read, see images.py. Returns a Concept.
         """
         start = time.perf_counter()
@@ -66,83 +72,97 @@ class DTEPipeline:
         if not images:
             raise ValueError("personalize needs at least one picture of the concept.")
         pixels = self.pixels(images)
-        backbone, encoder, dte = self.backbone, self.encoder, self.encoder.dte
+        backbone, encoder, dte = self.backbone, self.encoder, dte or self.encoder.dte
+        config = replace(config or TuneConfig(), num_steps=num_steps)
         if backbone.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
         prediction = encoder.predict(backbone, pixels, seed, self.prompt_encoder)
         result = tune(
-            backbone, self.prompt_encoder, prediction, pixels, dte,
-            replace(config or TuneConfig(), num_steps=num_steps),
+            backbone, self.prompt_encoder, prediction, pixels, dte, config,
             bank=(encoder.bank, encoder.bank_concepts), seed=seed, callback=callback,
-            progress=progress and num_steps > 0,
+            progress=progress, encoder=encoder,
         )  # fmt: skip
+        tuned = result.prediction
+        v_star = word_in_use(tuned.v_star, self.prompt_encoder.table, dte)
         info = {
             "num_steps": num_steps,
+            "tuned": config.what,
             "seed": seed,
             "losses": result.losses,
             "stopped_early": result.stopped_early,
             "words_before": self.nearest_words(prediction.v_star),
-            "words_after": self.nearest_words(result.prediction.v_star),
+            "words_after": self.nearest_words(v_star),
             "seconds": time.perf_counter() - start,
             "peak_memory_mb": peak_memory_mb(backbone.device),
         }
-        tuned = result.prediction
-        return Concept(tuned.v_star, tuned.offsets, backbone.name, dte, info)
+        pictures = ((pixels + 1) * 127.5).round().to(torch.uint8)
+        return Concept(v_star, tuned.offsets, backbone.name, dte, info, pictures)
 
     @torch.no_grad()
     def generate(
         self, concept, prompts, seeds=(0,), guidance_scale=3.0, num_inference_steps=25,
-        negative_prompt="", alpha_blend=None, batch_size=8, progress=True,
+        negative_prompt="", alpha_blend=None, batch_size=8, progress=True, refresh=None,
     ):  # fmt: skip
         """Sample every prompt with every seed: a list per prompt of a list per seed of PIL images.
 
-        prompts: a string or a list, each with "S*". alpha_blend: None takes the concept's.
-        batch_size: pictures per UNet call, before guidance doubles them. The initial noise depends
-        on the seed alone, so a picture does not depend on what else is in its batch.
-        Raises ValueError for a prompt without "S*" and for a concept of another backbone.
+        prompts: a string or a list, each with "S*". alpha_blend and refresh: see DTEConfig; None
+        takes the concept's. batch_size: pictures per UNet call, before guidance doubles them. The
+        initial noise depends on the seed alone, so a picture does not depend on what else is in its
+        batch.
+        Raises ValueError for a prompt without "S*", for a concept of another backbone, and for
+        `refresh` with a concept that holds no pictures.
         """
-        backbone, config = self.backbone, concept.config
+        backbone, encode, config = self.backbone, self.prompt_encoder, concept.config
         prompts, seeds = [prompts] if isinstance(prompts, str) else list(prompts), list(seeds)
         concept.check(backbone)
-        alpha = config.alpha_blend if alpha_blend is None else alpha_blend
-        v_star = concept.v_star.to(backbone.device)
-        self.prompt_encoder.tokenize(prompts)  # complain before any work is done
+        given = {"alpha_blend": alpha_blend, "refresh": refresh}
+        config = replace(config, **{k: v for k, v in given.items() if v is not None})
+        concept = replace(concept, config=config)
+        encode.tokenize(prompts)  # complain before any work is done
+        refresher = None
+        if refresh_interval(config.refresh) is not None:
+            refresher = Refresher(backbone, self.encoder, encode, concept)
 
         jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
         batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
         images, sampler = [], self._sampler()
-        with tqdm(
-            total=len(batches) * num_inference_steps, desc="sampling", disable=not progress
-        ) as bar:
-
-            def tick(sampler, step, timestep, state):
-                bar.update()
-                return state
-
+        sampler.scheduler.set_timesteps(num_inference_steps)
+        timesteps, T = sampler.scheduler.timesteps, len(backbone.alphas_cumprod)
+        with (
+            tqdm(total=len(batches) * len(timesteps), desc="sampling", disable=not progress) as bar,
+            backbone.loaded(backbone.vae),  # the stock pipeline goes by the device of all its parts
+            dual_path(
+                backbone.unet, {}, pairing=config.pairing, granularity=config.granularity
+            ) as path,
+        ):
             for batch in batches:
                 texts = [prompt for prompt, _ in batch]
-                soft = self.prompt_encoder(texts, v_star)  # (b, L, d)
-                hard = self.prompt_encoder.hard(texts, v_star)
-                negative = self.prompt_encoder.plain([negative_prompt]).expand_as(soft)
-                offsets = {k: (a.to(soft), b.to(soft)) for k, (a, b) in concept.offsets.items()}
-                if guidance_scale > 1:  # the UNet sees [unconditional, conditional]
-                    hard = torch.cat([negative, hard])  # (2b, L, d)
-                    if not config.unconditional_offsets:
-                        offsets = {
-                            k: (a, _second_half(b, len(batch))) for k, (a, b) in offsets.items()
-                        }
+                condition = Conditioning(
+                    encode, concept, texts, timesteps, T, negative_prompt, guidance_scale > 1,
+                    refresher,
+                )  # fmt: skip
                 noise = torch.cat([self.initial_noise(seed) for _, seed in batch])
-                with dual_path(backbone.unet, offsets, hard, alpha, config.pairing):
-                    latents = sampler(
-                        prompt_embeds=soft,
-                        negative_prompt_embeds=negative,
-                        latents=noise.to(soft),
-                        guidance_scale=guidance_scale,
-                        num_inference_steps=num_inference_steps,
-                        output_type="latent",
-                        callback_on_step_end=tick,
-                    ).images
+                noise = noise.to(condition.soft)
+
+                def next_step(sampler, step, timestep, state, condition=condition):
+                    bar.update()
+                    if step + 1 < len(timesteps):
+                        condition(path, step + 1, state["latents"])
+                        state["prompt_embeds"] = condition.prompt_embeds
+                    return state
+
+                condition(path, 0, noise)
+                latents = sampler(
+                    prompt_embeds=condition.soft,
+                    negative_prompt_embeds=condition.negative,
+                    latents=noise,
+                    guidance_scale=guidance_scale,
+                    num_inference_steps=num_inference_steps,
+                    output_type="latent",
+                    callback_on_step_end=next_step,
+                    callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
+                ).images
                 images += to_pil(backbone.decode_latents(latents))
         n = len(seeds)
         return [images[i * n : (i + 1) * n] for i in range(len(prompts))]
@@ -191,11 +211,6 @@ def peak_memory_mb(device):
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KB on Linux
-
-
-def _second_half(b, n):
-    """B (1, r, Dout) -> (2n, r, Dout), zero for the unconditional first half."""
-    return torch.cat([torch.zeros_like(b).expand(n, -1, -1), b.expand(n, -1, -1)])
 
 
 def to_pil(pixels):

@@ -4,12 +4,16 @@ The predicted word embedding v* (paper: v* = E(I_c)) takes the place of the plac
 prompt; its nearest real word v_h is the "hard" word of the dual path.
 """
 
+import json
 import logging
+from functools import cache, cached_property
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from dte_lab import placeholder_token
+from dte_lab.backbone import WEIGHTS
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +22,9 @@ class TokenTable:
     """The whole words of the vocabulary, with their input embeddings.
 
     Usable are tokens that end a word ("</w>"), are alphabetic and have at least 3 letters; of
-    Stable Diffusion's 49,408 tokens that leaves the ones a person can read. ("ours")
+    Stable Diffusion's 49,408 tokens that leaves the ones a person can read. Where the backbone's
+    folder has a `words.json`, a list of words, only those of them are: a word that training hardly
+    met has an embedding that means nothing. ("ours")
 
     Attributes:
         words: list of n strings.
@@ -36,6 +42,10 @@ class TokenTable:
             if token.endswith("</w>") and token not in special
         )
         usable = [(i, word) for i, word in usable if word.isalpha() and len(word) >= 3]
+        if (known := known_words(backbone)) is not None:
+            usable = [(i, word) for i, word in usable if word in known]
+        if not usable:
+            raise ValueError(f"The vocabulary of backbone {backbone.name} has no usable word.")
         self.ids = torch.tensor([i for i, _ in usable])
         self.words = [word for _, word in usable]
         weight = backbone.text_encoder.get_input_embeddings().weight
@@ -47,10 +57,32 @@ class TokenTable:
     def __len__(self):
         return len(self.words)
 
+    @cached_property
+    def gaussian(self):
+        """Mean (d,) and precision (d, d) of a Gaussian fitted to the embeddings.
+
+        The covariance is shrunk by a tenth towards the identity's multiple of the same trace, so
+        that few words in many dimensions still have an inverse.
+        """
+        covariance = torch.cov(self.embeddings.T, correction=0)  # (d, d)
+        eye = torch.eye(len(covariance)).to(covariance)
+        covariance = 0.9 * covariance + 0.1 * covariance.diagonal().mean() * eye
+        return self.embeddings.mean(dim=0), torch.linalg.inv(covariance)
+
+    @cache  # noqa: B019  (a table lives as long as its pipeline)
+    def neighbour_cosine(self, k):
+        """Mean cosine of a word to its k nearest other words, over up to 1,000 words."""
+        some = self.unit[:: -(-len(self) // 1000)]
+        best = (some @ self.unit.T).topk(min(k + 1, len(self)), dim=-1).values  # (m, k + 1)
+        return best[:, 1:].mean().item()  # the first is the word itself
+
     def nearest_rows(self, v, k=1):
-        """The k nearest words by cosine: (similarities (B, k), rows of the table (B, k))."""
+        """The k nearest words by cosine: (similarities (B, k), rows of the table (B, k)).
+
+        With fewer than k words in the table, all of them.
+        """
         cosine = F.normalize(v.detach().float(), dim=-1) @ self.unit.to(v.device).T  # (B, n)
-        return cosine.topk(k, dim=-1)
+        return cosine.topk(min(k, len(self)), dim=-1)
 
     def nearest(self, v, k=5):
         """The k usable words nearest to each embedding by cosine similarity.
@@ -60,6 +92,23 @@ class TokenTable:
         similarities, rows = self.nearest_rows(v, k)
         words = [[self.words[i] for i in row] for row in rows.tolist()]
         return self.ids.to(rows.device)[rows], words, similarities
+
+
+def known_words(backbone):
+    """The set of words in the `words.json` of the backbone's folder; None where there is none.
+
+    Raises ValueError when the file holds something else than a list of words.
+    """
+    path = (WEIGHTS / "small" if backbone.name == "small" else Path(backbone.name)) / "words.json"
+    if not path.is_file():
+        return None
+    try:
+        words = json.loads(path.read_text())
+    except ValueError:
+        words = None
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise ValueError(f"{path} must hold a JSON list of words: write it again or remove it.")
+    return set(words)
 
 
 class PromptEncoder:

@@ -7,9 +7,9 @@ from dte_lab import Concept, DTEConfig
 @pytest.fixture
 def concept(tiny_offsets):
     v_star = torch.randn(1, 24)
-    return Concept(
-        v_star, tiny_offsets(1), "tiny", DTEConfig(alpha_blend=0.4), {"words_after": [["cat", 0.5]]}
-    )
+    pictures = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
+    config, info = DTEConfig(alpha_blend=(0.4, 1.0), refresh=3), {"words_after": [["cat", 0.5]]}
+    return Concept(v_star, tiny_offsets(1), "tiny", config, info, pictures)
 
 
 def test_round_trip(concept, tmp_path):
@@ -23,6 +23,10 @@ def test_round_trip(concept, tmp_path):
     assert loaded.backbone == "tiny"
     assert loaded.config == concept.config and loaded.info == concept.info
     assert loaded.nearest_words == [["cat", 0.5]]
+    assert loaded.pictures.dtype == torch.uint8 and torch.equal(loaded.pictures, concept.pictures)
+    concept.pictures = None  # as in files of the first version
+    concept.save(path)
+    assert Concept.load(path).pictures is None
 
 
 def test_saving_is_atomic(concept, tmp_path, monkeypatch):

@@ -1,7 +1,20 @@
-import numpy as np
-import torch
+import copy
+from dataclasses import replace
 
-from dte_lab.contrastive import contrastive_loss, norm_loss
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dte_lab import DTEConfig, TokenTable
+from dte_lab.contrastive import (
+    REGULARISERS,
+    contrastive_loss,
+    gaussian_loss,
+    norm_loss,
+    regularise,
+    word_in_use,
+)
 
 
 def plain_loss(v_star, positives, negatives, mask, tau):
@@ -68,3 +81,84 @@ def test_masked_batch_without_any_negative_is_finite():
 def test_norm_loss():
     v = torch.tensor([[3.0, 4.0], [0.0, 10.0]])
     assert norm_loss(v, 5.0).item() == (1 + 4) / 2
+
+
+@pytest.fixture(scope="module")
+def table(tiny_backbone):
+    return TokenTable(tiny_backbone)
+
+
+def v_stars(seed=0):
+    return torch.randn(3, 24, generator=torch.Generator().manual_seed(seed)) * 0.05
+
+
+def terms(regulariser, table, v, **kwargs):
+    config = DTEConfig(
+        regulariser=regulariser, num_positives=3, contrastive_weight=0.1, norm_weight=0.2,
+        regulariser_weight=0.3,
+    )  # fmt: skip
+    found = regularise(v, table, config, **kwargs)
+    return {name: weight for name, (weight, _) in found.items()}, {
+        name: value.item() for name, (_, value) in found.items()
+    }
+
+
+def test_each_regulariser_has_its_terms(table):
+    expected = {
+        "contrastive": {"contrastive": 0.1, "norm": 0.2}, "none": {}, "norm": {"norm": 0.2},
+        "l2": {"l2": 0.3}, "nearest": {"nearest": 0.3}, "hinge": {"hinge": 0.3, "norm": 0.2},
+        "gaussian": {"gaussian": 0.3},
+    }  # fmt: skip
+    assert set(expected) == set(REGULARISERS)
+    for name, weights in expected.items():
+        assert terms(name, table, v_stars())[0] == weights
+    with pytest.raises(ValueError, match="regulariser"):
+        DTEConfig(regulariser="l1")
+
+
+def test_values_against_loops(table):
+    v = v_stars()
+    l2, nearest, hinge, gaussian = [], [], [], []
+    class_word = v_stars(seed=1)
+    mean = table.embeddings.mean(0).numpy()
+    precision = np.linalg.inv(
+        0.9 * np.cov(table.embeddings.T.numpy(), bias=True)
+        + 0.1 * table.embeddings.var(0, correction=0).mean().item() * np.eye(24)
+    )
+    for x, word in zip(v, class_word, strict=True):
+        cosines = [F.cosine_similarity(x, e, dim=0).item() for e in table.embeddings]
+        best = sorted(range(len(table)), key=lambda i: -cosines[i])[:3]
+        l2.append(((x - word) ** 2).sum().item() / table.mean_norm**2)
+        near = table.embeddings[best[0]]
+        nearest.append(((x - near) ** 2).sum().item() / table.mean_norm**2)
+        hinge += [max(0.0, table.neighbour_cosine(3) - cosines[i]) for i in best]
+        gaussian.append((x.numpy() - mean) @ precision @ (x.numpy() - mean) / 24)
+    found = {name: terms(name, table, v)[1] for name in REGULARISERS}
+    assert terms("l2", table, v, class_word=class_word)[1]["l2"] == pytest.approx(np.mean(l2), 1e-4)
+    assert found["l2"]["l2"] == pytest.approx(np.mean(nearest), 1e-4)
+    assert found["nearest"]["nearest"] == pytest.approx(np.mean(nearest), 1e-4)
+    assert found["hinge"]["hinge"] == pytest.approx(np.mean(hinge), 1e-4) and np.mean(hinge) > 0
+    assert found["gaussian"]["gaussian"] == pytest.approx(np.mean(gaussian), 1e-3)
+
+
+def test_words_are_typical(table):
+    """Words have about the Gaussian loss 1 where there are many; a word is its own nearest word."""
+    many = copy.copy(table)
+    many.__dict__.pop("gaussian", None)
+    g = torch.Generator().manual_seed(0)
+    many.embeddings = torch.randn(4000, 8, generator=g) @ torch.randn(8, 8, generator=g) + 3
+    value = gaussian_loss(many.embeddings, *many.gaussian).item()
+    assert 0.6 < value < 1.1  # less than 1 by the shrinkage
+    assert gaussian_loss(2 * many.embeddings, *many.gaussian).item() > 3 * value
+    assert terms("nearest", table, table.embeddings[:3])[1]["nearest"] == pytest.approx(0, abs=1e-9)
+
+
+def test_projection_puts_the_nearest_word_in_use_and_lets_gradients_pass(table):
+    v = (table.embeddings[[2, 5]] * 1.5 + 1e-3).requires_grad_()
+    config = DTEConfig(regulariser="nearest")
+    used = word_in_use(v, table, config)
+    torch.testing.assert_close(used, table.embeddings[[2, 5]])
+    weight = torch.randn(2, 24)
+    grad = torch.autograd.grad((used * weight).sum(), v)[0]
+    assert torch.equal(grad, weight)
+    assert word_in_use(v, table, replace(config, regulariser="contrastive")) is v

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from dte_lab.dual_path import attention_layers, dual_path, projection_shapes
+from dte_lab.dual_path import alpha_at, attention_layers, dual_path, projection_shapes
 
 B, L, D = 2, 16, 24
 T = torch.tensor([100, 700])
@@ -57,9 +57,10 @@ def test_layers_and_shapes(tiny_backbone):
     assert shapes["mid_block.attentions.0.transformer_blocks.0.attn2.to_k"] == (24, 32)
 
 
-def test_alpha_0_is_the_vanilla_unet_with_the_hard_prompt(tiny_backbone, tiny_offsets):
+@pytest.mark.parametrize("granularity", ["attention", "block"])
+def test_alpha_0_is_the_vanilla_unet_with_the_hard_prompt(tiny_backbone, tiny_offsets, granularity):
     unet = tiny_backbone.unet
-    with dual_path(unet, tiny_offsets(B), HARD, alpha_blend=0.0):
+    with dual_path(unet, tiny_offsets(B), HARD, 0.0, granularity=granularity):
         ours = run(unet)
     torch.testing.assert_close(ours, run(unet, HARD), atol=1e-6, rtol=0)
     assert (ours - run(unet, SOFT)).abs().max() > 1e-3
@@ -84,14 +85,17 @@ def test_samples_of_a_batch_have_their_own_offsets(tiny_backbone, tiny_offsets, 
         torch.testing.assert_close(ours[i : i + 1], alone, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("granularity", ["attention", "block"])
 @pytest.mark.parametrize("pairing", ["figure", "text"])
-def test_swapping_paths_swaps_pairings(tiny_backbone, tiny_offsets, merged_unet, pairing):
+def test_swapping_paths_swaps_pairings(
+    tiny_backbone, tiny_offsets, merged_unet, pairing, granularity
+):
     """At alpha 0 and 1 each pairing is one known plain UNet."""
     unet, offsets = tiny_backbone.unet, tiny_offsets(1)
     plain, merged = unet, merged_unet(offsets)
     soft_unet, hard_unet = (merged, plain) if pairing == "figure" else (plain, merged)
     for alpha, expected in [(1.0, run(soft_unet, SOFT)), (0.0, run(hard_unet, HARD))]:
-        with dual_path(unet, offsets, HARD, alpha, pairing):
+        with dual_path(unet, offsets, HARD, alpha, pairing, granularity):
             ours = run(unet)
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
 
@@ -188,6 +192,87 @@ def test_unet_gradients_of_a_b_and_v_star(tiny_backbone, tiny_offsets, checkpoin
         assert (mine - theirs).norm() < 1e-4 * theirs.norm() + 1e-9
 
 
+class BlockTwice(torch.nn.Module):
+    """A UNet block run twice, by two separate copies, and blended: the summary's reading."""
+
+    def __init__(self, soft, hard, hard_text, alpha):
+        super().__init__()
+        self.soft, self.hard_block, self.text, self.alpha = soft, hard, hard_text, alpha
+        self.has_cross_attention = True
+        self.resnets = soft.resnets  # the UNet counts them
+
+    def forward(self, *args, **kwargs):
+        soft = self.soft(*args, **kwargs)
+        hard = self.hard_block(*args, **(kwargs | {"encoder_hidden_states": self.text}))
+
+        def mix(x, y):
+            if isinstance(x, tuple):
+                return tuple(mix(*pair) for pair in zip(x, y, strict=True))
+            return self.alpha * x + (1 - self.alpha) * y
+
+        return mix(soft, hard)
+
+
+@pytest.mark.parametrize("pairing", ["figure", "text"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_block_granularity_against_blocks_run_twice(
+    tiny_backbone, tiny_offsets, pairing, checkpointing
+):
+    unet, offsets = copy.deepcopy(tiny_backbone.unet), tiny_offsets(B)
+    soft_text, hard_text = SOFT.clone().requires_grad_(), HARD.clone().requires_grad_()
+    alpha = torch.tensor([0.3, 0.8])
+    leaves = [soft_text, hard_text, *(m.requires_grad_() for p in offsets.values() for m in p)]
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    before = {name: list(m._forward_hooks) for name, m in unet.named_modules()}
+    with dual_path(unet, offsets, hard_text, alpha, pairing, "block"):
+        ours = run(unet, soft_text)
+        ours_grad = torch.autograd.grad(ours.square().mean(), leaves)
+    assert {name: list(m._forward_hooks) for name, m in unet.named_modules()} == before
+
+    plain, shifted = copy.deepcopy(tiny_backbone.unet), copy.deepcopy(tiny_backbone.unet)
+    for name, attn in attention_layers(shifted).items():
+        # at alpha 1: merged weights with the text that comes in
+        attn.set_processor(PlainDualProcessor(name, offsets, soft_text, 1.0))
+    twice, per_sample = copy.deepcopy(tiny_backbone.unet), alpha[:, None, None, None]
+
+    def pair(path):
+        one, two = shifted.get_submodule(path), plain.get_submodule(path)
+        if pairing == "text":
+            one, two = two, one
+        return BlockTwice(one, two, hard_text, per_sample)
+
+    for i in range(2):
+        twice.down_blocks[i], twice.up_blocks[i] = pair(f"down_blocks.{i}"), pair(f"up_blocks.{i}")
+    twice.mid_block = pair("mid_block")
+    expected = run(twice, soft_text)
+    expected_grad = torch.autograd.grad(expected.square().mean(), leaves)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+    for mine, theirs in zip(ours_grad, expected_grad, strict=True):
+        assert theirs.norm() > 0
+        assert (mine - theirs).norm() < 1e-4 * theirs.norm() + 1e-9
+
+
+def test_alpha_per_sample_and_update_between_calls(tiny_backbone, tiny_offsets):
+    """Each sample as if it were alone with its blend; `update` is as good as a new block."""
+    unet, one, two = tiny_backbone.unet, tiny_offsets(1), tiny_offsets(1, seed=3)
+    with dual_path(unet, two, SOFT, 0.5) as path:
+        run(unet)
+        path.update(one, HARD, torch.tensor([0.2, 0.9]))
+        ours = run(unet)
+    for i, alpha in enumerate([0.2, 0.9]):
+        row = slice(i, i + 1)
+        with dual_path(unet, one, HARD[row], alpha):
+            alone = run(unet, SOFT[row], X[row], T[row])
+        torch.testing.assert_close(ours[row], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_alpha_schedule_is_a_line_from_noise_to_picture():
+    assert alpha_at(0.7, torch.tensor([1, 2]), 1000) == 0.7
+    values = alpha_at((0.2, 1.0), torch.tensor([1000, 500, 0]), 1000)
+    torch.testing.assert_close(values, torch.tensor([0.2, 0.6, 1.0]))
+
+
 def test_one_concept_serves_any_batch(tiny_backbone, tiny_offsets):
     unet, one = tiny_backbone.unet, tiny_offsets(1)
     repeated = {k: (a.repeat(B, 1, 1), b.repeat(B, 1, 1)) for k, (a, b) in one.items()}
@@ -215,7 +300,9 @@ def test_bad_arguments(tiny_backbone, tiny_offsets):
     a, b = offsets[key]
     cases = [
         (dict(offsets=offsets, alpha_blend=0.5), "hard path needs"),
+        (dict(offsets=offsets, alpha_blend=torch.ones(2)), "hard path needs"),
         (dict(offsets=offsets, pairing="both"), "Unknown pairing"),
+        (dict(offsets=offsets, granularity="unet"), "Unknown granularity"),
         (dict(offsets={"no.such.to_q": (a, b)}), "no projection"),
         (dict(offsets={key: (b, a)}), "expected"),
         (dict(offsets={key: (a[..., :1], b)}), "expected"),

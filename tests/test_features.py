@@ -1,8 +1,9 @@
+import pytest
 import torch
 import torch.nn.functional as F
 
 from dte_lab import PromptEncoder
-from dte_lab.features import image_features, unet_feature_dim, unet_features
+from dte_lab.features import image_features, unet_feature_dim, unet_features, unet_layers
 
 
 def test_unet_features_are_the_maps_of_a_full_forward_pass(tiny_backbone):
@@ -44,3 +45,38 @@ def test_image_features(tiny_backbone, tiny_pixels):
     torch.testing.assert_close(embeds.norm(dim=-1), torch.ones(3))
     output = tiny_backbone.image_encoder(tiny_backbone.clip_pixels(tiny_pixels))
     torch.testing.assert_close(patches[1, :, 2, 3], output.last_hidden_state[1, 1 + 2 * 4 + 3])
+
+
+def test_chosen_layers_are_the_rows_of_all_and_the_rest_is_not_computed(tiny_backbone):
+    unet, text = tiny_backbone.unet, PromptEncoder(tiny_backbone).plain([""])
+    x, t = torch.randn(1, 4, 8, 8), torch.tensor([300])
+    names = unet_layers(unet)
+    assert names == ["conv_in", "down_blocks.0", "down_blocks.1", "mid_block"]
+    parts = []
+    for name in names:
+        parts.append(unet_features(tiny_backbone, x, t, text, grid=4, layers=[name]))
+        assert parts[-1].shape[1] == unet_feature_dim(unet, [name])
+    whole = unet_features(tiny_backbone, x, t, text, grid=4)
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
+    two = unet_features(tiny_backbone, x, t, text, grid=4, layers=["down_blocks.1", "conv_in"])
+    assert torch.equal(two, torch.cat([parts[0], parts[2]], 1))  # in the UNet's order
+
+    calls = []
+    handle = unet.mid_block.register_forward_hook(lambda *_: calls.append(1))
+    unet_features(tiny_backbone, x, t, text, layers=["down_blocks.0"])
+    assert not calls
+    unet_features(tiny_backbone, x, t, text)
+    assert calls
+    handle.remove()
+    for bad in (["down_blocks.7"], []):
+        with pytest.raises(ValueError, match="choose some of conv_in, down_blocks.0"):
+            unet_features(tiny_backbone, x, t, text, layers=bad)
+
+
+def test_the_patches_of_another_layer(tiny_backbone, tiny_pixels):
+    output = tiny_backbone.image_encoder(
+        tiny_backbone.clip_pixels(tiny_pixels), output_hidden_states=True
+    )
+    patches, embeds = image_features(tiny_backbone, tiny_pixels, layer=-2)
+    torch.testing.assert_close(patches[2, :, 1, 0], output.hidden_states[-2][2, 1 + 4])
+    torch.testing.assert_close(embeds, image_features(tiny_backbone, tiny_pixels).embeds)

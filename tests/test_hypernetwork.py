@@ -1,7 +1,18 @@
+import numpy as np
+import pytest
 import torch
 
-from dte_lab.dual_path import projection_shapes
-from dte_lab.hypernetwork import FeatureFusion, LoRAHypernetwork, TokenHead
+from dte_lab.dual_path import dual_path, projection_shapes
+from dte_lab.hypernetwork import (
+    FeatureFusion,
+    FullHypernetwork,
+    LoRAHypernetwork,
+    TokenHead,
+    count_parameters,
+    effective_rank,
+    singular_values,
+    truncate,
+)
 
 
 def test_shapes_scale_and_exact_no_op(tiny_backbone):
@@ -69,3 +80,76 @@ def test_fusion_depends_on_all_its_inputs():
 
 def test_token_head_starts_at_zero():
     assert TokenHead(8, 5)(torch.randn(2, 4, 8)).abs().max() == 0
+
+
+def test_full_matrices_start_as_a_no_op_and_are_whole(tiny_backbone):
+    unet, shapes = tiny_backbone.unet, projection_shapes(tiny_backbone.unet)
+    torch.manual_seed(0)
+    net = FullHypernetwork(shapes, 16, 2, 1, offset_scale=1.0)
+    tokens = torch.randn(2, 4, 16)
+    assert all((a @ b).abs().max() == 0 for a, b in net(tokens).values())
+    for head in net.heads.values():
+        torch.nn.init.normal_(head.weight)
+    offsets = net(tokens)
+    assert set(offsets) == set(shapes)
+    for key, values in singular_values(offsets).items():
+        assert values.shape == (2, min(*shapes[key])) or shapes[key][0] < shapes[key][1]
+        assert (effective_rank(values) > 4).all()  # no low rank is hidden in them
+    with dual_path(unet, offsets):  # fits the UNet
+        unet(torch.randn(2, 4, 8, 8), 5, torch.randn(2, 16, 24))
+
+
+@pytest.fixture(scope="module")
+def sd15_shapes():
+    """The UNet of Stable Diffusion 1.5 without a byte of weights."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        return projection_shapes(UNet2DConditionModel(cross_attention_dim=768))
+
+
+def test_parameters_for_sd15_are_counted_without_allocation(sd15_shapes):
+    assert len(sd15_shapes) == 128  # 32 attention layers
+    # Transformer blocks by width: 4 + 2 square projections each, and 2 from the text's 768.
+    blocks = {320: 5, 640: 5, 1280: 6}
+    weights = sum(n * (6 * width**2 + 2 * 768 * width) for width, n in blocks.items())
+    assert sum(i * o for i, o in sd15_shapes.values()) == weights == 93_511_680
+    size = {rank: count_parameters(sd15_shapes, rank, 160, 4, 2) for rank in (1, 4, "full")}
+    assert size[1]["offsets"] == 199_296 and size[4]["offsets"] == 4 * 199_296
+    assert size["full"]["offsets"] == weights
+    # A: 320, 640, 768, 1280 in; B: 320, 640, 1280 out. Heads grow with widths, not with layers.
+    assert size[4]["heads"] == 160 * 4 * (320 + 640 + 768 + 1280 + 320 + 640 + 1280)
+    shapes = {(i, o) for i, o in sd15_shapes.values()}
+    assert size["full"]["heads"] == 160 * sum(i * o for i, o in shapes)
+    assert size["full"]["hypernetwork"] > 100 * size[4]["hypernetwork"]
+
+
+def test_count_is_that_of_a_real_network(tiny_backbone):
+    shapes = projection_shapes(tiny_backbone.unet)
+    for rank, net in [
+        (2, LoRAHypernetwork(shapes, 2, 16, 2, 1, 1.0)),
+        ("full", FullHypernetwork(shapes, 16, 2, 1, 1.0)),
+    ]:
+        expected = sum(p.numel() for p in net.parameters())
+        assert count_parameters(shapes, rank, 16, 2, 1)["hypernetwork"] == expected
+
+
+def test_singular_values_and_truncation_against_numpy(tiny_offsets):
+    offsets = tiny_offsets(2, rank=4)
+    values, short = singular_values(offsets), truncate(offsets, 2)
+    for key in list(offsets)[:6]:
+        a, b = offsets[key]
+        for i in range(2):
+            u, s, vh = np.linalg.svd((a[i] @ b[i]).numpy(), full_matrices=False)
+            np.testing.assert_allclose(values[key][i], s[:4], rtol=1e-4)
+            best = (u[:, :2] * s[:2]) @ vh[:2]
+            x, y = (m[i].numpy() for m in short[key])
+            assert x.shape[1] == y.shape[0] == 2
+            np.testing.assert_allclose(x @ y, best, atol=1e-5)
+
+
+def test_effective_rank():
+    values = torch.tensor([[1.0, 1, 1, 1], [5, 0, 0, 0], [3, 1, 0, 0], [0, 0, 0, 0]])
+    p = np.array([0.75, 0.25])
+    expected = torch.tensor([4.0, 1.0, float(np.exp(-(p * np.log(p)).sum())), 0.0])
+    torch.testing.assert_close(effective_rank(values), expected)

@@ -6,6 +6,10 @@ import torch
 
 from dte_lab import Concept, DTEPipeline
 from dte_lab.dual_path import dual_path
+from dte_lab.encoder import EncoderPrediction
+from dte_lab.features import image_features, unet_features
+from dte_lab.pipeline import to_pil
+from dte_lab.sampling import Conditioning
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +157,132 @@ def test_processors_are_restored_even_after_exceptions(pipe, concept):
     finally:
         handle.remove()
     assert unet.attn_processors == before
+
+
+def sampling_loop(pipe, concept, prompt, seed, steps=3, guidance=2.5, every=None):
+    """Written out: one UNet call per half and step, merged by hand; `every` steps predict anew."""
+    backbone, encode, config = pipe.backbone, pipe.prompt_encoder, concept.config
+    scheduler = type(backbone.scheduler).from_config(backbone.scheduler.config)
+    scheduler.set_timesteps(steps)
+    x, empty = pipe.initial_noise(seed), encode.plain([""])
+    pictures = concept.pictures.float() / 127.5 - 1
+    static = pipe.encoder.predict(backbone, pictures, concept.info["seed"])
+    v_star, offsets, words = concept.v_star, concept.offsets, []
+    for i, t in enumerate(scheduler.timesteps):
+        if every and i % every == 0:
+            clip = image_features(backbone, pictures)
+            n = len(pictures)
+            unet = unet_features(
+                backbone, x.repeat(n, 1, 1, 1), t.repeat(n), empty, pipe.encoder.dte.grid
+            )
+            new = pipe.encoder(clip, unet, t.repeat(n))
+            v_star = concept.v_star + new.v_star.mean(0, keepdim=True) - static.v_star
+            offsets = {
+                k: tuple(
+                    concept.offsets[k][j] + new.offsets[k][j].mean(0, keepdim=True)
+                    - static.offsets[k][j] for j in (0, 1)
+                ) for k in concept.offsets
+            }  # fmt: skip
+        words.append(encode.table.nearest(v_star, 1)[1][0][0])
+        soft, hard = encode([prompt], v_star), encode.hard([prompt], v_star)
+        alpha = config.alpha_blend
+        if isinstance(alpha, tuple):
+            alpha = alpha[1] + (alpha[0] - alpha[1]) * t.item() / 1000
+        noise = []
+        for text, hard_text in ((empty, empty), (soft, hard)):
+            with dual_path(
+                backbone.unet, offsets, hard_text, alpha, granularity=config.granularity
+            ):
+                noise.append(backbone.unet(x, t, text).sample)
+        x = scheduler.step(noise[0] + guidance * (noise[1] - noise[0]), t, x).prev_sample
+    return pixels(to_pil(backbone.decode_latents(x))[0]), words
+
+
+@pytest.fixture(scope="module")
+def two_pictures(pipe, picture):
+    pictures = [picture, picture.rotate(90)]
+    concept = pipe.personalize(pictures, num_steps=2, seed=3, progress=False)
+    assert concept.pictures.shape == (2, 3, 16, 16)
+    expected = ((pipe.pixels(pictures) + 1) * 127.5).round()
+    assert torch.equal(concept.pictures.float(), expected)
+    return concept
+
+
+@pytest.mark.parametrize("refresh, every", [("every step", 1), (2, 2), ("once", None)])
+@torch.no_grad()
+def test_refresh_against_a_sampling_loop(pipe, two_pictures, refresh, every):
+    prompts = ["S* at night", "the S*"]  # each latent of the batch gets its own prediction
+    ours = generate(
+        pipe, two_pictures, prompts, seeds=[7], guidance_scale=2.5, refresh=refresh,
+        num_inference_steps=4,
+    )  # fmt: skip
+    for prompt, row in zip(prompts, ours, strict=True):
+        expected, _ = sampling_loop(pipe, two_pictures, prompt, 7, steps=4, every=every)
+        assert np.abs(pixels(row[0]) - expected).max() <= 1
+
+
+def test_refresh_changes_the_picture(pipe, two_pictures):
+    once = generate(pipe, two_pictures)[0][0]
+    anew = generate(pipe, two_pictures, refresh="every step")[0][0]
+    assert (pixels(once) != pixels(anew)).any()
+
+
+@torch.no_grad()
+def test_the_hard_word_follows_each_refresh(pipe, concept):
+    """A stand-in for the encoder that predicts another word each time, on the vanilla UNet."""
+    encode, unet = pipe.prompt_encoder, pipe.backbone.unet
+    words, looks = ["cat", "boat"], []
+    config = dataclasses.replace(concept.config, refresh=2)
+
+    def refresher(latents, timestep):
+        looks.append(timestep)
+        assert {type(p).__name__ for p in unet.attn_processors.values()} == {"AttnProcessor2_0"}
+        word = words[len(looks) - 1]
+        v_star = encode.table.embeddings[encode.table.words.index(word)] * 1.1
+        return EncoderPrediction(v_star[None], concept.offsets)
+
+    condition = Conditioning(
+        encode, dataclasses.replace(concept, config=config), ["S* at night"],
+        torch.tensor([900, 600, 300]), 1000, refresher=refresher,
+    )  # fmt: skip
+    with dual_path(unet, {}) as path:
+        for step, word in enumerate(["cat", "cat", "boat"]):
+            condition(path, step, None)
+            expected = torch.cat([encode.plain([""]), encode.plain([f"{word} at night"])])
+            torch.testing.assert_close(path.hard, expected)
+    assert looks == [900, 300]
+
+
+@pytest.mark.parametrize("granularity", ["attention", "block"])
+@torch.no_grad()
+def test_alpha_schedule_against_a_sampling_loop(pipe, two_pictures, granularity):
+    config = dataclasses.replace(
+        two_pictures.config, alpha_blend=(0.1, 0.9), granularity=granularity
+    )
+    concept = dataclasses.replace(two_pictures, config=config)
+    ours = pixels(generate(pipe, concept, ["S*"], seeds=[5], guidance_scale=2.5)[0][0])
+    assert np.abs(ours - sampling_loop(pipe, concept, "S*", 5)[0]).max() <= 1
+    turned = generate(pipe, concept, ["S*"], seeds=[5], guidance_scale=2.5, alpha_blend=(0.9, 0.1))
+    assert (ours != pixels(turned[0][0])).any()
+
+
+def test_refresh_needs_pictures_and_a_known_value(pipe, concept):
+    with pytest.raises(ValueError, match="refresh"):
+        generate(pipe, concept, refresh="sometimes")
+    with pytest.raises(ValueError, match="refresh"):
+        generate(pipe, concept, refresh=0)
+    bare = dataclasses.replace(concept, pictures=None)
+    with pytest.raises(ValueError, match="holds no pictures"):
+        generate(pipe, bare, refresh=2)
+
+
+def test_nearest_word_projection_ends_at_a_word(pipe, picture):
+    dte = dataclasses.replace(pipe.encoder.dte, regulariser="nearest")
+    concept = pipe.personalize(picture, num_steps=2, progress=False, dte=dte)
+    word, cosine = concept.nearest_words[0]
+    table = pipe.prompt_encoder.table
+    torch.testing.assert_close(concept.v_star[0], table.embeddings[table.words.index(word)])
+    assert cosine == pytest.approx(1.0, abs=1e-5) and concept.config.regulariser == "nearest"
 
 
 def test_bad_prompts_and_concepts(pipe, concept):

@@ -1,8 +1,12 @@
+import json
+import shutil
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from dte_lab import PromptEncoder, TokenTable
+from dte_lab import PromptEncoder, TokenTable, load_backbone
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +94,39 @@ def test_bad_prompts(encode):
         encode(["red " * 14 + "S*"], v)
     with pytest.raises(ValueError, match="2 prompts but 3"):
         encode(["S*", "S*"], torch.zeros(3, 24))
+
+
+def test_a_list_of_words_restricts_the_usable_ones(tiny_path, tmp_path):
+    shutil.copytree(tiny_path, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "words.json"
+    file.write_text(json.dumps(["dog", "apple", "ab", "never-seen"]))
+    backbone = load_backbone(tmp_path)
+    table = TokenTable(backbone)
+    assert sorted(table.words) == ["apple", "dog"]
+    similarities, rows = table.nearest_rows(torch.randn(2, 24), k=5)
+    assert rows.shape == similarities.shape == (2, 2)
+    for bad in ('{"dog": 1}', "[1, 2]", "no json"):
+        file.write_text(bad)
+        with pytest.raises(ValueError, match="JSON list of words"):
+            TokenTable(backbone)
+    file.write_text("[]")
+    with pytest.raises(ValueError, match="no usable word"):
+        TokenTable(backbone)
+
+
+def test_gaussian_against_numpy(table):
+    mean, precision = (x.double().numpy() for x in table.gaussian)
+    words = table.embeddings.double().numpy()
+    np.testing.assert_allclose(mean, words.mean(0), atol=1e-6)
+    covariance = np.cov(words.T, bias=True)
+    shrunk = 0.9 * covariance + 0.1 * np.trace(covariance) / 24 * np.eye(24)
+    np.testing.assert_allclose(precision @ shrunk, np.eye(24), atol=1e-3)
+
+
+def test_neighbour_cosine_against_a_loop(table):
+    values = []
+    for i, word in enumerate(table.embeddings):
+        others = [F.cosine_similarity(word, w, dim=0) for j, w in enumerate(table.embeddings)]
+        others.pop(i)
+        values += sorted(others)[-3:]
+    assert table.neighbour_cosine(3) == pytest.approx(torch.stack(values).mean().item(), abs=1e-5)

@@ -1,3 +1,6 @@
+import copy
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -63,10 +66,59 @@ def test_zero_steps_return_the_prediction(setting):
     assert result.losses == []
 
 
-@pytest.mark.parametrize("num_steps", [-1, 13])
-def test_step_limit(setting, num_steps):
-    with pytest.raises(ValueError, match="0 to 12"):
-        tune(*setting, TuneConfig(num_steps=num_steps))
+def test_any_number_of_steps(setting):
+    result = tune(*setting, TuneConfig(num_steps=30, batch_size=1), progress=False)
+    assert len(result.losses) == 30
+    with pytest.raises(ValueError, match="0 or more"):
+        TuneConfig(num_steps=-1)
+    with pytest.raises(ValueError, match="predictions, heads, encoder"):
+        TuneConfig(what="everything")
+    with pytest.raises(ValueError, match="needs the encoder"):
+        tune(*setting, TuneConfig(what="heads"))
+
+
+@pytest.mark.parametrize("what", ["heads", "encoder"])
+def test_tuning_the_weights_that_predict(tiny_backbone, tiny_encoder, tiny_pixels, what):
+    """A copy of the encoder is tuned: its loss falls, fusion moves only with the whole encoder."""
+    encode, pixels = PromptEncoder(tiny_backbone), tiny_pixels[:2]
+    before = {name: p.clone() for name, p in tiny_encoder.named_parameters()}
+    prediction = tiny_encoder.predict(tiny_backbone, pixels, seed=0, prompt_encoder=encode)
+    arguments = (tiny_backbone, encode, prediction, pixels, tiny_encoder.dte)
+    copies = []
+    with pytest.MonkeyPatch.context() as patch:
+        keep = SimpleNamespace(deepcopy=lambda x: copies.append(copy.deepcopy(x)) or copies[-1])
+        patch.setattr("dte_lab.tuning.copy", keep)
+        config = TuneConfig(num_steps=6, what=what, encoder_learning_rate=1e-2)
+        result = tune(*arguments, config, encoder=tiny_encoder, progress=False)
+    moved = {n.split(".")[0] for n, p in copies[0].named_parameters() if (p != before[n]).any()}
+    heads = {"token_head", "hypernetwork"}
+    assert moved == (heads if what == "heads" else heads | {"fusion"})
+    for name, p in tiny_encoder.named_parameters():
+        assert torch.equal(p, before[name]) and p.grad is None
+
+    again = copies[0].predict(tiny_backbone, pixels, seed=0, prompt_encoder=encode)
+    for x, y in zip(tensors(result.prediction), tensors(again), strict=True):
+        torch.testing.assert_close(x, y)
+    frozen = TuneConfig(what=what, encoder_learning_rate=0.0)
+    first = tune(*arguments, frozen, seed=0, encoder=tiny_encoder, progress=False)
+    after = tune(*arguments, frozen, seed=0, encoder=copies[0], progress=False)
+    assert first.losses[0]["diffusion"] == pytest.approx(result.losses[0]["diffusion"], 1e-4)
+
+    def mean(losses):
+        return sum(x["diffusion"] for x in losses) / len(losses)
+
+    assert mean(after.losses) < mean(first.losses)
+
+
+@pytest.mark.parametrize("regulariser", ["none", "l2", "nearest", "hinge", "gaussian"])
+def test_tuning_with_another_regulariser(setting, regulariser):
+    backbone, encode, prediction, pixels, _ = setting
+    dte = DTEConfig(regulariser=regulariser, alpha_blend=(0.5, 0.9))
+    config = TuneConfig(num_steps=2, batch_size=2)
+    result = tune(backbone, encode, prediction, pixels, dte, config, progress=False)
+    extra = set(result.losses[0]) - {"diffusion", "loss", "norm"}
+    assert extra == ({regulariser} - {"none"})
+    assert all(x.isfinite().all() for x in tensors(result.prediction))
 
 
 @pytest.mark.parametrize("bad_step", [0, 2])

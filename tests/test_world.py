@@ -216,3 +216,15 @@ def test_training_stops_on_a_gradient_that_is_not_finite(tmp_path):
     with pytest.raises(FloatingPointError, match="step 0"):
         train(tmp_path, model, config, lambda m, r: (m(torch.full((1, 2), torch.nan)).sum(), {}),
               lambda m, s: {})  # fmt: skip
+
+
+def test_known_words_are_names_of_train_concepts_and_caption_words():
+    from dte_lab.world.words import known_words
+
+    words = known_words()
+    assert words == sorted(set(words))
+    assert {"picture", "background", "beach", "wooden", "red", *STYLES} <= set(words)
+    train = {word for name in split_names("train") for word in name.split()}
+    grammar = {w for s in SCENES for style in STYLES for w in caption("S*", style, s).split()}
+    assert set(words) == train | grammar - {"S*"}
+    assert "injury" not in words  # a tag: "adhesive bandage" has it, no name does
