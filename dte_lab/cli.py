@@ -73,7 +73,7 @@ def personalize(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Pictures of one concept.")],
     prompt: Prompts,
     out: Out,
-    steps: Annotated[int, typer.Option(min=0, max=12, help="Tuning steps, 0 for none.")] = 12,
+    steps: Annotated[int, typer.Option(min=0, help="Tuning steps, 0 for none.")] = 12,
     seed: Seeds = (0,),
     backbone: BackboneName = "small",
     encoder: EncoderFolder = None,

@@ -245,7 +245,7 @@ def test_failed_write_keeps_what_was_there(refused, photo, model, tmp_path, monk
         (["personalize"], "IMAGE"),
         (["personalize", "a.png", "--out", "x"], "--prompt"),
         (["personalize", "a.png", *PROMPTS], "--out"),
-        (["personalize", "a.png", *PROMPTS, "--out", "x", "--steps", "13"], "--steps"),
+        (["personalize", "a.png", *PROMPTS, "--out", "x", "--steps", "-1"], "--steps"),
         (["personalize", "a.png", *PROMPTS, "--out", "x", "--alpha", "2"], "--alpha"),
         (["personalize", "a.png", *PROMPTS, "--out", "x", "--seed", "one"], "--seed"),
         (["world", "train", "bogus"], "bogus"),
