@@ -1,12 +1,27 @@
-"""Draw the README's pictures anew: `python figures/make.py`. Same seed, same picture."""
+"""Draw the pictures of the README and the model card anew. Same seed, same picture.
+
+python figures/make.py [quickstart] [world]
+"""
 
 import io
+import sys
+import textwrap
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
 from dte_lab import DTEPipeline
+from dte_lab.backbone import load_backbone
 from dte_lab.files import write_atomically
 from dte_lab.images import read_image
 from dte_lab.panels import picture_grid
+from dte_lab.world.captions import caption
+from dte_lab.world.data import picture_grid as pixel_grid
+from dte_lab.world.data import to_tensor
+from dte_lab.world.evaluate import evaluation_items, generate
+from dte_lab.world.scenes import render
 
 HERE = Path(__file__).parent
 SETTINGS = ("on the beach", "at night", "in the snow", "in the desert", "in the forest")
@@ -22,7 +37,24 @@ def quickstart():
     return picture_grid([[picture] + [row[0] for row in drawn]], titles)
 
 
+def world(seed=4848):
+    """48 captions, fixed before the base model was trained, as it draws them, beside the truth."""
+    items = evaluation_items(48, seed, novel=False)
+    captions = [caption(*item) for item in items]
+    true = to_tensor(np.stack([render(*item) for item in items]))
+    drawn = generate(load_backbone("small"), captions, seed)
+    figure, axes = plt.subplots(8, 6, figsize=(12, 10.4), layout="constrained")
+    for axis, text, pair in zip(axes.flat, captions, zip(true, drawn, strict=True), strict=True):
+        axis.imshow(pixel_grid(torch.stack(pair), columns=2))
+        axis.set_title(textwrap.fill(text.removeprefix("a "), 34), fontsize=7)
+        axis.axis("off")
+    return figure
+
+
+FIGURES = {"quickstart": quickstart, "world": world}
+
 if __name__ == "__main__":
-    buffer = io.BytesIO()
-    quickstart().savefig(buffer, format="png", dpi=100)
-    write_atomically(HERE / "quickstart.png", buffer.getvalue())
+    for name in sys.argv[1:] or FIGURES:
+        buffer = io.BytesIO()
+        FIGURES[name]().savefig(buffer, format="png", dpi=100)
+        write_atomically(HERE / f"{name}.png", buffer.getvalue())

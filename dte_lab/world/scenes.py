@@ -14,6 +14,7 @@ from dte_lab.world.sprites import sprite
 SIZE = 64  # px, side of a picture
 SPRITE_PX = 48  # side of the sprite in it: whole 8 px cells, as the autoencoder's latents are
 OFFSET = 8  # px from the left and top edges
+MIRRORED = 0.1  # share of pictures; at one half, two pictures per caption cost twice the training
 
 COLOURS = {
     "red": (0.84, 0.20, 0.20),
@@ -150,7 +151,7 @@ LIGHT = {  # what the light of a place does to the sprite: (multiply by, then mi
 def compose(rgba: np.ndarray, scene: str, seed: int, mirror: bool = True) -> np.ndarray:
     """Put a premultiplied (48, 48, 4) sprite into a scene -> (64, 64, 3) uint8."""
     rng = np.random.default_rng(seed)
-    flipped = rng.random() < 0.5
+    flipped = rng.random() < MIRRORED
     picture = background(scene, rng)
     if flipped and mirror:
         rgba = rgba[:, ::-1]

@@ -29,7 +29,7 @@ from dte_lab.world.sprites import concepts, split_names
 from dte_lab.world.training import TrainConfig, train
 
 CAPTION_DROPOUT = 0.1  # the share of empty captions, for classifier-free guidance
-TIMESTEP_POWER = 1.5  # t / 1000 = u ** (1 / 1.5): more steps where the caption decides the picture
+TIMESTEP_POWER = 2.0  # t / 1000 = u ** (1 / 2): more steps where the caption decides the picture
 
 SCHEDULER = {
     "num_train_timesteps": 1000,
