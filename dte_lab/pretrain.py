@@ -203,9 +203,8 @@ def train_step(
         prediction = model(clip, unet, sample["feature_timesteps"])
         v_star, concepts = SeenByAll.apply(prediction.v_star, accelerator), sample["concepts"]
         concepts = accelerator.gather(concepts)
-        others = torch.arange(len(v_star), device=v_star.device)
-        others = others.div(len(prediction.v_star), rounding_mode="floor")
-        others = others != accelerator.process_index
+        n, r = len(prediction.v_star), accelerator.process_index
+        others = [i for i in range(len(v_star)) if i // n != r]
         bank = (
             torch.cat([encoder.bank.clone(), v_star[others]]),
             torch.cat([encoder.bank_concepts, concepts[others]]),

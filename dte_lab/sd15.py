@@ -8,6 +8,7 @@ import errno
 import itertools
 import shutil
 import string
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -189,7 +190,7 @@ def random_parts(device="cpu", dtype=torch.float32, resolution=512, seed=0, **ch
         for name, base in (("unet", UNET), ("vae", VAE), ("text", TEXT), ("vision", VISION))
     )
     unet |= {"sample_size": resolution // 8}
-    with torch.random.fork_rng(devices=[]), torch.device(device):
+    with torch.random.fork_rng(devices=[]), torch.device(device), _default_dtype(dtype):
         torch.manual_seed(seed)
         models = {
             "text_encoder": CLIPTextModelWithProjection(CLIPTextConfig(**text)),
@@ -199,13 +200,23 @@ def random_parts(device="cpu", dtype=torch.float32, resolution=512, seed=0, **ch
         }
     side = vision["image_size"]
     return {
-        **{name: torch.nn.Module.to(model, dtype) for name, model in models.items()},
+        **models,
         "tokenizer": made_up_tokenizer(),
         "image_processor": CLIPImageProcessor(
             size={"shortest_edge": side}, crop_size={"height": side, "width": side}
         ),
         "scheduler": DPMSolverMultistepScheduler(**SCHEDULER),
     }
+
+
+@contextmanager
+def _default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def made_up_tokenizer():

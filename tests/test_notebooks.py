@@ -274,7 +274,7 @@ def test_badge_appears_once_there_is_a_repository(monkeypatch, tmp_path):
     (tmp_path / "pyproject.toml").write_text(project)
     source = notebooks.jupytext.reads(SMALL.lstrip(), fmt="py:percent")
     assert "colab" not in notebooks.solved_edition(source, "small", {}).cells[1].source
-    urls = '[project.urls]\nRepository = "https://github.com/someone/thing"\n'
-    (tmp_path / "pyproject.toml").write_text(project + urls)
+    tool = '[tool.dte_lab]\nrepository = "https://github.com/someone/thing"\n'
+    (tmp_path / "pyproject.toml").write_text(project + tool)
     opening = notebooks.exercise_edition(source, "small", {}).cells[1].source
     assert "github/someone/thing/blob/v1.2/notebooks/exercises/small.ipynb" in opening

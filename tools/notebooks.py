@@ -10,8 +10,12 @@ A source is `notebooks/src/NAME.py`, a solved notebook in jupytext's percent for
 
 An exercise is a cell with the tag "exercise"; in it, nbgrader's comments `### BEGIN SOLUTION` and
 `### END SOLUTION` enclose what the reader writes. A cell that says how long the notebook takes is
-put after the title; its numbers are those of the stored run. `build` alone keeps stored outputs
-while no code cell changed.
+put after the title; its numbers are those of the stored run. A cell with the tag "setup" becomes
+the one that installs the package where it is missing. `build` alone keeps stored outputs while no
+code cell changed.
+
+The address of the repository is `repository` under [tool.dte_lab] in pyproject.toml; it goes into
+the notebooks' metadata. While it is empty there are no badges, so that no link is dead.
 """
 
 import argparse
@@ -41,6 +45,28 @@ SOLUTION = re.compile(
 )
 # Plain bars, since the state of widgets is not stored; readers still get the widget.
 PRELUDE = "import tqdm, tqdm.auto; tqdm.auto.tqdm = tqdm.tqdm"
+# REPOSITORY and TAG are filled in. Colab opens a notebook alone, so its repository is fetched.
+SETUP = """\
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+if importlib.util.find_spec("dte_lab") is None:  # what is installed already stays as it is
+    here, repository = Path.cwd(), "REPOSITORY"
+    root = next((p for p in (here, *here.parents) if (p / "tools/install.py").is_file()), None)
+    if root is None and repository:
+        root = here / repository.split("/")[-1]
+        clone = ["git", "clone", "--quiet", "--depth", "1", "--branch", "TAG", repository]
+        subprocess.run([*clone, str(root)], check=True)
+        os.chdir(root / "notebooks")
+    if root is None:
+        raise RuntimeError("dte_lab is not installed: open this notebook inside its repository.")
+    subprocess.run([sys.executable, str(root / "tools/install.py")], check=True)
+    importlib.invalidate_caches()
+"""
 EPILOGUE = """
 import json
 from dte_lab.pipeline import peak_memory_mb
@@ -67,11 +93,22 @@ def exercise_edition(source, name, measured):
     return _edition(source, name, measured, solved=False)
 
 
+def repository():
+    """(address of the repository or "", the tag of this version)."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    address = settings.get("tool", {}).get("dte_lab", {}).get("repository", "")
+    return address.rstrip("/"), f"v{settings['project']['version']}"
+
+
 def _edition(source, name, measured, solved):
+    address, tag = repository()
     opening = new_markdown_cell(_opening(source.metadata["dte_lab"], name, measured, solved))
     cells = [source.cells[0], opening]
     for cell in source.cells[1:]:
-        if "exercise" not in cell.metadata.get("tags", []):
+        if "setup" in cell.metadata.get("tags", []):
+            text = SETUP.replace("REPOSITORY", address).replace("TAG", tag).rstrip()
+            cells.append(new_code_cell(text, metadata={"tags": ["setup"]}))
+        elif "exercise" not in cell.metadata.get("tags", []):
             cells.append(cell)
         elif solved:
             text = SOLUTION.sub(lambda match: match["body"], cell.source)
@@ -86,7 +123,11 @@ def _edition(source, name, measured, solved):
         metadata={
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
             "language_info": {"name": "python"},
-            "dte_lab": {**source.metadata["dte_lab"], "measured": measured},
+            "dte_lab": {
+                **source.metadata["dte_lab"],
+                "repository": address,
+                "measured": measured,
+            },  # fmt: skip
         },
     )
     seen = {}
@@ -111,10 +152,10 @@ def _folded(text):
 def _opening(metadata, name, measured, solved):
     """The cell below the title: badges, times, memory, and where the other edition is."""
     rows = []
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    if repository := project.get("urls", {}).get("Repository"):
-        path = repository.removeprefix("https://github.com/").rstrip("/")
-        link = f"https://colab.research.google.com/github/{path}/blob/v{project['version']}"
+    address, tag = repository()
+    if address:
+        path = address.removeprefix("https://github.com/")
+        link = f"https://colab.research.google.com/github/{path}/blob/{tag}"
         folder = "notebooks" if solved else "notebooks/exercises"
         badge = "https://colab.research.google.com/assets/colab-badge.svg"
         rows.append(f"[![Open in Colab]({badge})]({link}/{folder}/{name}.ipynb)")

@@ -35,23 +35,11 @@
 #
 # The cell installs the package where it is missing, and leaves an installed PyTorch as it is.
 
-# %%
-import importlib.metadata
-import importlib.util
-import subprocess
-import sys
-from pathlib import Path
+# %% tags=["setup"]
+# Filled in by tools/notebooks.py: installs dte_lab where it is missing.
 
-if importlib.util.find_spec("dte_lab") is None:
-    here = Path.cwd()
-    checkout = next((p for p in (here, *here.parents) if (p / "pyproject.toml").is_file()), None)
-    if checkout is None:
-        raise RuntimeError("dte_lab is not installed: open this notebook inside its repository.")
-    keep = []
-    if importlib.util.find_spec("torch"):
-        keep = [f"torch=={importlib.metadata.version('torch')}"]
-    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
-    subprocess.run([*pip, *keep, f"{checkout}[notebooks]"], check=True)
+# %%
+from pathlib import Path
 
 import torch
 

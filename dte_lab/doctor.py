@@ -1,0 +1,126 @@
+"""`dte doctor`: what is installed, what will be used and why, and what would fail."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from dte_lab import __version__
+
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "huggingface_hub")
+
+
+@dataclass
+class Finding:
+    """One line of the report."""
+
+    what: str
+    text: str
+    good: bool = True
+
+
+def examine(backbone="small", encoder=None, device=None, out="."):
+    """Yield the Findings for a backbone and device; nothing is downloaded or loaded."""
+    yield Finding("python", f"{sys.version.split()[0]} on {platform.platform()}")
+    yield from _libraries()
+    yield from _device(device)
+    yield _backbone(backbone, device)
+    yield _encoder(backbone, encoder)
+    yield _folder(Path(out))
+
+
+def _libraries():
+    yield Finding("dte_lab", __version__)
+    for name in LIBRARIES:
+        try:
+            yield Finding(name, importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding(name, f"is missing: pip install {name}", False)
+
+
+def _device(device):
+    import torch
+
+    from dte_lab.hardware_cli import checked_device
+
+    try:
+        chosen = checked_device(device)
+    except ValueError as error:
+        yield Finding("device", str(error), False)
+        return
+    why = "as asked for" if device else "there is a GPU" if chosen != "cpu" else "there is no GPU"
+    yield Finding("device", f"{chosen} ({why}), {os.cpu_count()} CPU cores")
+    if chosen.startswith("cuda"):
+        free, total = (x / 1e9 for x in torch.cuda.mem_get_info(chosen))
+        text = f"{torch.cuda.get_device_name(chosen)}: {free:.1f} of {total:.1f} GB free"
+        yield Finding("memory", text, free > 1)
+    elif hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        free, total = (os.sysconf(n) for n in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"))
+        page = os.sysconf("SC_PAGE_SIZE") / 1e9
+        yield Finding("memory", f"{free * page:.1f} of {total * page:.1f} GB free", free * page > 1)
+
+
+def _backbone(name, device):
+    """Whether the backbone could be loaded, from where, and why."""
+    from dte_lab import backbone as loader
+    from dte_lab import sd15
+
+    if name != "sd15":
+        root = loader.WEIGHTS / "small" if name == "small" else Path(name)
+        try:
+            loader.check_folders(root)
+        except ValueError as error:
+            return Finding("backbone", str(error), False)
+        if (root / "image_encoder").is_dir():
+            why = "the default, ships with the package" if name == "small" else "as asked for"
+            return Finding("backbone", f"{name} ({why})")
+        wanted = {sd15.CLIP_L14: (sd15.CLIP_FILES, sd15.CLIP_L14_REVISION)}
+    else:
+        files = sd15.sd15_files(half=device != "cpu")
+        wanted = {
+            sd15.SD15: (files, sd15.SD15_REVISION),
+            sd15.CLIP_L14: (sd15.CLIP_FILES, sd15.CLIP_L14_REVISION),
+        }
+    missing = {
+        repository: files
+        for repository, (files, revision) in wanted.items()
+        if not sd15.in_cache(repository, files, revision)
+    }
+    if not missing:
+        return Finding("backbone", f"{name} (as asked for), with all files in the hub's cache")
+    try:
+        sd15.check_hub()
+        for repository, files in missing.items():
+            sd15.check_space(repository, files)
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return Finding(
+            "backbone", f"{name} needs {' and '.join(missing)} from the hub: {reason}", False
+        )
+    size = sum(sum(files.values()) for files in missing.values())
+    return Finding("backbone", f"{name} (as asked for); {size:.1f} GB will be downloaded")
+
+
+def _encoder(backbone, encoder):
+    from dte_lab.backbone import WEIGHTS
+
+    folder = encoder or (WEIGHTS / "small" if backbone == "small" else Path(backbone)) / "encoder"
+    if (Path(folder) / "config.json").is_file():
+        return Finding("encoder", str(folder))
+    if encoder or backbone == "small":
+        return Finding("encoder", f"there is none at {folder}", False)
+    return Finding("encoder", "none: v* starts from the nearest word, see docs/sd15.md")
+
+
+def _folder(out):
+    try:
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        return Finding("disk", f"{out} cannot be written ({error.strerror})", False)
+    free = shutil.disk_usage(out).free / 1e9
+    return Finding("disk", f"{free:.1f} GB free at {out.resolve()}", free > 0.1)

@@ -1,0 +1,242 @@
+"""Peak GPU memory of tuning, pre-training and sampling, predicted on any machine.
+
+The real steps run on fake tensors, which have shapes and no data, with the model at its full size
+and no weights; every storage that comes and goes is counted. Nothing is a formula, so what changes
+a step changes its prediction. What a trace cannot see is not in it: CUDA's own context, cuDNN's
+workspaces and gaps in the allocator's blocks.
+"""
+
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from weakref import finalize
+
+import torch
+from accelerate import Accelerator
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dte_lab import placeholder_token
+from dte_lab.backbone import Backbone, load_backbone
+from dte_lab.dual_path import dual_path
+from dte_lab.encoder import DTEConfig, TuningEncoder, encoder_dimensions
+from dte_lab.pretrain import PretrainConfig, build_optimizer, prepare, train_step
+from dte_lab.sd15 import random_parts
+from dte_lab.tokens import PromptEncoder
+from dte_lab.tuning import TuneConfig, tune
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+BLOCK = 512  # bytes that CUDA's allocator rounds up to
+
+
+@dataclass
+class Setting:
+    """What memory depends on; `batch` is noise levels in tuning, pictures elsewhere."""
+
+    backbone: str = "sd15"
+    resolution: int = 512
+    batch: int = 4
+    dtype: str = "fp16"
+    rank: int = 4
+    gradient_checkpointing: bool = False
+    offload: bool = False
+
+    def __str__(self):
+        options = [
+            n.replace("_", " ") for n in ("gradient_checkpointing", "offload") if asdict(self)[n]
+        ]
+        return ", ".join(
+            [self.backbone, f"{self.resolution} pixels", f"batch {self.batch}", self.dtype,
+             f"rank {self.rank}", *options]
+        )  # fmt: skip
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of all live storages that appear while it is active, and their maximum.
+
+    Fake tensors hold no values; where the code asks for one number it gets 1 or True.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return 1.0 if args[0].is_floating_point() else 1
+        output = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, torch.Tensor):
+                self.track(leaf.untyped_storage())
+        return output
+
+    def track(self, storage):
+        if storage._cdata in self.live:
+            return
+        size = -(-storage.nbytes() // BLOCK) * BLOCK
+        self.live[storage._cdata] = size
+        finalize(storage, self.forget, storage._cdata)
+        self.add(size)
+
+    def forget(self, key):
+        self.now -= self.live.pop(key)
+
+    def add(self, size):
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    @contextmanager
+    def measured(self, peaks, name):
+        """Store the peak of the block in peaks[name], in bytes."""
+        self.peak = self.now
+        yield
+        peaks[name] = self.peak
+
+
+@contextmanager
+def _elsewhere(memory, backbone):
+    """With `offload`, count image encoder and autoencoder only while they are in use."""
+
+    def size(module):
+        return sum(p.untyped_storage().nbytes() for p in module.parameters())
+
+    @contextmanager
+    def loaded(self, module):
+        memory.add(size(module))
+        try:
+            yield module
+        finally:
+            memory.now -= size(module)
+
+    idle = size(backbone.image_encoder) + size(backbone.vae)
+    original, Backbone.loaded = Backbone.loaded, loaded
+    memory.now -= idle
+    try:
+        yield
+    finally:
+        Backbone.loaded = original
+        memory.now += idle
+
+
+def predict(setting, parts=("tuning", "pre-training", "sampling")):
+    """Peak bytes of each part for a Setting: {"tuning": ..., ...}.
+
+    Raises ValueError for a backbone other than sd15 and small.
+    """
+    if setting.backbone not in ("sd15", "small"):
+        raise ValueError(f"dte memory knows sd15 and small, not {setting.backbone}.")
+    small = load_backbone("small") if setting.backbone == "small" else None
+    peaks, memory = {}, PeakMemory()
+    with FakeTensorMode(allow_non_fake_inputs=True), memory:
+        backbone = _small(small, setting) if small else _sd15(setting)
+        if setting.gradient_checkpointing:
+            backbone.unet.enable_gradient_checkpointing()
+        encode, dte = PromptEncoder(backbone), DTEConfig(rank=setting.rank)
+        encoder = TuningEncoder(**encoder_dimensions(backbone, encode.table, dte), dte=asdict(dte))
+        size = backbone.resolution
+        pictures = torch.zeros(setting.batch, 3, size, size)
+        prediction = None
+        if "pre-training" in parts:  # offload would not help: each step needs every part
+            with memory.measured(peaks, "pre-training"):
+                _pretrain(backbone, encode, encoder, pictures)
+        offload = setting.offload
+        with _elsewhere(memory, backbone) if offload else torch.no_grad():
+            with torch.enable_grad():
+                if "tuning" in parts:
+                    with memory.measured(peaks, "tuning"):
+                        prediction = encoder.predict(backbone, pictures[:1], 0, encode)
+                        tune(
+                            backbone, encode, prediction, pictures[:1], dte,
+                            TuneConfig(num_steps=1, batch_size=setting.batch),
+                            bank=(encoder.bank, encoder.bank_concepts), progress=False,
+                        )  # fmt: skip
+                if "sampling" in parts:
+                    prediction = prediction or encoder.predict(backbone, pictures[:1], 0, encode)
+                    with memory.measured(peaks, "sampling"), torch.no_grad():
+                        _sample(backbone, encode, prediction, setting.batch, dte)
+    return {name: peaks[name] for name in parts}
+
+
+def _sd15(setting):
+    parts = random_parts("cpu", DTYPES[setting.dtype], setting.resolution)
+    backbone = Backbone(name="sd15", **parts)
+    backbone.vae.enable_slicing()
+    return backbone
+
+
+def _small(backbone, setting):
+    """The same model on fake tensors."""
+    for module in backbone.modules:
+        for owner in module.modules():
+            for name, p in owner._parameters.items():
+                if p is not None:
+                    fake = torch.empty_strided(p.shape, p.stride(), dtype=DTYPES[setting.dtype])
+                    owner._parameters[name] = torch.nn.Parameter(fake, requires_grad=False)
+    return backbone
+
+
+def _pretrain(backbone, encode, encoder, pictures):
+    """A step after the first, when the optimizer has its state."""
+    accelerator, config = Accelerator(cpu=True), PretrainConfig(batch_size=len(pictures))
+    parameters = list(encoder.train().requires_grad_(True).parameters())
+    average = [p.detach().clone() for p in parameters]  # EMA
+    optimizer = build_optimizer(parameters, config)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    batch = {
+        "image": pictures,
+        "target": pictures,
+        "prompt": [f"a picture of {placeholder_token}"] * len(pictures),
+        "concept": torch.arange(len(pictures)),
+    }
+    sample = prepare(backbone, batch, config, 0)
+    prompt = encode.plain([encoder.dte.feature_prompt])
+    train_step(accelerator, encoder, optimizer, backbone, encode, prompt, sample)
+    encoder.eval().requires_grad_(False)
+    del average
+
+
+def _sample(backbone, encode, prediction, batch, dte):
+    """One denoising step with guidance, which doubles the batch, and the decoding."""
+    prompts = [f"a picture of {placeholder_token}"] * batch
+    soft, hard = encode(prompts, prediction.v_star), encode.hard(prompts, prediction.v_star)
+    negative = encode.plain([""]).expand_as(soft)
+    latents = torch.zeros(batch, *backbone.latent_shape, dtype=backbone.dtype)
+    with dual_path(
+        backbone.unet, prediction.offsets, torch.cat([negative, hard]), dte.alpha_blend,
+        dte.pairing, dte.granularity,
+    ):  # fmt: skip
+        noise = backbone.unet(
+            torch.cat([latents, latents]), torch.tensor(500), torch.cat([negative, soft])
+        ).sample
+    backbone.decode_latents(noise.chunk(2)[1])
+
+
+def advise(setting, card):
+    """What makes tuning fit a card of so many GB, in one sentence; 1 GB is kept free for CUDA."""
+    room = (card - 1) * 1e9
+    tried = {}
+    for changes in (
+        {},
+        {"offload": True},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "offload": True},
+        {"gradient_checkpointing": True, "offload": True, "batch": 1},
+    ):
+        choice = replace(setting, **changes)
+        if str(choice) in tried:
+            continue
+        tried[str(choice)] = peak = predict(choice, ("tuning",))["tuning"]
+        if peak <= room:
+            if choice == setting:
+                return f"Tuning fits a card of {card:g} GB as it is."
+            options = [f"--{k.replace('_', '-')}" for k, v in changes.items() if v is True]
+            if choice.batch != setting.batch:
+                options.append("--batch-size 1")
+            return (
+                f"Tuning fits a card of {card:g} GB with {' '.join(options)}: {peak / 1e9:.2f} GB."
+            )
+    least = min(tried.values()) / 1e9
+    return f"Tuning does not fit a card of {card:g} GB: it needs {least:.2f} GB at least."

@@ -1,0 +1,69 @@
+"""Install dte_lab into a runtime that has most of what it needs, such as Colab.
+
+    python tools/install.py [EXTRA ...]
+
+Only what is missing is installed, and what is too old; everything else stays at its version, torch
+always. The standard library and `packaging` are enough to run this.
+"""
+
+import importlib.metadata
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+NOT_NEEDED = {"jupyterlab"}  # a notebook that runs this has something to run in
+
+
+def plan(requirements, installed):
+    """What to install, and what to keep, from texts and {canonical name: version}.
+
+    Returns (requirements to install, constraints "name==version" on all the rest).
+    Raises RuntimeError when torch is missing or too old, which only its user can put right.
+    """
+    install, replaced = [], set()
+    for text in requirements:
+        requirement = Requirement(text)
+        name = canonicalize_name(requirement.name)
+        version = installed.get(name)
+        if name in NOT_NEEDED or (
+            version and requirement.specifier.contains(version, prereleases=True)
+        ):
+            continue
+        if name == "torch":
+            raise RuntimeError(
+                f"dte_lab needs {text}, and this runtime has {version or 'none'}: "
+                "install it as https://pytorch.org says."
+            )
+        install.append(text)
+        replaced.add(name)
+    return install, [f"{n}=={v}" for n, v in sorted(installed.items()) if n not in replaced]
+
+
+def main(extras=("notebooks",)):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = [*project["dependencies"]]
+    for extra in extras:
+        requirements += project["optional-dependencies"][extra]
+    found = importlib.metadata.distributions()
+    installed = {canonicalize_name(d.metadata["Name"]): d.version for d in found}
+    try:
+        install, keep = plan(requirements, installed)
+    except RuntimeError as error:
+        sys.exit(f"error: {error}")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
+    if install:
+        with tempfile.TemporaryDirectory() as folder:
+            constraints = Path(folder) / "constraints.txt"
+            constraints.write_text("\n".join(keep))
+            subprocess.run([*pip, "-c", str(constraints), *install], check=True)
+    subprocess.run([*pip, "--no-deps", str(ROOT)], check=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or ("notebooks",))
