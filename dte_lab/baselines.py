@@ -39,7 +39,7 @@ class BaselineConfig:
     token_learning_rate: float = 0.1
     lora_learning_rate: float = 4e-3
     multiplicative_learning_rate: float = 1e-2
-    prior_pictures: int = 16
+    prior_pictures: int = 8
 
 
 def single_path(dte):

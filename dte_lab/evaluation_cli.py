@@ -15,7 +15,7 @@ Backbone = Annotated[str, typer.Option(help="small, or a folder with a model of 
 def evaluate(
     out: Out,
     quick: Annotated[
-        bool, typer.Option("--quick", help="6 concepts, 5 edits, few steps: does everything run?")
+        bool, typer.Option("--quick", help="6 concepts, 4 edits, few steps: does everything run?")
     ] = False,
     experiment: Annotated[
         str, typer.Option(help="table, long, steps, blend, rank or regulariser.")
@@ -48,7 +48,7 @@ def evaluate(
     try:
         evaluate(
             out, pipe, specs, 6 if quick else concepts, seeds,
-            QUICK_SCENES if quick else SCENE_EDITS, split, 15 if quick else 18,
+            QUICK_SCENES if quick else SCENE_EDITS, split, 10 if quick else 15,
         )  # fmt: skip
     except ImportError as error:  # the outside judges
         raise ValueError(str(error)) from error

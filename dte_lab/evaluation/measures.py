@@ -4,6 +4,8 @@
 others are by networks and rules that did not.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -16,10 +18,12 @@ from dte_lab.judges import ImageJudge, SentenceJudge
 from dte_lab.world.captions import caption
 from dte_lab.world.evaluate import JUDGE_SIZE, Judge, classify_scene
 from dte_lab.world.scenes import SCENES
+from dte_lab.world.sprites import concepts, split_names
 
 PICTURE_MEASURES = {
     "clip_i_small": "cosine of CLIP embeddings to the input picture",
     "identity": "cosine of EfficientNet-Lite0 features of the object region to the input's",
+    "identity_margin": "identity minus the mean of the same to each other held-out concept",
     "clip_t_small": "cosine of CLIP embeddings to the prompt, with 'a thing' for S*",
     "scene": "share of pictures whose scene, read from the pixels of the border, is the prompt's",
     "truth_similarity": "as identity, but to the true rendering of the edit",
@@ -40,6 +44,7 @@ class Measures:
         self.clip = Judge(backbone)
         self.outside = ImageJudge(size=JUDGE_SIZE)
         self.sentences = SentenceJudge()
+        self._latest = None
 
     def pictures(self, drawn: Tensor, item: Item, edits: list[Edit]) -> list[dict[str, float]]:
         """One dict of PICTURE_MEASURES per edit, means over seeds.
@@ -57,17 +62,19 @@ class Measures:
 
         own = object_mask(item.name, item.style)
         features = self._features(object_region(x, own))  # (E*S, 1280)
-        identity = (features @ self._both_ways(object_region(given, own)).T).amax(-1).view(E, S)
+        identity = _best(features, self._both_ways(object_region(given, own)))[:, 0].view(E, S)
+        margin = identity - _best(features, self._others(item)).mean(-1).view(E, S)
         features = features.view(E, S, -1)
         pairs = (features @ features.mT)[:, ~torch.eye(S, dtype=torch.bool)]  # (E, S * (S - 1))
         to_truth = [self._to_truth(drawn[i], item, edit) for i, edit in enumerate(edits)]
 
         rows = []
         for i in range(E):
+            similarity, error = to_truth[i]
             values = {
-                "clip_i_small": clip_i[i], "identity": identity[i], "clip_t_small": clip_t[i],
-                "scene": scene[i], "truth_similarity": to_truth[i][0], "truth_rmse": to_truth[i][1],
-                "diversity": 1 - pairs[i],
+                "clip_i_small": clip_i[i], "identity": identity[i], "identity_margin": margin[i],
+                "clip_t_small": clip_t[i], "scene": scene[i], "truth_similarity": similarity,
+                "truth_rmse": error, "diversity": 1 - pairs[i],
             }  # fmt: skip
             rows.append({name: value.mean().item() for name, value in values.items()})
         return rows
@@ -87,14 +94,30 @@ class Measures:
         return F.normalize(self.outside.features(x), dim=-1)
 
     def _both_ways(self, x: Tensor) -> Tensor:
-        """Features of (1, 3, H, W) and of its mirror image, which is as true: (2, 1280)."""
-        return self._features(torch.cat([x, x.flip(-1)]))
+        """Features of x (n, 3, H, W), and of its mirror images, which are as true: (2, n, 1280)."""
+        return self._features(torch.cat([x, x.flip(-1)])).unflatten(0, (2, len(x)))
+
+    def _others(self, item: Item) -> Tensor:
+        """Features (2, n, 1280) of the other concepts of the item's split and their mirror images,
+        in its style, scene and mask: so the mask's outline does not tell which is the right one.
+        """
+        if self._latest != item:
+            names = [n for n in split_names(concepts()[item.name].split) if n != item.name]
+            x = torch.cat([replace(item, name=name).picture() for name in names])
+            x = object_region(x, object_mask(item.name, item.style))
+            self._latest, self._features_of_others = item, self._both_ways(x)
+        return self._features_of_others
 
     def _to_truth(self, x: Tensor, item: Item, edit: Edit) -> tuple[Tensor, Tensor]:
         """Similarity and RMSE (S,) of pictures (S, 3, 64, 64) to the true rendering."""
         mask, true = object_mask(item.name, edit.style), truth(item, edit)[None]
         reference = self._both_ways(object_region(true, mask))
-        similarity = (self._features(object_region(x, mask)) @ reference.T).amax(-1)
+        similarity = _best(self._features(object_region(x, mask)), reference)[:, 0]
         pixels = torch.cat([true, true.flip(-1)])[BOX][:, :, mask]  # (2, 3, n)
         errors = (x[BOX][:, :, mask][:, None] - pixels).square().mean((2, 3)).sqrt() / 2  # (S, 2)
         return similarity, errors.amin(-1)
+
+
+def _best(features: Tensor, both_ways: Tensor) -> Tensor:
+    """Cosine of (m, 1280) to the more similar of each of n references and its mirror: (m, n)."""
+    return torch.einsum("mf,wnf->wmn", features, both_ways).amax(0)

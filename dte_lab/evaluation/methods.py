@@ -37,8 +37,16 @@ STEPS = "0,1,2,4,8,12,25,50,100,500"
 ALPHAS = (0, 0.25, 0.5, 0.7, 0.85, 1)
 EXPERIMENTS = {
     "table": ["dte:0,12", "ti:12", "lora:12", "lora-prior:12", "e4t:12"],
-    "long": ["dte:12", "ti:500", "lora:120", "lora-prior:120", "e4t:12"],
-    "quick": ["dte:0,4", "ti:4", "lora:4", "lora-prior:4", "e4t:4"],
+    "long": [
+        "dte:0,12",
+        "ti:12",
+        "lora:12",
+        "lora-prior:12",
+        "e4t:12",
+        "ti@batch_size=4:500",
+        "lora@batch_size=8:120",
+    ],
+    "quick": ["dte:0,2", "ti:2", "lora:2", "lora-prior@prior_pictures=4:2", "e4t:2"],
     "steps": [f"{name}:{STEPS}" for name in ("dte", "ti", "lora", "lora-prior", "e4t")],
     "blend": [
         f"dte@alpha_blend={alpha}@pairing={pairing}@granularity={granularity}:12"

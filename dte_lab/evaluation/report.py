@@ -22,9 +22,9 @@ def per_concept(rows) -> dict[tuple[str, int], dict[str, dict[str, float]]]:
     """{(method, steps): {concept: {measure: value}}}, means over edits.
 
     Identity, prompt fidelity and diversity over the scene edits, distance to the truth over the
-    style edits. Adds, per concept, `identity_scaled`: 0 is the mean identity of another concept's
-    true rendering, 1 that of the concept's own; `fidelity`, the harmonic mean of it and `scene`;
-    and `fidelity_small`, that of the two CLIP measures.
+    style edits. Adds, per concept, `identity_scaled`: the margin of identity over other concepts in
+    units of the mean margin of true renderings (0: no more like this concept than like any other);
+    `fidelity`, the harmonic mean of it and `scene`; `fidelity_small`, that of the CLIP measures.
     """
     cells = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for row in rows:
@@ -43,14 +43,10 @@ def per_concept(rows) -> dict[tuple[str, int], dict[str, dict[str, float]]]:
         }
         for key, of_method in cells.items()
     }
-    floor, ceiling = (
-        np.mean([cell["identity"] for cell in table[anchor, 0].values()])
-        for anchor in ("other", "oracle")
-    )
+    unit = np.mean([cell["identity_margin"] for cell in table["oracle", 0].values()])
     for of_method in table.values():
         for cell in of_method.values():
-            scaled = (cell["identity"] - floor) / (ceiling - floor)
-            cell["identity_scaled"] = float(np.clip(scaled, 0, 1))
+            cell["identity_scaled"] = float(np.clip(cell["identity_margin"] / unit, 0, 1))
             cell["fidelity"] = harmonic(cell["identity_scaled"], cell["scene"])
             cell["fidelity_small"] = harmonic(
                 max(0.0, cell["clip_i_small"]), max(0.0, cell["clip_t_small"])
@@ -108,7 +104,8 @@ def least_steps(rows, share=0.95) -> dict[str, dict[str, int]]:
 COLUMNS = {
     "fidelity": "harmonic mean", "ahead": "DTE ahead by", "identity_scaled": "identity, 0 to 1",
     "scene": "scene is right", "truth_similarity": "style edit: similarity to truth",
-    "clip_i_small": "CLIP-I (small)", "clip_t_small": "CLIP-T (small)",
+    "identity": "similarity to input", "clip_i_small": "CLIP-I (small)",
+    "clip_t_small": "CLIP-T (small)",
     "word_similarity": "words (MiniLM)", "word_similarity_small": "words (small CLIP)",
     "diversity": "diversity", "seconds": "seconds", "extra_memory_mb": "extra MB",
 }  # fmt: skip
@@ -186,7 +183,7 @@ def tradeoff(summary):
     n = summary[0]["identity"]["n"]
     axes.set(
         xlabel="prompt fidelity: share of right scenes",
-        ylabel="identity: 0 another concept, 1 the true rendering",
+        ylabel="identity: 0 like any concept, 1 the true rendering",
         title=f"{n} held-out concepts, 95 % bootstrap intervals",
     )
     axes.grid(alpha=0.3)

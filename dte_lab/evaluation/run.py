@@ -36,7 +36,7 @@ SHOWN = 6  # concepts whose pictures are kept
 
 def evaluate(
     out_dir, pipe: DTEPipeline, specs, count=60, seeds=2, scenes=SCENE_EDITS, split="test",
-    num_inference_steps=18, guidance_scale=3.0, seed=0, progress=True,
+    num_inference_steps=15, guidance_scale=3.0, seed=0, progress=True,
 ):  # fmt: skip
     """Measure methods, given as in methods.py, and write the run's folder.
 
@@ -49,6 +49,11 @@ def evaluate(
     parsed = [parse(spec) for spec in specs]
     for method in parsed:
         methods.check(method)
+    labels = [method.label for method in parsed]
+    if twice := {label for label in labels if labels.count(label) > 1}:
+        raise ValueError(
+            f"{twice.pop()} is given twice: write its steps together, as in ti:12,500."
+        )
     if seeds < 2:
         raise ValueError("Diversity needs at least 2 seeds.")
     settings = {
