@@ -273,6 +273,7 @@ def save_contact_sheet(pictures, drawn: dict, prompts, seeds, path: Path) -> Non
 
 app.command()(training_cli.pretrain)
 app.command()(hardware_cli.memory)
+app.command()(hardware_cli.parameters)
 app.command()(hardware_cli.doctor)
 app.command()(evaluation_cli.evaluate)
 app.command()(evaluation_cli.report)
