@@ -62,7 +62,7 @@ class DTEConfig:
     token_scale: float = 0.3
     offset_scale: float = 0.1
     zero_shot_words: int = 8
-    zero_shot_temperature: float = 0.02
+    zero_shot_temperature: float = 0.05
     alpha_blend: float | tuple[float, float] = 0.7
     pairing: str = "figure"
     granularity: str = "attention"
@@ -102,7 +102,7 @@ def refresh_interval(refresh):
         return None
     if refresh == "every step":
         return 1
-    if isinstance(refresh, int) and refresh > 0:
+    if type(refresh) is int and refresh > 0:
         return refresh
     raise ValueError(f"refresh {refresh!r}: use 'every step', 'once' or a number of steps from 1.")
 

@@ -1,13 +1,15 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from dte_lab import DTEConfig, PromptEncoder, TuningEncoder, load_encoder
+from dte_lab.backbone import add_noise
 from dte_lab.dual_path import dual_path
 from dte_lab.encoder import word_clip_embeddings
-from dte_lab.features import ImageFeatures
+from dte_lab.features import ImageFeatures, image_features, unet_features
 
 
 def features(batch=3, seed=0):
@@ -52,11 +54,18 @@ def test_zero_shot_against_a_plain_formula(tiny_backbone, tiny_encoder):
             text = tiny_backbone.text_encoder(input_ids=ids).text_embeds[0]
             scores.append((F.cosine_similarity(text, e, dim=0).item(), i))
         best = sorted(scores, reverse=True)[:4]
-        w = torch.tensor([s for s, _ in best]).div(0.02).softmax(0)
+        w = torch.tensor([s for s, _ in best]).div(0.05).softmax(0)
         words = table.embeddings[[i for _, i in best]]
         mixture = (w[:, None] * words).sum(0)
         expected = mixture / mixture.norm() * (w * words.norm(dim=1)).sum()
         torch.testing.assert_close(v, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_class_word_is_the_first_word_of_the_guess(tiny_backbone, tiny_encoder):
+    table, clip = PromptEncoder(tiny_backbone).table, features()[0]
+    word_clip = word_clip_embeddings(tiny_backbone, table)
+    expected = [max(range(len(table)), key=lambda i: (word_clip[i] @ e).item()) for e in clip[1]]
+    assert torch.equal(tiny_encoder(*features()).class_word, table.embeddings[expected])
 
 
 def test_samples_do_not_mix(tiny_encoder):
@@ -129,9 +138,62 @@ def test_static_prediction(tiny_backbone, tiny_encoder, tiny_pixels):
     assert not torch.equal(one.offsets[key][0], other.offsets[key][0])
 
 
-def test_a_backbone_without_projection_is_refused(tiny_backbone):
-    from dataclasses import replace
+def test_static_prediction_is_the_mean_over_pictures_and_noise_levels(
+    tiny_backbone, tiny_encoder, tiny_pixels
+):
+    encoder, encode = perturb(tiny_encoder), PromptEncoder(tiny_backbone)
+    T, pictures = len(tiny_backbone.alphas_cumprod), tiny_pixels[:2]
+    latents = tiny_backbone.encode_images(pictures)
+    generator = torch.Generator().manual_seed(5)
+    noise = torch.randn(6, 4, 8, 8, generator=generator)
+    rows = []
+    for i, picture in enumerate(pictures):
+        for j, fraction in enumerate((0.2, 0.4, 0.6)):
+            t = torch.tensor([round(fraction * (T - 1))])
+            noisy = add_noise(tiny_backbone, latents[i : i + 1], noise[3 * i + j][None], t)
+            clip = image_features(tiny_backbone, picture[None])
+            unet = unet_features(tiny_backbone, noisy, t, encode.plain([""]), grid=4)
+            rows.append(encoder(clip, unet, t))
+    ours = encoder.predict(tiny_backbone, pictures, seed=5)
+    expected = torch.stack([row.v_star for row in rows]).mean(0)
+    torch.testing.assert_close(ours.v_star, expected, atol=1e-6, rtol=1e-4)
+    for key, pair in ours.offsets.items():
+        for side in (0, 1):
+            expected = torch.stack([row.offsets[key][side] for row in rows]).mean(0)
+            torch.testing.assert_close(pair[side], expected, atol=1e-5, rtol=1e-3)
 
+
+def test_chosen_features_reach_the_encoder(tiny_backbone, tiny_config, tiny_pixels, tmp_path):
+    """Other layers, another prompt and whole matrices: saved, loaded, and used in predictions."""
+    chosen = {"unet_layers": ("conv_in", "mid_block"), "clip_layer": -2, "rank": "full"}
+    dte = replace(tiny_config, feature_prompt="a picture of the cat", **chosen)
+    encoder = perturb(TuningEncoder.from_backbone(tiny_backbone, dte))
+    assert encoder.config.unet_dim == 16 + 32
+    encoder.save_pretrained(tmp_path)
+    loaded = load_encoder(tmp_path, tiny_backbone)
+    assert loaded.dte == dte
+    one, two = (e.predict(tiny_backbone, tiny_pixels) for e in (encoder, loaded))
+    torch.testing.assert_close(one.v_star, two.v_star)
+    with dual_path(tiny_backbone.unet, one.offsets):
+        pass  # they fit
+    for change in ({"feature_prompt": ""}, {"clip_layer": -1}):
+        loaded.dte = replace(dte, **change)
+        other = loaded.predict(tiny_backbone, tiny_pixels)
+        assert (other.v_star - one.v_star).abs().max() > 1e-6, change
+
+
+def test_settings_that_do_not_exist_are_refused():
+    for name, value in [
+        ("regulariser", "l1"), ("pairing", "both"), ("granularity", "unet"), ("refresh", "never"),
+        ("refresh", 0), ("refresh", True),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=name):
+            DTEConfig(**{name: value})
+    config = DTEConfig(alpha_blend=[0.2, 0.9], unet_layers=["conv_in"])  # as JSON gives it
+    assert config == DTEConfig(alpha_blend=(0.2, 0.9), unet_layers=("conv_in",))
+
+
+def test_a_backbone_without_projection_is_refused(tiny_backbone):
     from transformers import CLIPTextModel
 
     plain = CLIPTextModel(tiny_backbone.text_encoder.config)
