@@ -66,6 +66,11 @@ def _device(device):
 
 def _backbone(name, device):
     """Whether the backbone could be loaded, from where, and why."""
+    from dte_lab.cli import quiet_libraries
+
+    quiet_libraries()
+    import torch
+
     from dte_lab import backbone as loader
     from dte_lab import sd15
 
@@ -80,7 +85,7 @@ def _backbone(name, device):
             return Finding("backbone", f"{name} ({why})")
         wanted = {sd15.CLIP_L14: (sd15.CLIP_FILES, sd15.CLIP_L14_REVISION)}
     else:
-        files = sd15.sd15_files(half=device != "cpu")
+        files = sd15.sd15_files(half=torch.cuda.is_available() and device != "cpu")
         wanted = {
             sd15.SD15: (files, sd15.SD15_REVISION),
             sd15.CLIP_L14: (sd15.CLIP_FILES, sd15.CLIP_L14_REVISION),

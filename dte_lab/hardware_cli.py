@@ -1,4 +1,4 @@
-"""What fits on this machine: `dte memory`, `dte doctor`, and the options that make things fit."""
+"""What fits: `dte memory`, `dte parameters`, `dte doctor`, and the options of memory."""
 
 import os
 import sys
@@ -40,7 +40,7 @@ def checked_device(device: str | None) -> str:
 
 
 def memory(
-    backbone: Annotated[str, typer.Option(help="sd15, or small for comparison.")] = "sd15",
+    backbone: Annotated[str, typer.Option(help="sd15.")] = "sd15",
     resolution: Annotated[int, typer.Option(help="Side of the picture in pixels.")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Noise levels, or pictures, per step.")] = 4,
     dtype: Annotated[str, typer.Option(help="Of frozen parts: fp16, bf16 or fp32.")] = "fp16",
@@ -65,6 +65,30 @@ def memory(
     typer.echo("CUDA itself and fragments of the allocator come on top: about 1 GB, not predicted.")
     if card is not None:
         typer.echo(advise(setting, card))
+
+
+def parameters(
+    width: Annotated[int | None, typer.Option(min=8, help="Of the hypernetwork's tokens.")] = None,
+) -> None:
+    """Count the parameters of the hypernetwork for Stable Diffusion 1.5, by rank and in full."""
+    from dte_lab.cli import quiet_libraries
+
+    quiet_libraries()
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from dte_lab.dual_path import projection_shapes
+    from dte_lab.encoder import DTEConfig
+    from dte_lab.hypernetwork import count_parameters
+    from dte_lab.sd15 import UNET
+
+    dte = DTEConfig()
+    with torch.device("meta"):
+        shapes = projection_shapes(UNet2DConditionModel(**UNET))
+    typer.echo(f"{'rank':<6}{'hypernetwork':>18}{'of which heads':>18}{'offsets':>14}")
+    for rank in (1, 2, 4, 8, 16, "full"):
+        n = count_parameters(shapes, rank, width or dte.width, dte.num_heads, dte.trunk_depth)
+        typer.echo(f"{rank:<6}{n['hypernetwork']:>18,}{n['heads']:>18,}{n['offsets']:>14,}")
 
 
 def doctor(

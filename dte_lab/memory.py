@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dte_lab import placeholder_token
-from dte_lab.backbone import Backbone, load_backbone
+from dte_lab.backbone import Backbone
 from dte_lab.dual_path import dual_path
 from dte_lab.encoder import DTEConfig, TuningEncoder, encoder_dimensions
 from dte_lab.pretrain import PretrainConfig, build_optimizer, prepare, train_step
@@ -121,14 +121,13 @@ def _elsewhere(memory, backbone):
 def predict(setting, parts=("tuning", "pre-training", "sampling")):
     """Peak bytes of each part for a Setting: {"tuning": ..., ...}.
 
-    Raises ValueError for a backbone other than sd15 and small.
+    Raises ValueError for a backbone other than sd15.
     """
-    if setting.backbone not in ("sd15", "small"):
-        raise ValueError(f"dte memory knows sd15 and small, not {setting.backbone}.")
-    small = load_backbone("small") if setting.backbone == "small" else None
+    if setting.backbone != "sd15":
+        raise ValueError(f"Memory is predicted for sd15 alone, not for {setting.backbone}.")
     peaks, memory = {}, PeakMemory()
     with FakeTensorMode(allow_non_fake_inputs=True), memory:
-        backbone = _small(small, setting) if small else _sd15(setting)
+        backbone = _sd15(setting)
         if setting.gradient_checkpointing:
             backbone.unet.enable_gradient_checkpointing()
         encode, dte = PromptEncoder(backbone), DTEConfig(rank=setting.rank)
@@ -161,17 +160,6 @@ def _sd15(setting):
     parts = random_parts("cpu", DTYPES[setting.dtype], setting.resolution)
     backbone = Backbone(name="sd15", **parts)
     backbone.vae.enable_slicing()
-    return backbone
-
-
-def _small(backbone, setting):
-    """The same model on fake tensors."""
-    for module in backbone.modules:
-        for owner in module.modules():
-            for name, p in owner._parameters.items():
-                if p is not None:
-                    fake = torch.empty_strided(p.shape, p.stride(), dtype=DTYPES[setting.dtype])
-                    owner._parameters[name] = torch.nn.Parameter(fake, requires_grad=False)
     return backbone
 
 

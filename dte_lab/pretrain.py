@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from torch.utils.data import DataLoader
@@ -97,6 +97,11 @@ def pretrain(
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, cpu=backbone.device.type == "cpu"
     )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(
+            "The encoder is small enough for every process to hold it whole: launch without "
+            "--use_fsdp or --use_deepspeed."
+        )
     if config.batch_size % accelerator.num_processes:
         raise ValueError(
             f"A batch of {config.batch_size} cannot be shared out evenly to "
