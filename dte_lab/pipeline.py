@@ -17,9 +17,10 @@ from tqdm.auto import tqdm
 
 from dte_lab.backbone import load_backbone
 from dte_lab.concept import Concept
+from dte_lab.config import refresh_interval
 from dte_lab.contrastive import word_in_use
 from dte_lab.dual_path import dual_path
-from dte_lab.encoder import load_encoder, refresh_interval
+from dte_lab.encoder import load_encoder
 from dte_lab.images import read_image, to_square_tensor
 from dte_lab.sampling import Conditioning, Refresher
 from dte_lab.tokens import PromptEncoder

@@ -7,9 +7,10 @@ change with t. What tuning added to the static prediction is added to each new o
 
 import torch
 
+from dte_lab.config import refresh_interval
 from dte_lab.contrastive import word_in_use
 from dte_lab.dual_path import alpha_at
-from dte_lab.encoder import EncoderPrediction, mean_prediction, refresh_interval
+from dte_lab.encoder import EncoderPrediction, mean_prediction
 from dte_lab.features import ImageFeatures
 
 
