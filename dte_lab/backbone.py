@@ -257,8 +257,11 @@ def check_folders(root):
 def _check_parts(name, parts):
     """Raise ValueError where the parts do not fit together."""
     text, image, unet = (parts[p].config for p in ("text_encoder", "image_encoder", "unet"))
-    if len(parts["tokenizer"]) > text.vocab_size or not parts["tokenizer"]("a").input_ids[1:-1]:
-        raise ValueError(f"The tokenizer of the backbone {name} is damaged or of another model.")
+    if (size := len(parts["tokenizer"])) != text.vocab_size:  # an empty folder gives a tiny one
+        raise ValueError(
+            f"The tokenizer of the backbone {name} has {size} tokens and its text encoder "
+            f"{text.vocab_size}: it is damaged or of another model."
+        )
     if unet.cross_attention_dim != text.hidden_size:
         raise ValueError(
             f"The UNet of the backbone {name} reads text of width {unet.cross_attention_dim}, "

@@ -9,7 +9,7 @@ are pure functions of their index. So weights, optimizer, EMA and s are the whol
 that was cut off goes on exactly as it would have. Several processes share a batch and see each
 other's v* as negatives, so that the same settings give the same losses whatever their number:
 
-    accelerate launch --num_processes 2 -m dte_lab.pretrain --out runs/encoder ...
+    accelerate launch --multi_gpu --num_processes 2 -m dte_lab.pretrain --out runs/encoder ...
 """
 
 import json

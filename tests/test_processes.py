@@ -1,0 +1,122 @@
+"""Pre-training in two processes (gloo): the losses of one, and no harm from a kill."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+from dte_lab.training_cli import pretrain
+
+STEPS = 30
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Three classes of two pictures."""
+    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for i in range(6):
+        path = root / "abc"[i // 2] / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (24, 20, 3), dtype=np.uint8)).save(path)
+    return root
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_with_a_kill_train_as_one(tiny_path, data, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    pretrain(
+        out=one, backbone=str(tiny_path), data=str(data), steps=STEPS, batch_size=4, log_every=1,
+        checkpoint_every=2,
+    )  # fmt: skip
+    command = [
+        # (accelerate's --cpu starts one process whatever --num_processes says)
+        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"),
+        *("--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"),
+        *("-m", "dte_lab.pretrain", "--out", str(two), "--backbone", str(tiny_path)),
+        *("--data", str(data), "--steps", str(STEPS), "--batch-size", "4"),
+        *("--log-every", "1", "--checkpoint-every", "2"),
+    ]
+    output = (tmp_path / "output").open("w")
+    launcher = subprocess.Popen(command, stdout=output, stderr=output)
+    while not (two / "log.jsonl").is_file() or len(log_lines(two)) < 5:
+        assert launcher.poll() is None, (tmp_path / "output").read_text()
+        time.sleep(0.01)
+    workers = [p for p in psutil.Process(launcher.pid).children() if "pretrain" in str(p.cmdline())]
+    assert len(workers) == 2
+    workers[1].send_signal(signal.SIGKILL)
+    assert launcher.wait(timeout=600) != 0  # the other one is ended, not left waiting
+    assert len(log_lines(two)) < STEPS
+    with safe_open(two / "checkpoint.safetensors", "pt") as file:
+        assert int(file.metadata()["step"]) >= 2
+
+    subprocess.run(command, check=True, timeout=600, stdout=subprocess.DEVNULL)
+    ours, theirs = log(two), log(one)
+    assert [line["step"] for line in ours] == list(range(1, STEPS + 1))
+    for a, b in zip(ours, theirs, strict=True):
+        for name in ("loss", "diffusion", "contrastive", "v_star_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3), (a["step"], name)
+    assert theirs[0]["contrastive"] > 0  # negatives within the batch count
+    with (
+        safe_open(one / "checkpoint.safetensors", "pt") as a,
+        safe_open(two / "checkpoint.safetensors", "pt") as b,
+    ):
+        concepts = [f.get_tensor("model.bank_concepts").tolist() for f in (a, b)]
+    assert concepts[0] == concepts[1]  # the bank was filled in the same order
+
+
+def log_lines(out):
+    return (out / "log.jsonl").read_text().splitlines()
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tiny_backbone, monkeypatch, tmp_path):
+    from dte_lab import TuningEncoder
+    from dte_lab import pretrain as module
+
+    class Three(module.Accelerator):
+        num_processes = 3
+
+    monkeypatch.setattr(module, "Accelerator", Three)
+    config = module.PretrainConfig(batch_size=4)
+    with pytest.raises(ValueError, match="batch of 4 cannot be shared out evenly to 3"):
+        module.pretrain(tiny_backbone, TuningEncoder.from_backbone(tiny_backbone), [], config)
+
+
+def test_folders_of_pictures(data, tmp_path):
+    from dte_lab.data import load_pictures
+
+    pictures = load_pictures(data, 16)
+    assert len(pictures) == 6 and pictures[3]["concept"] == 1
+    assert pictures[0]["image"].shape == (3, 16, 16) and pictures[0]["prompt"] == "a picture of S*"
+    with pytest.raises(ValueError, match="no sub-folders with pictures"):
+        load_pictures(tmp_path, 16)
+
+
+def test_hugging_face_datasets(monkeypatch, picture):
+    from types import ModuleType
+
+    from dte_lab.data import load_pictures
+
+    class Rows(list):
+        column_names = ["image", "label"]
+
+    fake = ModuleType("datasets")
+    fake.load_dataset = lambda name, split: Rows([{"image": picture, "label": 7}])
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    (item,) = (load_pictures("some/thing", 16)[i] for i in range(1))
+    assert item["concept"] == 7 and item["target"].shape == (3, 16, 16)
+    Rows.column_names = ["image"]
+    with pytest.raises(ValueError, match="no column label"):
+        load_pictures("some/thing", 16)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="pip install datasets"):
+        load_pictures("some/thing", 16)
