@@ -1,0 +1,99 @@
+"""The predicted memory against a count of real tensors, and what the options save."""
+
+import functools
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from dte_lab import memory, sd15
+from dte_lab.memory import PeakMemory, Setting, advise, predict
+
+TINY = {
+    "unet": {
+        "block_out_channels": (32, 64), "layers_per_block": 1, "cross_attention_dim": 32,
+        "attention_head_dim": 2, "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+        "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+    },
+    "vae": {
+        "block_out_channels": (4, 4, 8, 8), "norm_num_groups": 2, "layers_per_block": 1,
+    },
+    "text": {
+        "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2,
+        "num_hidden_layers": 2, "projection_dim": 16,
+    },
+    "vision": {
+        "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2,
+        "num_hidden_layers": 2, "projection_dim": 16, "image_size": 28,
+    },
+}  # fmt: skip
+SETTING = Setting(resolution=128, batch=2, dtype="fp32")
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(memory, "random_parts", functools.partial(sd15.random_parts, **TINY))
+
+
+def test_storages_are_counted_once_and_forgotten():
+    with PeakMemory() as count:
+        a = torch.zeros(1000)  # 4000 bytes, 4096 in blocks of 512
+        b = a[10:].view(-1, 2)  # no memory of its own
+        assert count.now == 4096
+        c = torch.zeros(100)
+        assert count.now == 4096 + 512
+        del a, c
+        assert count.now == 4096 and count.peak == 4608
+        del b
+        assert count.now == 0
+        x = torch.ones(1000, requires_grad=True)
+        y = x.exp().sum()  # exp's result is kept for the backward pass
+        assert count.now == 2 * 4096 + 512
+        y.backward()
+        del y
+        assert count.now == 2 * 4096  # x and its gradient
+
+
+def test_fake_steps_take_what_real_ones_take(tiny, monkeypatch):
+    fake = predict(SETTING)
+    monkeypatch.setattr(memory, "FakeTensorMode", lambda **kwargs: nullcontext())
+    real = predict(SETTING)
+    assert set(fake) == {"tuning", "pre-training", "sampling"}
+    for name in fake:
+        assert fake[name] == pytest.approx(real[name], rel=0.02), name
+
+
+def test_options_save_memory(tiny):
+    from dataclasses import replace
+
+    def tuning(**changes):
+        return predict(replace(SETTING, **changes), ("tuning",))["tuning"]
+
+    plain, offload = tuning(), tuning(offload=True)
+    parts = sd15.random_parts("meta", **TINY)
+    idle = sum(4 * p.numel() for part in ("image_encoder", "vae") for p in parts[part].parameters())
+    assert plain - offload == pytest.approx(idle, rel=0.05)
+    assert tuning(gradient_checkpointing=True) < 0.8 * plain
+    assert tuning(batch=4) > 1.3 * plain
+
+
+def test_advice(monkeypatch):
+    needs = {(False, False): 20e9, (False, True): 19e9, (True, False): 9e9, (True, True): 8e9}
+
+    def fake(setting, parts):
+        need = needs[setting.gradient_checkpointing, setting.offload]
+        return {"tuning": need - (4e9 if setting.batch == 1 else 0)}
+
+    monkeypatch.setattr(memory, "predict", fake)
+    setting = Setting(batch=4)
+    assert advise(setting, 24) == "Tuning fits a card of 24 GB as it is."
+    assert advise(setting, 10).endswith("with --gradient-checkpointing: 9.00 GB.")
+    assert advise(setting, 6).endswith(
+        "--gradient-checkpointing --offload --batch-size 1: 4.00 GB."
+    )
+    assert advise(setting, 4) == "Tuning does not fit a card of 4 GB: it needs 4.00 GB at least."
+
+
+def test_unknown_backbones_are_refused():
+    with pytest.raises(ValueError, match="sd15 alone, not for sdxl"):
+        predict(Setting(backbone="sdxl"))
