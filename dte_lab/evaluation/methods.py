@@ -46,7 +46,7 @@ EXPERIMENTS = {
         "ti@batch_size=4:500",
         "lora@batch_size=8:120",
     ],
-    "quick": ["dte:0,2", "ti:2", "lora:2", "lora-prior@prior_pictures=4:2", "e4t:2"],
+    "quick": ["dte:0,2", "ti:2", "lora:2", "lora-prior:2", "e4t:2"],
     "steps": [f"{name}:{STEPS}" for name in ("dte", "ti", "lora", "lora-prior", "e4t")],
     "blend": [
         f"dte@alpha_blend={alpha}@pairing={pairing}@granularity={granularity}:12"

@@ -2,6 +2,7 @@
 
 import json
 from collections import defaultdict
+from textwrap import wrap
 
 import numpy as np
 
@@ -162,7 +163,7 @@ def picture_sheet(run_dir, summary, count=2):
                 row.append(strip.crop((i * size, 0, (i + 1) * size, size)))
             rows.append(row)
             labels.append(f"{folder.name.replace('-', ' ')}: {edit}")
-    columns = [f"{name_of(k)}\n{n} steps" if n else name_of(k) for k, n in steps.items()]
+    columns = ["\n".join(wrap(name_of(k), 20)) + f"\n{n} steps" * (n > 0) for k, n in steps.items()]
     return contact_sheet(rows, labels, ["input", *columns])
 
 
@@ -170,7 +171,7 @@ def tradeoff(summary):
     """Figure: scaled identity against right scenes, with 95 % intervals over concepts."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+    figure = Figure(figsize=(6.4, 6.4), layout="constrained")
     axes = figure.subplots()
     for i, line in enumerate(s for s in summary if s["method"] not in ("oracle", "other")):
         x, y = line["scene"], line["identity_scaled"]
@@ -187,7 +188,7 @@ def tradeoff(summary):
         title=f"{n} held-out concepts, 95 % bootstrap intervals",
     )
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize="small", frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
     return figure
 
 
