@@ -64,7 +64,7 @@ def memory(
         typer.echo(f"  {name:<14}{peak / 1e9:6.2f} GB")
     typer.echo("CUDA itself and fragments of the allocator come on top: about 1 GB, not predicted.")
     if card is not None:
-        typer.echo(advise(setting, card))
+        typer.echo(advise(setting, card, peaks["tuning"]))
 
 
 def parameters(
@@ -105,6 +105,6 @@ def doctor(
     failures = 0
     for finding in examine(backbone, encoder, device, out):
         failures += not finding.good
-        typer.echo(f"{'ok  ' if finding.good else 'FAIL'} {finding.what:<12}{finding.text}")
+        typer.echo(f"{'ok  ' if finding.good else 'FAIL'} {finding.what:<17}{finding.text}")
     if failures:
         sys.exit(1)

@@ -202,12 +202,16 @@ def _sample(backbone, encode, prediction, batch, dte):
     backbone.decode_latents(noise.chunk(2)[1])
 
 
-def advise(setting, card):
-    """What makes tuning fit a card of so many GB, in one sentence; 1 GB is kept free for CUDA."""
+def advise(setting, card, peak):
+    """What makes tuning fit a card of so many GB, in one sentence; 1 GB is kept free for CUDA.
+
+    peak: the bytes that tuning takes with `setting`.
+    """
     room = (card - 1) * 1e9
-    tried = {}
+    tried = {str(setting): peak}
+    if peak <= room:
+        return f"Tuning fits a card of {card:g} GB as it is."
     for changes in (
-        {},
         {"offload": True},
         {"gradient_checkpointing": True},
         {"gradient_checkpointing": True, "offload": True},
@@ -218,8 +222,6 @@ def advise(setting, card):
             continue
         tried[str(choice)] = peak = predict(choice, ("tuning",))["tuning"]
         if peak <= room:
-            if choice == setting:
-                return f"Tuning fits a card of {card:g} GB as it is."
             options = [f"--{k.replace('_', '-')}" for k, v in changes.items() if v is True]
             if choice.batch != setting.batch:
                 options.append("--batch-size 1")

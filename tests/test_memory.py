@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dte_lab import memory, sd15
-from dte_lab.memory import PeakMemory, Setting, advise, predict
+from dte_lab.memory import PeakMemory, Setting, predict
 
 TINY = {
     "unet": {
@@ -86,6 +86,7 @@ def test_advice(monkeypatch):
 
     monkeypatch.setattr(memory, "predict", fake)
     setting = Setting(batch=4)
+    advise = functools.partial(memory.advise, peak=20e9)
     assert advise(setting, 24) == "Tuning fits a card of 24 GB as it is."
     assert advise(setting, 10).endswith("with --gradient-checkpointing: 9.00 GB.")
     assert advise(setting, 6).endswith(
