@@ -126,7 +126,5 @@ def build_image_processor() -> CLIPImageProcessor:
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
-    """(B, 18) ids, padded with the end token as Stable Diffusion does."""
-    return tokenizer(
-        texts, padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt"
-    ).input_ids
+    """(B, T) ids of the tokenizer's longest length T, padded with the end token as in SD."""
+    return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from dte_lab.files import write_atomically
+from dte_lab.world.words import known_words
 
 PARTS = {  # run -> the folders that it made
     "autoencoder": ("vae",),
@@ -22,6 +23,8 @@ PARTS = {  # run -> the folders that it made
 
 def main(runs: dict[str, Path], out: Path) -> None:
     """Copy the parts of each run to `out`; floating-point weights become float16.
+
+    With the run of clip goes `words.json`, the words that it knows well.
 
     Raises FileNotFoundError when a run has not finished a part.
     """
@@ -47,3 +50,5 @@ def main(runs: dict[str, Path], out: Path) -> None:
                     write_atomically(target / file.name, json.dumps(config, indent=2).encode())
                 else:
                     shutil.copyfile(file, target / file.name)
+    if "clip" in runs:
+        write_atomically(Path(out) / "words.json", json.dumps(known_words()).encode())
