@@ -76,7 +76,7 @@ def pretrain(
         dataset = load_pictures(data, parts.resolution)
         shown = [dataset.pairs[0][0], dataset.pairs[len(dataset) // 2][0]]
         prompts = ("a picture of S*",)
-    elif parts.resolution == 64:
+    elif parts.resolution <= 64:
         dataset = ConceptPairs()
         shown = [render_image(name, "fluent", "white") for name in SAMPLE_CONCEPTS]
         prompts = ("a picture of S*", "a picture of S* on the beach")
