@@ -55,7 +55,7 @@ class PretrainConfig:
     `shared_timestep_probability` the UNet features of a sample come from the noisy target at the
     loss's timestep, as in the paper; otherwise from the noisy concept picture at a timestep of its
     own, which is what `personalize` does. `max_minutes` ends this call, with a checkpoint, to be
-    continued by the next.
+    continued by the next. `optimizer_8bit` takes AdamW8bit of bitsandbytes.
     """
 
     steps: int = 10_000
@@ -69,6 +69,7 @@ class PretrainConfig:
     shared_timestep_probability: float = 0.5
     seed: int = 0
     mixed_precision: str = "no"
+    optimizer_8bit: bool = False
     num_workers: int = 0
     log_every: int = 20
     checkpoint_every: int = 250
@@ -89,8 +90,9 @@ def pretrain(
     callback: called with a dict of each log line, and with {"step", "grid"} for each sample grid.
     Returns the encoder with its EMA weights loaded. Once all steps are done a call only does that.
 
-    Raises ValueError when out_dir holds a run with other settings or the batch cannot be shared out
-    evenly, RuntimeError when the loss stops being finite (the last checkpoint stays).
+    Raises ValueError when out_dir holds a run with other settings, the batch cannot be shared out
+    evenly or bitsandbytes is missing, RuntimeError when the loss stops being finite (the last
+    checkpoint stays).
     """
     config = config or PretrainConfig()
     started = time.monotonic()
@@ -186,9 +188,32 @@ def pretrain(
 
 
 def build_optimizer(parameters, config):
-    return torch.optim.AdamW(
-        parameters, lr=0.0, betas=(0.9, 0.99), weight_decay=config.weight_decay
-    )
+    """AdamW, or with `optimizer_8bit` that of bitsandbytes; ValueError when that is missing."""
+    adam = adamw_8bit() if config.optimizer_8bit else torch.optim.AdamW
+    return adam(parameters, lr=0.0, betas=(0.9, 0.99), weight_decay=config.weight_decay)
+
+
+def adamw_8bit():
+    """AdamW8bit of bitsandbytes, whose state goes through `write_state` and `restore_optimizer`."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise ValueError(
+            "The 8-bit optimizer is that of bitsandbytes, which is missing: "
+            "pip install bitsandbytes, or leave the option out."
+        ) from None
+
+    class CheckpointedAdamW8bit(AdamW8bit):
+        state_dict = torch.optim.Optimizer.state_dict  # one level; theirs nests it, for FSDP
+
+        def load_state_dict(self, *args, **kwargs):
+            super().load_state_dict(*args, **kwargs)
+            for state in self.state.values():
+                state["step"] = int(state["step"])
+                for name in ("state1", "state2") if "qmap1" in state else ():
+                    state[name] = state[name].to(torch.uint8)  # restored as the parameter's dtype
+
+    return CheckpointedAdamW8bit
 
 
 def train_step(
@@ -282,7 +307,8 @@ def load_checkpoint(out_dir, encoder, optimizer, ema, config):
     if not path.is_file():
         return 0
     parts, metadata = read_state(path)
-    step, before = int(metadata["step"]), json.loads(metadata["config"])
+    step = int(metadata["step"])
+    before = asdict(PretrainConfig()) | json.loads(metadata["config"])  # it may lack newer settings
     now = json.loads(json.dumps(_settings(encoder, config)))
     if changed := [k for k, v in now.items() if k not in FREE_TO_CHANGE and v != before.get(k)]:
         raise ValueError(

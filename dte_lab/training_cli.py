@@ -48,6 +48,9 @@ def pretrain(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, about a third slower.")
     ] = False,
+    optimizer_8bit: Annotated[
+        bool, typer.Option("--optimizer-8bit", help="AdamW8bit of bitsandbytes, if installed.")
+    ] = False,
     num_workers: Annotated[int | None, typer.Option(min=0, help="Reading pictures.")] = None,
     log_every: Annotated[int | None, typer.Option(min=1, help="In steps.")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(min=1, help="In steps.")] = None,
@@ -88,6 +91,7 @@ def pretrain(
         dataset,
         PretrainConfig(
             mixed_precision=mixed_precision,
+            optimizer_8bit=optimizer_8bit,
             **given(
                 steps=steps,
                 max_minutes=minutes,

@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -73,6 +75,86 @@ def test_a_run_in_pieces_is_bit_identical(tiny_backbone, tiny_config, tmp_path):
     assert info == other and a.keys() == b.keys() == {"model", "ema", "optimizer"}
     for part in a:
         assert all(torch.equal(value, b[part][key]) for key, value in a[part].items()), part
+
+
+class StubAdamW8bit(torch.optim.Optimizer):
+    """What matters of bitsandbytes' to a checkpoint: int steps, uint8 averages, nested state."""
+
+    def __init__(self, params, lr, betas, weight_decay):
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in (p for group in self.param_groups for p in group["params"]):
+            state = self.state[p]
+            if not state:
+                state |= {"step": 0, "state1": torch.zeros_like(p, dtype=torch.uint8)}
+                state |= {"state2": state["state1"].clone(), "qmap1": torch.linspace(-1, 1, 256)}
+            assert type(state["step"]) is int and state["state1"].dtype == torch.uint8
+            state["step"] += 1
+            state["state1"] += (100 * p.grad.abs()).round().clamp(max=9).to(torch.uint8)
+            p -= self.param_groups[0]["lr"] * state["qmap1"][state["state1"].int()] / state["step"]
+
+    def state_dict(self):
+        whole = super().state_dict()
+        nested = {
+            i: {"step": state["step"], "wrapped": {k: state[k] for k in state if k != "step"}}
+            for i, state in whole["state"].items()
+        }
+        return whole | {"state": nested}
+
+
+def test_8_bit_optimizer_goes_on_as_it_would_have(
+    tiny_backbone, tiny_config, tmp_path, monkeypatch
+):
+    config = dataclasses.replace(CONFIG, optimizer_8bit=True)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ValueError, match="pip install bitsandbytes"):
+        run(tiny_backbone, tiny_config, tmp_path, config)
+
+    stub = ModuleType("bitsandbytes.optim")
+    stub.AdamW8bit = StubAdamW8bit
+    monkeypatch.setitem(sys.modules, "bitsandbytes", ModuleType("bitsandbytes"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", stub)
+    in_pieces_as_whole(tiny_backbone, tiny_config, tmp_path, config)
+    state = read_state(tmp_path / "pieces" / "checkpoint.safetensors")[0]["optimizer"]
+    assert state["0.state1"].dtype == torch.uint8 and state["0.step"] == config.steps
+
+
+def test_8_bit_optimizer_of_bitsandbytes(tiny_backbone, tiny_config, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    config = dataclasses.replace(CONFIG, optimizer_8bit=True)
+    in_pieces_as_whole(tiny_backbone, tiny_config, tmp_path, config)
+    state = read_state(tmp_path / "pieces" / "checkpoint.safetensors")[0]["optimizer"]
+    assert any(value.dtype == torch.uint8 for value in state.values())
+
+
+def in_pieces_as_whole(backbone, dte, tmp_path, config):
+    whole = run(backbone, dte, tmp_path / "whole", config)
+    piece = dataclasses.replace(config, max_minutes=0.0)
+    for _ in range(2):
+        run(backbone, dte, tmp_path / "pieces", piece)
+    pieces = run(backbone, dte, tmp_path / "pieces", config)
+    for (name, x), y in zip(whole.state_dict().items(), pieces.state_dict().values(), strict=True):
+        assert torch.equal(x, y), name
+
+
+def test_a_checkpoint_from_before_a_setting_existed_has_its_default(
+    tiny_backbone, tiny_config, tmp_path, monkeypatch
+):
+    from dte_lab import pretrain as module
+
+    settings = module._settings
+
+    def older(*args):
+        return {k: v for k, v in settings(*args).items() if k != "optimizer_8bit"}
+
+    with monkeypatch.context() as before:
+        before.setattr(module, "_settings", older)
+        run(tiny_backbone, tiny_config, tmp_path, dataclasses.replace(CONFIG, steps=2))
+    run(tiny_backbone, tiny_config, tmp_path, dataclasses.replace(CONFIG, steps=4))
+    assert [line["step"] for line in log(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_training_moves_every_parameter_and_the_ema_follows(tiny_backbone, tiny_config, tmp_path):
