@@ -125,7 +125,8 @@ def test_8_bit_optimizer_goes_on_as_it_would_have(
 def test_8_bit_optimizer_of_bitsandbytes(tiny_backbone, tiny_config, tmp_path):
     pytest.importorskip("bitsandbytes")
     config = dataclasses.replace(CONFIG, optimizer_8bit=True)
-    in_pieces_as_whole(tiny_backbone, tiny_config, tmp_path, config)
+    wide = dataclasses.replace(tiny_config, width=64)  # from 4096 values on it takes 8 bits
+    in_pieces_as_whole(tiny_backbone, wide, tmp_path, config)
     state = read_state(tmp_path / "pieces" / "checkpoint.safetensors")[0]["optimizer"]
     assert any(value.dtype == torch.uint8 for value in state.values())
 

@@ -91,6 +91,24 @@ def test_a_batch_that_cannot_be_shared_is_refused(tiny_backbone, monkeypatch, tm
         module.pretrain(tiny_backbone, TuningEncoder.from_backbone(tiny_backbone), [], config)
 
 
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_sharding_is_refused(tiny_backbone, monkeypatch, tmp_path, kind):
+    from dte_lab import TuningEncoder
+    from dte_lab import pretrain as module
+
+    class Sharded(module.Accelerator):
+        distributed_type = module.DistributedType[kind]
+
+        def __init__(self, **kwargs):
+            pass
+
+    monkeypatch.setattr(module, "Accelerator", Sharded)
+    with pytest.raises(ValueError, match="without --use_fsdp or --use_deepspeed"):
+        module.pretrain(
+            tiny_backbone, TuningEncoder.from_backbone(tiny_backbone), [], out_dir=tmp_path
+        )
+
+
 def test_folders_of_pictures(data, tmp_path):
     from dte_lab.data import load_pictures
 
