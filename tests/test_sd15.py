@@ -226,6 +226,7 @@ def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path, tiny_path):
 def hub(monkeypatch, tmp_path):
     """An empty cache, and a hub that is there on demand: hub(files) fills it."""
     monkeypatch.setattr(sd15.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sd15.constants, "HF_HUB_OFFLINE", False)  # whatever runs the tests says
     monkeypatch.setattr(sd15, "check_hub", lambda: None)
     calls = []
 
