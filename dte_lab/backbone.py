@@ -140,6 +140,11 @@ class Backbone:
         return ((pixels - mean) / std).to(self.dtype)
 
 
+def backbone_folder(name):
+    """Where a backbone that is not "sd15" lies, and its encoders: "small", or a path."""
+    return WEIGHTS / "small" if name == "small" else Path(name)
+
+
 def signal_variance(backbone, latents, timesteps):
     """abar_t of timesteps (B,), shaped to multiply latents (B, C, h, w): (B, 1, 1, 1)."""
     return backbone.alphas_cumprod[timesteps].to(latents)[:, None, None, None]
@@ -194,7 +199,7 @@ def _load_parts(name, dtype, revision, local_files_only):
         root = fetch(SD15, files, revision, local_files_only)
         vae_class, variant = AutoencoderKL, "fp16" if half else None
     else:
-        root, variant = WEIGHTS / "small" if name == "small" else Path(name), None
+        root, variant = backbone_folder(name), None
         check_folders(root)
         vae_class = _vae_class(root)
 

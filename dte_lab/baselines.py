@@ -20,9 +20,10 @@ from torch import nn
 
 from dte_lab import placeholder_token
 from dte_lab.concept import Concept
-from dte_lab.dual_path import attention_layers, projection_shapes
+from dte_lab.dual_path import attention_layers, projection_layer, projection_shapes
 from dte_lab.encoder import DTEConfig, EncoderPrediction, TuningEncoder
 from dte_lab.objective import objective
+from dte_lab.tuning import noise_levels
 
 PROMPT = f"a picture of {placeholder_token}"
 
@@ -54,7 +55,8 @@ def textual_inversion(pipe, pixels, steps, seed=0, config=None):
     """Optimise v* alone, from the embedding of the class word, on pictures (n, 3, H, W)."""
     config, start = config or BaselineConfig(), time.perf_counter()
     v_star = class_word(pipe, pixels)[1].clone().requires_grad_()
-    groups = [{"params": [v_star], "lr": config.token_learning_rate * _unit(pipe)}]
+    unit = pipe.prompt_encoder.table.typical_entry
+    groups = [{"params": [v_star], "lr": config.token_learning_rate * unit}]
     return _fit(
         pipe, pixels, steps, groups, lambda: EncoderPrediction(v_star, {}), seed, config, start
     )
@@ -88,12 +90,12 @@ def e4t(pipe, pixels, steps, seed=0, config=None):
     class word. The original tunes the encoder's weights in place of v* itself.
     """
     config, start = config or BaselineConfig(), time.perf_counter()
-    encoder = pipe.encoder
+    encoder, unit = pipe.encoder, pipe.prompt_encoder.table.typical_entry
     predicted = encoder.predict(pipe.backbone, pixels, seed, pipe.prompt_encoder)
     v_star = predicted.v_star.clone().requires_grad_()
     deltas = [d.detach().clone().requires_grad_() for d in encoder.hypernetwork.deltas]
     groups = [
-        {"params": [v_star], "lr": config.token_learning_rate * _unit(pipe)},
+        {"params": [v_star], "lr": config.token_learning_rate * unit},
         {"params": deltas, "lr": config.multiplicative_learning_rate},
     ]
 
@@ -151,13 +153,6 @@ def _fit(
         prior_latents = backbone.encode_images(pipe.pixels(drawn)).float()
     B, T = config.batch_size, len(backbone.alphas_cumprod)
 
-    def draw(pictures, step):
-        """Pictures in turn, each with a timestep of one of B equal bins."""
-        which = [(step * B + i) % len(pictures) for i in range(B)]
-        t = ((torch.arange(B) + torch.rand(B, generator=generator)) / B * T).long()
-        noise = torch.randn((B, *pictures.shape[1:]), generator=generator)
-        return pictures[which], noise.to(pictures), t.to(pictures.device)
-
     concepts, losses = {}, []
     for step in range(steps[-1] + 1):
         if step in steps:
@@ -183,12 +178,11 @@ def _fit(
             )
         if step == steps[-1]:
             break
-        sample, state = draw(latents, step), predict()
+        sample, state = noise_levels(latents, step, B, T, generator), predict()
         prompts = [PROMPT.replace(placeholder_token, phrase)] * B
         if prior is not None:
-            sample = [
-                torch.cat(pair) for pair in zip(sample, draw(prior_latents, step), strict=True)
-            ]
+            more = noise_levels(prior_latents, step, B, T, generator)
+            sample = [torch.cat(pair) for pair in zip(sample, more, strict=True)]
             v_star = torch.cat([state.v_star.expand(B, -1), prior.expand(B, -1)])
             state, prompts = replace(state, v_star=v_star), prompts + [PROMPT] * B
         optimizer.zero_grad()
@@ -205,11 +199,6 @@ def _fit(
 
 def _learns_v(groups, state):
     return any(p is state.v_star for group in groups for p in group["params"])
-
-
-def _unit(pipe):
-    """The root mean square of a word's embedding entries."""
-    return pipe.prompt_encoder.table.embeddings.square().mean().sqrt().item()
 
 
 class MultiplicativeOffsets(nn.Module):
@@ -230,8 +219,7 @@ class MultiplicativeOffsets(nn.Module):
         layers, self.weights = attention_layers(unet), []
         for key in self.keys:
             name, projection = key.rsplit(".", 1)
-            attn = layers[name]
-            linear = attn.to_out[0] if projection == "to_out" else getattr(attn, projection)
+            linear = projection_layer(layers[name], projection)
             self.weights.append(linear.weight.detach().float().T)
 
     def offsets(self, deltas):

@@ -26,20 +26,22 @@ def regularise(v_star, table, config, concepts=None, bank=None, class_word=None)
     are negatives of each other. bank: more negatives, as (embeddings (M, d), their concept ids
     (M,), -1 for empty rows). class_word: (B, d) for "l2"; without one, the nearest word is taken.
     """
-    kind, terms = config.regulariser, {}
-    near = table.embeddings.to(v_star.device)[table.nearest_rows(v_star, config.num_positives)[1]]
-    if kind == "contrastive":  # near is (B, N, d)
+    kind, terms, count = config.regulariser, {}, config.num_positives
+    if kind == "contrastive":
         negatives, mask = _negatives(v_star, concepts, bank)
+        near = _nearest(v_star, table, count)
         value = contrastive_loss(v_star, near, negatives, mask, config.temperature)
         terms[kind] = config.contrastive_weight, value
     elif kind == "hinge":
-        value = hinge_loss(v_star, near, table.neighbour_cosine(config.num_positives))
+        margin = table.neighbour_cosine(count)
+        value = hinge_loss(v_star, _nearest(v_star, table, count), margin)
         terms[kind] = config.regulariser_weight, value
     elif kind == "gaussian":
         value = gaussian_loss(v_star, *(x.to(v_star.device) for x in table.gaussian))
         terms[kind] = config.regulariser_weight, value
     elif kind in ("l2", "nearest"):
-        word = class_word if kind == "l2" and class_word is not None else near[:, 0]
+        given = kind == "l2" and class_word is not None
+        word = class_word if given else _nearest(v_star, table)[:, 0]
         terms[kind] = config.regulariser_weight, norm_loss(v_star - word, table.mean_norm)
     if kind in ("contrastive", "hinge", "norm"):
         terms["norm"] = config.norm_weight, norm_loss(v_star, table.mean_norm)
@@ -54,8 +56,7 @@ def word_in_use(v_star, table, config):
     """
     if config.regulariser != "nearest":
         return v_star
-    word = table.embeddings.to(v_star.device)[table.nearest_rows(v_star)[1].squeeze(-1)]
-    return v_star + (word - v_star).detach()
+    return v_star + (_nearest(v_star, table)[:, 0] - v_star).detach()
 
 
 def contrastive_loss(v_star, positives, negatives, mask=None, temperature=0.1):
@@ -101,6 +102,11 @@ def gaussian_loss(v_star, mean, precision):
     """
     centred = v_star - mean
     return (centred @ precision * centred).mean()
+
+
+def _nearest(v_star, table, k=1):
+    """Embeddings (B, k, d) of the words nearest to v_star (B, d)."""
+    return table.embeddings.to(v_star.device)[table.nearest_rows(v_star, k)[1]]
 
 
 def _negatives(v_star, concepts, bank):

@@ -75,7 +75,7 @@ def _backbone(name, device):
     from dte_lab import sd15
 
     if name != "sd15":
-        root = loader.WEIGHTS / "small" if name == "small" else Path(name)
+        root = loader.backbone_folder(name)
         try:
             loader.check_folders(root)
         except ValueError as error:
@@ -111,9 +111,9 @@ def _backbone(name, device):
 
 
 def _encoder(backbone, encoder):
-    from dte_lab.backbone import WEIGHTS
+    from dte_lab.backbone import backbone_folder
 
-    folder = encoder or (WEIGHTS / "small" if backbone == "small" else Path(backbone)) / "encoder"
+    folder = encoder or backbone_folder(backbone) / "encoder"
     if (Path(folder) / "config.json").is_file():
         return Finding("encoder", str(folder))
     if encoder or backbone == "small":

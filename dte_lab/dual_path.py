@@ -46,12 +46,17 @@ def attention_layers(unet):
     }
 
 
+def projection_layer(attn, projection):
+    """The linear layer of one of PROJECTIONS in an Attention."""
+    return attn.to_out[0] if projection == "to_out" else getattr(attn, projection)
+
+
 def projection_shapes(unet):
     """{"layer.projection": (Din, Dout)} of everything that offsets can change."""
     shapes = {}
     for name, attn in attention_layers(unet).items():
         for projection in PROJECTIONS:
-            linear = attn.to_out[0] if projection == "to_out" else getattr(attn, projection)
+            linear = projection_layer(attn, projection)
             shapes[f"{name}.{projection}"] = (linear.in_features, linear.out_features)
     return shapes
 

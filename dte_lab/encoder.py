@@ -21,7 +21,7 @@ from dte_lab.backbone import WEIGHTS, add_noise
 from dte_lab.config import DTEConfig
 from dte_lab.dual_path import projection_shapes
 from dte_lab.features import ImageFeatures, image_features, unet_feature_dim, unet_features
-from dte_lab.hypernetwork import FeatureFusion, FullHypernetwork, LoRAHypernetwork, TokenHead
+from dte_lab.hypernetwork import FeatureFusion, TokenHead, build_hypernetwork
 from dte_lab.tokens import PromptEncoder, TokenTable
 
 
@@ -61,11 +61,9 @@ class TuningEncoder(ModelMixin, ConfigMixin):
             clip_dim, embed_dim, unet_dim, dte.width, dte.grid, dte.fusion_depth
         )
         self.token_head = TokenHead(dte.width, token_dim)
-        trunk = (dte.width, dte.num_heads, dte.trunk_depth, dte.offset_scale)
-        if dte.rank == "full":
-            self.hypernetwork = FullHypernetwork(projections, *trunk)
-        else:
-            self.hypernetwork = LoRAHypernetwork(projections, dte.rank, *trunk)
+        self.hypernetwork = build_hypernetwork(
+            projections, dte.rank, dte.width, dte.num_heads, dte.trunk_depth, dte.offset_scale
+        )
         self.register_buffer("word_clip", torch.zeros(num_words, embed_dim))
         self.register_buffer("word_embeddings", torch.zeros(num_words, token_dim), persistent=False)
         self.register_buffer("bank", torch.zeros(dte.negative_bank_size, token_dim))

@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-Out = Annotated[Path, typer.Option("--out", help="Folder for what is written.")]
-Backbone = Annotated[str, typer.Option(help="small, or a folder with a model of the small world.")]
+from dte_lab.training_cli import Backbone, Device, Minutes, Out, Steps, given
 
 
 def evaluate(
@@ -31,7 +30,7 @@ def evaluate(
     encoder: Annotated[
         Path | None, typer.Option(help="Folder of the encoder; by default the backbone's own.")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, or cuda for a GPU.")] = "cpu",
+    device: Device = "cpu",
 ) -> None:
     """Compare the tuning encoder with what people use instead; goes on where it stopped."""
     from dte_lab import cli
@@ -59,7 +58,7 @@ def report(
     run: Annotated[Path, typer.Argument(help="OUT of `dte evaluate`.")],
 ) -> None:
     """Turn a finished run into table.md and figures, beside its measures."""
-    from dte_lab.evaluation.report import curves, least_steps, markdown, picture_sheet, tradeoff
+    from dte_lab.evaluation.report import curves, markdown, picture_sheet, steps_table, tradeoff
     from dte_lab.evaluation.run import read_csv
     from dte_lab.files import write_atomically
     from dte_lab.images import save_png
@@ -70,13 +69,7 @@ def report(
     if "summary" not in document:
         raise ValueError(f"The run in {run} is not finished: call dte evaluate again to go on.")
     summary, rows = document["summary"], read_csv(run / "measures.csv")
-    text = markdown(summary)
-    if by_group := least_steps(rows):
-        text += "\n\nLeast number of steps with 95 % of a method's best harmonic mean:\n\n"
-        groups = sorted({group for groups in by_group.values() for group in groups})
-        text += "| Method | " + " | ".join(groups) + " |\n" + "|---" * (len(groups) + 1) + "|\n"
-        for name, groups_of in by_group.items():
-            text += f"| {name} | " + " | ".join(str(groups_of.get(g, "")) for g in groups) + " |\n"
+    text = markdown(summary) + steps_table(rows)
     write_atomically(run / "table.md", (text.rstrip() + "\n").encode())
     tradeoff(summary).savefig(run / "tradeoff.png", dpi=150)
     if (figure := curves(summary)) is not None:
@@ -109,11 +102,9 @@ def export(
 def pretrain_e4t(
     out: Out,
     backbone: Backbone = "small",
-    steps: Annotated[int | None, typer.Option(min=1, help="Train this many steps in all.")] = None,
-    minutes: Annotated[
-        float | None, typer.Option(min=0, help="Stop this call after so long.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, or cuda for a GPU.")] = "cpu",
+    steps: Steps = None,
+    minutes: Minutes = None,
+    device: Device = "cpu",
 ) -> None:
     """Pre-train the E4T-style baseline on the small world, as `dte pretrain` does the encoder.
 
@@ -122,7 +113,6 @@ def pretrain_e4t(
     from dte_lab.backbone import load_backbone
     from dte_lab.baselines import E4TEncoder
     from dte_lab.pretrain import PretrainConfig, pretrain
-    from dte_lab.training_cli import given
     from dte_lab.world.pairs import ConceptPairs
 
     parts = load_backbone(backbone, device)

@@ -176,6 +176,13 @@ class FullHypernetwork(Trunk):
         return {key: offsets[key] for key in self.keys}
 
 
+def build_hypernetwork(projections, rank, width, num_heads, depth, offset_scale):
+    """The hypernetwork of a rank: 1, 2, ..., or "full" for whole matrices."""
+    if rank == "full":
+        return FullHypernetwork(projections, width, num_heads, depth, offset_scale)
+    return LoRAHypernetwork(projections, rank, width, num_heads, depth, offset_scale)
+
+
 def count_parameters(projections, rank, width, num_heads, depth):
     """Parameters of the hypernetwork for a UNet's {key: (Din, Dout)}, allocating nothing.
 
@@ -183,10 +190,7 @@ def count_parameters(projections, rank, width, num_heads, depth):
     `heads` alone; `offsets`, the values that it predicts for one concept.
     """
     with torch.device("meta"):
-        if rank == "full":
-            net = FullHypernetwork(projections, width, num_heads, depth, 1.0)
-        else:
-            net = LoRAHypernetwork(projections, rank, width, num_heads, depth, 1.0)
+        net = build_hypernetwork(projections, rank, width, num_heads, depth, 1.0)
 
     def count(module):
         return sum(p.numel() for p in module.parameters())

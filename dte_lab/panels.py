@@ -15,7 +15,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dte_lab.dual_path import PROJECTIONS, attention_layers
+from dte_lab.dual_path import PROJECTIONS, attention_layers, projection_layer
 from dte_lab.plots import HAIRLINE, INK, MUTED
 
 BEFORE, AFTER = "#E69F00", "#0072B2"  # Okabe and Ito's orange and blue, safe for colour-blind eyes
@@ -142,7 +142,7 @@ def offset_sizes(unet, offsets) -> tuple[list[str], np.ndarray]:
     for i, (name, attn) in enumerate(layers.items()):
         for j, projection in enumerate(PROJECTIONS):
             a, b = (m[0].float().cpu() for m in offsets[f"{name}.{projection}"])
-            linear = attn.to_out[0] if projection == "to_out" else getattr(attn, projection)
+            linear = projection_layer(attn, projection)
             sizes[i, j] = (a @ b).norm() / linear.weight.float().cpu().norm()
     return list(layers), sizes
 

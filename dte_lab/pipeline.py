@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -22,7 +21,7 @@ from dte_lab.contrastive import word_in_use
 from dte_lab.dual_path import dual_path
 from dte_lab.encoder import load_encoder
 from dte_lab.images import read_image, to_square_tensor
-from dte_lab.sampling import Conditioning, Refresher
+from dte_lab.sampling import Conditioning, Refresher, stock_pipeline
 from dte_lab.tokens import PromptEncoder
 from dte_lab.tuning import TuneConfig, tune
 from dte_lab.zero_shot import ZeroShotStart
@@ -97,8 +96,7 @@ class DTEPipeline:
             "seconds": time.perf_counter() - start,
             "peak_memory_mb": peak_memory_mb(backbone.device),
         }
-        pictures = ((pixels + 1) * 127.5).round().to(torch.uint8)
-        return Concept(v_star, tuned.offsets, backbone.name, dte, info, pictures)
+        return Concept(v_star, tuned.offsets, backbone.name, dte, info, to_bytes(pixels))
 
     @torch.no_grad()
     def generate(
@@ -127,7 +125,11 @@ class DTEPipeline:
 
         jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
         batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
-        images, sampler = [], self._sampler()
+        b = backbone
+        images, sampler = (
+            [],
+            stock_pipeline(b.vae, b.text_encoder, b.tokenizer, b.unet, b.scheduler),
+        )
         sampler.scheduler.set_timesteps(num_inference_steps)
         timesteps, T = sampler.scheduler.timesteps, len(backbone.alphas_cumprod)
         with (
@@ -168,24 +170,6 @@ class DTEPipeline:
         n = len(seeds)
         return [images[i * n : (i + 1) * n] for i in range(len(prompts))]
 
-    def _sampler(self):
-        """A stock pipeline around the backbone's own parts; nothing is copied."""
-        backbone = self.backbone
-        # The stock pipeline insists on steps_offset 1, and warns before it sets it itself.
-        scheduler = type(backbone.scheduler).from_config(backbone.scheduler.config, steps_offset=1)
-        sampler = StableDiffusionPipeline(
-            vae=backbone.vae,
-            text_encoder=backbone.text_encoder,
-            tokenizer=backbone.tokenizer,
-            unet=backbone.unet,
-            scheduler=scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        sampler.set_progress_bar_config(disable=True)
-        return sampler
-
     def initial_noise(self, seed):
         """Standard normal latent (1, C, h, w), from a CPU generator: the same on every device."""
         generator = torch.Generator().manual_seed(seed)
@@ -214,7 +198,11 @@ def peak_memory_mb(device):
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KB on Linux
 
 
+def to_bytes(pixels):
+    """Pixels in [-1, 1] -> uint8, of the same shape."""
+    return ((pixels.float() + 1) * 127.5).round().to(torch.uint8)
+
+
 def to_pil(pixels):
     """(B, 3, H, W) in [-1, 1] -> list of B PIL images."""
-    array = ((pixels.float() + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(a) for a in array]
+    return [Image.fromarray(a) for a in to_bytes(pixels).permute(0, 2, 3, 1).cpu().numpy()]

@@ -6,12 +6,24 @@ change with t. What tuning added to the static prediction is added to each new o
 """
 
 import torch
+from diffusers import StableDiffusionPipeline
 
 from dte_lab.config import refresh_interval
 from dte_lab.contrastive import word_in_use
 from dte_lab.dual_path import alpha_at
 from dte_lab.encoder import EncoderPrediction, mean_prediction
 from dte_lab.features import ImageFeatures
+
+
+def stock_pipeline(vae, text_encoder, tokenizer, unet, scheduler):
+    """diffusers' StableDiffusionPipeline around these parts, without a bar; nothing is copied."""
+    # It insists on steps_offset 1, and warns before it sets it itself.
+    scheduler = type(scheduler).from_config(scheduler.config, steps_offset=1)
+    pipe = StableDiffusionPipeline(
+        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 class Refresher:

@@ -7,13 +7,12 @@ prompt; its nearest real word v_h is the "hard" word of the dual path.
 import json
 import logging
 from functools import cache, cached_property
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from dte_lab import placeholder_token
-from dte_lab.backbone import WEIGHTS
+from dte_lab.backbone import backbone_folder
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +30,7 @@ class TokenTable:
         ids: their token ids, (n,).
         embeddings: their rows of the text encoder's embedding matrix, (n, d), fp32.
         mean_norm: mean Euclidean norm of these rows, a float.
+        typical_entry: root mean square of their entries, a float.
     """
 
     def __init__(self, backbone):
@@ -53,6 +53,7 @@ class TokenTable:
         self.ids = self.ids.to(weight.device)
         self.unit = F.normalize(self.embeddings, dim=-1)  # (n, d)
         self.mean_norm = self.embeddings.norm(dim=-1).mean().item()
+        self.typical_entry = self.embeddings.square().mean().sqrt().item()
 
     def __len__(self):
         return len(self.words)
@@ -99,7 +100,7 @@ def known_words(backbone):
 
     Raises ValueError when the file holds something else than a list of words.
     """
-    path = (WEIGHTS / "small" if backbone.name == "small" else Path(backbone.name)) / "words.json"
+    path = backbone_folder(backbone.name) / "words.json"
     if not path.is_file():
         return None
     try:

@@ -73,7 +73,7 @@ def tune(
     if config.num_steps == 0:
         return TuneResult(_copy(prediction), [], False)
     if config.what == "predictions":
-        unit = prompt_encoder.table.embeddings.square().mean().sqrt().item()
+        unit = prompt_encoder.table.typical_entry
         predict, groups = _free_prediction(prediction, config, unit)
     elif encoder is not None:
         features = encoder.static_features(backbone, images, seed, prompt_encoder)
@@ -90,17 +90,11 @@ def tune(
 
     losses, stopped_early = [], False
     for step in tqdm(range(config.num_steps), desc="tuning", disable=not progress):
-        which = [(step * B + i) % len(latents) for i in range(B)]
         prompts = [config.prompts[(step * B + i) % len(config.prompts)] for i in range(B)]
-        # One timestep in each of B equal bins: far less variance than B independent ones.
-        t = ((torch.arange(B) + torch.rand(B, generator=generator)) / B * T).long()
-        noise = torch.randn((B, *latents.shape[1:]), generator=generator).to(latents)
+        sample = noise_levels(latents, step, B, T, generator)
         optimizer.zero_grad()
         state = predict()
-        with objective(
-            backbone, prompt_encoder, state, prompts, latents[which], noise,
-            t.to(latents.device), dte, bank=bank,
-        ) as terms:  # fmt: skip
+        with objective(backbone, prompt_encoder, state, prompts, *sample, dte, bank=bank) as terms:
             (scale * terms["loss"]).backward()
         state = _copy(state)  # before the step changes it
         finite = terms["loss"].isfinite()
@@ -128,6 +122,17 @@ def tune(
         )
     with torch.no_grad():
         return TuneResult(_copy(predict()), losses, stopped_early)
+
+
+def noise_levels(latents, step, B, T, generator):
+    """What a step of tuning sees of latents (n, C, h, w): B of them in turn, noise, timesteps (B,).
+
+    One timestep lies in each of B equal bins of T: far less variance than B independent ones.
+    """
+    which = [(step * B + i) % len(latents) for i in range(B)]
+    t = ((torch.arange(B) + torch.rand(B, generator=generator)) / B * T).long()
+    noise = torch.randn((B, *latents.shape[1:]), generator=generator)
+    return latents[which], noise.to(latents), t.to(latents.device)
 
 
 def _free_prediction(prediction, config, unit):

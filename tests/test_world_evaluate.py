@@ -149,9 +149,9 @@ def test_classifier_reads_renderings_and_not_their_background():
     classifier = Classifier(names, renderings=3)
     items = [(name, style, SCENES[i]) for i, name in enumerate(names) for style in STYLES]
     x = to_tensor(np.stack([render(*item, seed=5) for item in items]))
-    hits = classifier.hits(x, items)
+    hits = classifier.hits(classifier.features(x), items)
     assert hits["concept_top1"].mean() >= 0.95 and hits["concept_top5"].mean() == 1
-    wrong = classifier.hits(x.roll(3, dims=0), items)
+    wrong = classifier.hits(classifier.features(x.roll(3, dims=0)), items)
     assert wrong["concept_top1"].mean() < 0.2
 
 

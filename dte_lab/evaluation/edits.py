@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dte_lab.world.captions import caption
 from dte_lab.world.data import to_tensor
-from dte_lab.world.scenes import OFFSET, SIZE, SPRITE_PX, render
+from dte_lab.world.scenes import BOX, SIZE, SPRITE_PX, render
 from dte_lab.world.sprites import STYLES, concepts, split_names, sprite
 
 INPUT_SCENES = ("white", "grass", "table")  # no edit asks for these but the style edits for white
@@ -16,7 +15,6 @@ SCENE_EDITS = (
     "beach", "red", "night", "snow", "blue", "water", "forest", "yellow", "desert", "green",
 )  # fmt: skip
 QUICK_SCENES = SCENE_EDITS[:2]
-BOX = np.s_[..., OFFSET : OFFSET + SPRITE_PX, OFFSET : OFFSET + SPRITE_PX]  # where the sprite is
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def truth(item: Item, edit: Edit, seed: int = 0) -> Tensor:
 
 
 def object_mask(name: str, style: str) -> Tensor:
-    """(48, 48) bool of `BOX`: where the sprite or its mirror image is; both are correct."""
+    """(48, 48) bool in the sprite's box: where it or its mirror image is; both are correct."""
     alpha = torch.from_numpy(sprite(name, style, SPRITE_PX)[..., 3] > 0.1)
     return alpha | alpha.flip(-1)
 
@@ -82,4 +80,4 @@ def object_region(x: Tensor, mask: Tensor) -> Tensor:
     """Pictures (..., 64, 64) -> (..., 48, 48), mid-grey outside the mask (48, 48)."""
     if x.shape[-1] != SIZE:
         raise ValueError(f"The small world's pictures have {SIZE} pixels, not {x.shape[-1]}.")
-    return torch.where(mask, x[BOX], torch.zeros((), dtype=x.dtype))
+    return torch.where(mask, x[..., BOX, BOX], torch.zeros((), dtype=x.dtype))

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dte_lab import placeholder_token
-from dte_lab.evaluation.edits import BOX, Edit, Item, object_mask, object_region, truth
+from dte_lab.evaluation.edits import Edit, Item, object_mask, object_region, truth
 from dte_lab.features import image_features
 from dte_lab.judges import ImageJudge, SentenceJudge
 from dte_lab.world.captions import caption
 from dte_lab.world.evaluate import JUDGE_SIZE, Judge, classify_scene
-from dte_lab.world.scenes import SCENES
+from dte_lab.world.scenes import BOX, SCENES
 from dte_lab.world.sprites import concepts, split_names
 
 PICTURE_MEASURES = {
@@ -113,8 +113,9 @@ class Measures:
         mask, true = object_mask(item.name, edit.style), truth(item, edit)[None]
         reference = self._both_ways(object_region(true, mask))
         similarity = _best(self._features(object_region(x, mask)), reference)[:, 0]
-        pixels = torch.cat([true, true.flip(-1)])[BOX][:, :, mask]  # (2, 3, n)
-        errors = (x[BOX][:, :, mask][:, None] - pixels).square().mean((2, 3)).sqrt() / 2  # (S, 2)
+        pixels = torch.cat([true, true.flip(-1)])[..., BOX, BOX][..., mask]  # (2, 3, n)
+        errors = x[..., BOX, BOX][..., mask][:, None] - pixels  # (S, 2, 3, n)
+        errors = errors.square().mean((2, 3)).sqrt() / 2  # (S, 2)
         return similarity, errors.amin(-1)
 
 

@@ -17,10 +17,11 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
-from dte_lab.backbone import WEIGHTS
+from dte_lab.backbone import backbone_folder
 from dte_lab.baselines import BaselineConfig, dreambooth_lora, e4t, load_e4t, textual_inversion
 from dte_lab.concept import Concept
-from dte_lab.contrastive import word_in_use
+from dte_lab.contrastive import REGULARISERS, word_in_use
+from dte_lab.dual_path import GRANULARITIES, PAIRINGS
 from dte_lab.encoder import DTEConfig, load_encoder
 from dte_lab.hypernetwork import truncate
 from dte_lab.pipeline import DTEPipeline, to_pil
@@ -35,30 +36,20 @@ BASELINES = {
 ANCHORS = ("oracle", "other")
 STEPS = "0,1,2,4,8,12,25,50,100,500"
 ALPHAS = (0, 0.25, 0.5, 0.7, 0.85, 1)
+TABLE = ["dte:0,12", "ti:12", "lora:12", "lora-prior:12", "e4t:12"]
 EXPERIMENTS = {
-    "table": ["dte:0,12", "ti:12", "lora:12", "lora-prior:12", "e4t:12"],
-    "long": [
-        "dte:0,12",
-        "ti:12",
-        "lora:12",
-        "lora-prior:12",
-        "e4t:12",
-        "ti@batch_size=4:500",
-        "lora@batch_size=8:120",
-    ],
+    "table": TABLE,
+    "long": [*TABLE, "ti@batch_size=4:500", "lora@batch_size=8:120"],
     "quick": ["dte:0,2", "ti:2", "lora:2", "lora-prior:2", "e4t:2"],
     "steps": [f"{name}:{STEPS}" for name in ("dte", "ti", "lora", "lora-prior", "e4t")],
     "blend": [
         f"dte@alpha_blend={alpha}@pairing={pairing}@granularity={granularity}:12"
-        for pairing in ("figure", "text")
-        for granularity in ("attention", "block")
+        for pairing in PAIRINGS
+        for granularity in GRANULARITIES
         for alpha in ALPHAS
     ],
     "rank": [f"dte@rank={rank}:0,12" for rank in (1, 2, 4, 8, 16)],  # those the encoder has
-    "regulariser": [
-        f"dte@regulariser={kind}:0,12"
-        for kind in ("contrastive", "none", "norm", "l2", "nearest", "hinge", "gaussian")
-    ],
+    "regulariser": [f"dte@regulariser={kind}:0,12" for kind in REGULARISERS],
 }
 
 
@@ -217,5 +208,4 @@ def _names(config):
 
 def _e4t(backbone) -> Path:
     """Where the trained E4T encoder of a backbone lies."""
-    root = WEIGHTS / "small" if backbone.name == "small" else Path(backbone.name)
-    return root / "e4t"
+    return backbone_folder(backbone.name) / "e4t"

@@ -127,6 +127,18 @@ def markdown(summary) -> str:
     return "\n".join(lines)
 
 
+def steps_table(rows) -> str:
+    """`least_steps` as a table with a title, to follow `markdown`; empty where there are none."""
+    if not (by_group := least_steps(rows)):
+        return ""
+    text = "\n\nLeast number of steps with 95 % of a method's best harmonic mean:\n\n"
+    groups = sorted({group for groups in by_group.values() for group in groups})
+    text += "| Method | " + " | ".join(groups) + " |\n" + "|---" * (len(groups) + 1) + "|\n"
+    for name, groups_of in by_group.items():
+        text += f"| {name} | " + " | ".join(str(groups_of.get(g, "")) for g in groups) + " |\n"
+    return text
+
+
 def name_of(label: str) -> str:
     """'dte@rank=2' -> 'tuning encoder, rank=2'."""
     name, *options = label.split("@")

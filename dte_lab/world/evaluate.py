@@ -26,7 +26,7 @@ from dte_lab.world.captions import caption, held_out
 from dte_lab.world.clip import tokenize
 from dte_lab.world.data import random_batch, to_tensor
 from dte_lab.world.sampling import GUIDANCE_SCALE, STEPS, draw
-from dte_lab.world.scenes import OFFSET, SCENES, SIZE, SPRITE_PX, background, render
+from dte_lab.world.scenes import BOX, SCENES, SIZE, background, render
 from dte_lab.world.sprites import STYLES, concepts, split_names
 from dte_lab.world.train_autoencoder import psnr
 
@@ -38,7 +38,7 @@ RENDERINGS = 4  # per concept and style, to fit the classifiers
 def _border() -> np.ndarray:
     """(64, 64) mask of the pixels that no sprite covers."""
     mask = np.ones((SIZE, SIZE), bool)
-    mask[OFFSET : OFFSET + SPRITE_PX, OFFSET : OFFSET + SPRITE_PX] = False
+    mask[BOX, BOX] = False
     return mask
 
 
@@ -140,14 +140,14 @@ class Classifier:
 
     def features(self, x: Tensor) -> np.ndarray:
         """Features of the box that the sprite fills, (B, 1280)."""
-        box = x[:, :, OFFSET : OFFSET + SPRITE_PX, OFFSET : OFFSET + SPRITE_PX]
+        box = x[..., BOX, BOX]
         parts = tqdm(box.split(50), desc="judging", disable=len(box) < 500)
         return torch.cat([self.judge.features(part) for part in parts]).double().numpy()
 
-    def hits(self, x: Tensor, items: list[tuple]) -> dict[str, np.ndarray]:
-        """Whether pictures (B, 3, 64, 64) in [-1, 1] show the concept and style of their items."""
-        scores = self.analysis.decision_function(self.features(x))
-        scores = scores.reshape(len(x), len(self.names), len(STYLES))
+    def hits(self, features: np.ndarray, items: list[tuple]) -> dict[str, np.ndarray]:
+        """Whether pictures with features (B, 1280) show the concept and style of their items."""
+        scores = self.analysis.decision_function(features)
+        scores = scores.reshape(len(features), len(self.names), len(STYLES))
         true = np.array([self.names.index(item[0]) for item in items])
         top = scores.max(2).argsort(axis=1)[:, ::-1][:, :5] == true[:, None]
         style = scores.max(1).argmax(1) == [STYLES.index(item[1]) for item in items]
@@ -217,21 +217,23 @@ def main(out: Path, backbone: str = "small", n: int = 500) -> dict:
         items = evaluation_items(n, 20_002 + novel, novel)
         pictures = generate(b, [caption(*i) for i in items], seed=0).clamp(-1, 1)
         true = to_tensor(np.stack([render(*i, seed=k) for k, i in enumerate(items)]))
+        features = {}
         for kind, x in (("generated", pictures), ("true", true)):
-            hits = classifier.hits(x, items)
+            features[kind] = classifier.features(x)
+            hits = classifier.hits(features[kind], items)
             hits["scene"] = classify_scene(x) == [SCENES.index(i[2]) for i in items]
             results[f"{kind}_{key}"] = {name: interval(h) for name, h in hits.items()}
         if not novel:
             others = to_tensor(np.stack([render(*i, seed=k + n) for k, i in enumerate(items)]))
-            f_true, f_others = classifier.features(true), classifier.features(others)
-            results["kernel_distance"] = {
-                "generated": kernel_distance(classifier.features(pictures), f_true),
-                "autoencoder": kernel_distance(
-                    classifier.features(b.decode_latents(b.encode_images(others))), f_true
-                ),
-                "true": kernel_distance(f_others, f_true),
-                "n": n,
+            rebuilt = b.decode_latents(b.encode_images(others))
+            distances = {
+                "generated": features["generated"],
+                "autoencoder": classifier.features(rebuilt),
+                "true": classifier.features(others),
             }
+            results["kernel_distance"] = {
+                kind: kernel_distance(f, features["true"]) for kind, f in distances.items()
+            } | {"n": n}
     results["words"] = word_neighbours(b)
     start = time.perf_counter()
     generate(b, [caption(*i) for i in items[:4]], seed=1)

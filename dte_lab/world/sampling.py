@@ -1,10 +1,10 @@
 """Draw captions with the base model alone, through diffusers' stock pipeline."""
 
 import torch
-from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from dte_lab.sampling import stock_pipeline
 from dte_lab.world.clip import tokenize
 
 GUIDANCE_SCALE = 3.0
@@ -16,12 +16,7 @@ def draw(
     vae, text_encoder, tokenizer, unet, scheduler, captions: list[str], seed: int, batch: int = 50
 ) -> Tensor:
     """Pictures (B, 3, 64, 64) in [-1, 1] of B captions: 25 steps, guidance 3, fixed noise."""
-    # The stock pipeline insists on steps_offset 1, and warns before it sets it itself.
-    scheduler = type(scheduler).from_config(scheduler.config, steps_offset=1)
-    pipe = StableDiffusionPipeline(
-        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
-    )
-    pipe.set_progress_bar_config(disable=True)
+    pipe = stock_pipeline(vae, text_encoder, tokenizer, unet, scheduler)
 
     def states(texts: list[str]) -> Tensor:  # the pipeline would take the projected embedding
         return text_encoder(tokenize(tokenizer, texts).to(unet.device)).last_hidden_state

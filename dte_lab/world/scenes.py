@@ -14,6 +14,7 @@ from dte_lab.world.sprites import sprite
 SIZE = 64  # px, side of a picture
 SPRITE_PX = 48  # side of the sprite in it: whole 8 px cells, as the autoencoder's latents are
 OFFSET = 8  # px from the left and top edges
+BOX = slice(OFFSET, OFFSET + SPRITE_PX)  # its rows, and its columns
 MIRRORED = 0.1  # share of pictures; at one half, two pictures per caption cost twice the training
 
 COLOURS = {
@@ -160,8 +161,7 @@ def compose(rgba: np.ndarray, scene: str, seed: int, mirror: bool = True) -> np.
         multiply, mixed, amount = LIGHT[scene]
         colour = colour * np.float32(multiply)
         colour = colour * (1 - amount) + alpha * np.float32(mixed) * amount
-    box = np.s_[OFFSET : OFFSET + SPRITE_PX, OFFSET : OFFSET + SPRITE_PX]
-    picture[box] = picture[box] * (1 - alpha) + colour
+    picture[BOX, BOX] = picture[BOX, BOX] * (1 - alpha) + colour
     return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 

@@ -10,6 +10,7 @@ dte world train clip --out DIR
    pictures with captions, and with the name, style and scene among all names, styles and scenes.
 """
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,27 @@ CODE = 128  # dimensions of a word embedding that say what its thing looks like;
 TARGET = 256  # principal components of the pictures that the end states are to name
 KIND_WEIGHT = 0.05
 CANONICAL_SEED = 0  # one rendering per (thing, style, scene), or the target would blur several
+
+
+def indices(items: list[tuple], names: list[str]) -> dict[str, Tensor]:
+    """Which of `names`, STYLES and SCENES the items (concept, style, scene) show, (B,) each."""
+    found = {
+        "concept": [names.index(item[0]) for item in items],
+        "style": [STYLES.index(item[1]) for item in items],
+        "scene": [SCENES.index(item[2]) for item in items],
+    }
+    return {key: torch.tensor(value) for key, value in found.items()}
+
+
+def kinds_of(names: list[str]) -> Tensor:
+    """The kind of thing (subgroup, as a number) that each of n names is: (n,)."""
+    kinds = all_kinds()
+    return torch.tensor([kinds.index(concepts()[name].subgroup) for name in names])
+
+
+@cache
+def all_kinds() -> list[str]:
+    return sorted({c.subgroup for c in concepts().values()})
 
 
 class CanonicalPictures:
@@ -75,10 +97,8 @@ class CanonicalPictures:
 
     def components(self, items: list[tuple]) -> Tensor:
         """(B, 256) components of the pictures of (concept, style, scene)."""
-        names = [self.names.index(item[0]) for item in items]
-        styles = [STYLES.index(item[1]) for item in items]
-        scenes = [SCENES.index(item[2]) for item in items]
-        return (self.bank[names, styles, scenes].float() - self.mean) @ self.basis.T
+        where = indices(items, self.names)
+        return (self.bank[tuple(where.values())].float() - self.mean) @ self.basis.T
 
     def pictures(self, components: Tensor) -> Tensor:
         """Undo `components`, as far as they reach: (B, 256) -> (B, 3, 64, 64)."""
@@ -177,17 +197,16 @@ def train_text(
     out: Path, tokenizer: CLIPTokenizer, steps: int, minutes: float | None, seed: int, device: str
 ) -> CLIPTextModelWithProjection:
     """Phase 1: see the module's docstring."""
-    kinds = sorted({c.subgroup for c in concepts().values()})
     pictures = CanonicalPictures(seed)
     torch.manual_seed(seed)
     text = build_text_tower(tokenizer)
     start_from_pictures(text, tokenizer, pictures)
-    model = TextPainter(text, len(kinds))
+    model = TextPainter(text, len(all_kinds()))
 
     def losses(model: TextPainter, texts: list[str], items: list[tuple]) -> dict[str, Tensor]:
         read, kind = model(tokenize(tokenizer, texts).to(device))
         truth = pictures.components(items).to(device)
-        true_kind = torch.tensor([kinds.index(concepts()[item[0]].subgroup) for item in items])
+        true_kind = kinds_of([item[0] for item in items])
         return {
             "unexplained": (read - truth[:, None]).pow(2).mean() / truth.pow(2).mean(),
             "kind": nn.functional.cross_entropy(
@@ -263,20 +282,11 @@ def train_towers(
         "scene": pooled([caption("thing", None, scene) for scene in SCENES]),
     }
 
+    kind_of = kinds_of(names).to(device)
     # The states of all captions are nearly parallel; whitened, they start apart from each other.
-    kinds = sorted({c.subgroup for c in concepts().values()})
-    kind_of = torch.tensor([kinds.index(concepts()[name].subgroup) for name in names])
     captions, _ = random_captions(np.random.default_rng(seed), 2048)
     with torch.no_grad():
         model.projection.weight.copy_(whitening(pooled(captions), len(model.projection.weight)))
-
-    def truth(items: list[tuple]) -> dict[str, Tensor]:
-        found = {
-            "concept": [names.index(item[0]) for item in items],
-            "style": [STYLES.index(item[1]) for item in items],
-            "scene": [SCENES.index(item[2]) for item in items],
-        }
-        return {key: torch.tensor(value, device=device) for key, value in found.items()}
 
     def loss(model: Towers, rng: np.random.Generator) -> tuple[Tensor, dict]:
         x, texts, items = random_batch(rng, 64)
@@ -285,12 +295,13 @@ def train_towers(
         own = torch.arange(len(logits), device=device)
         cross_entropy = nn.functional.cross_entropy
         losses = {"caption": (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2}
-        for key, index in truth(items).items():
-            losses[key] = cross_entropy(model.logits(image, classes[key]), index)
+        truth = {key: index.to(device) for key, index in indices(items, names).items()}
+        scores = {key: model.logits(image, classes[key]) for key in truth}
+        for key, index in truth.items():
+            losses[key] = cross_entropy(scores[key], index)
         # A picture's kind: its share of the softmax over names, added up over names of one kind.
-        shares = model.logits(image, classes["concept"]).softmax(1)
-        true_kind = kind_of[truth(items)["concept"]]
-        shares = (shares * (kind_of == true_kind[:, None])).sum(1)
+        same_kind = kind_of == kind_of[truth["concept"]][:, None]  # (B, concepts)
+        shares = (scores["concept"].softmax(1) * same_kind).sum(1)
         losses["kind"] = -shares.clamp(min=1e-6).log().mean()
         return sum(losses.values()), {name: loss.item() for name, loss in losses.items()}
 
@@ -299,11 +310,11 @@ def train_towers(
     def sample(model: Towers, step: int) -> dict[str, float]:
         image = model.image(x_test.to(device)).image_embeds
         return {
-            f"{key}_top1": (model.logits(image, classes[key]).argmax(1) == index)
+            f"{key}_top1": (model.logits(image, classes[key]).argmax(1).cpu() == index)
             .float()
             .mean()
             .item()
-            for key, index in truth(items).items()
+            for key, index in indices(items, names).items()
         }
 
     config = TrainConfig(
