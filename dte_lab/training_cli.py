@@ -128,11 +128,17 @@ def autoencoder(
 
 
 @train.command()
-def clip(out: Out, steps: Steps = None, minutes: Minutes = None, device: Device = "cpu") -> None:
+def clip(
+    out: Out,
+    parts: Annotated[Path, typer.Option(help="Folder with vae.")],
+    steps: Steps = None,
+    minutes: Minutes = None,
+    device: Device = "cpu",
+) -> None:
     """Train CLIP; writes OUT/tokenizer, text_encoder, image_encoder and feature_extractor."""
     from dte_lab.world import train_clip
 
-    train_clip.main(out, device=device, **given(steps=steps, minutes=minutes))
+    train_clip.main(out, parts, device=device, **given(steps=steps, minutes=minutes))
 
 
 @train.command()

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dte_lab.world import SCENES
+from dte_lab.world.autoencoder import PatchAutoencoder
 from dte_lab.world.captions import held_out
 from dte_lab.world.clip import build_image_tower, build_text_tower, build_tokenizer, tokenize
 from dte_lab.world.data import random_batch, to_tensor
@@ -92,16 +93,23 @@ def test_image_tower_starts_with_white_patches():
 
 @pytest.fixture(scope="module")
 def pictures():
-    return CanonicalPictures(0)
+    vae = PatchAutoencoder(width=16, fine_width=16)  # as it starts: linear, and quick
+    x, _, _ = random_batch(np.random.default_rng(0), 256)
+    vae.initialise_from_pca(x)
+    vae.register_to_config(scaling_factor=1 / vae.linear_latents(x).std().item())
+    return CanonicalPictures(vae)
 
 
-def test_components_keep_the_picture(pictures):
-    items = [("red apple", "noto", "beach"), ("castle", "fluent", "gray")]
-    drawn = pictures.pictures(pictures.components(items))
+def test_components_are_of_the_latents_and_pictures_are_decoded(pictures):
+    items = [("lion", "noto", "beach"), ("castle", "fluent", "gray")]
+    latents = pictures.look_up(items)
+    assert torch.equal(latents, pictures.latents(items).float())
+    components = pictures.components(latents)
+    assert components.shape == (2, TARGET)
+    back = components @ torch.linalg.pinv(pictures.basis).T + pictures.mean
+    assert (back - latents.flatten(1)).pow(2).mean() < 0.1
     true = to_tensor(np.stack([render(*item, CANONICAL_SEED) for item in items]))
-    true = pictures.autoencoder.decode(pictures.autoencoder.linear_latents(true)).sample
-    assert (drawn - true).pow(2).mean() < 0.2 * true.var()
-    assert pictures.components(items).shape == (2, TARGET)
+    assert (pictures.pictures(latents) - true).pow(2).mean() < 0.2 * true.var()
 
 
 def test_words_start_where_their_pictures_are(pictures):
@@ -127,8 +135,9 @@ def test_first_end_is_the_state_that_clip_projects(pictures):
         out = text(ids)
     states = out.last_hidden_state[torch.arange(2), first_end(ids, tokenizer.eos_token_id)]
     assert torch.allclose(text.text_projection(states), out.text_embeds, atol=1e-5)
-    read, kind = TextPainter(text, kinds=7)(ids)
-    assert read.shape == (2, 2, TARGET) and kind.shape == (2, 2, 7)
+    read, components, kind = TextPainter(text, kinds=7)(ids)
+    assert read.shape == (2, 16, 64)
+    assert components.shape == (2, TARGET) and kind.shape == (2, 7)
 
 
 def test_kernel_distance_against_loops():

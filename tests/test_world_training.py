@@ -4,11 +4,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from dte_lab import DTEPipeline
 from dte_lab.backbone import load_backbone
 from dte_lab.encoder import TuningEncoder
 from dte_lab.world import pack, render_image, sampling, train_autoencoder, train_clip, train_unet
+from dte_lab.world.align import align, cell_blocks
+from dte_lab.world.clip import MAX_LENGTH, WORDS, cells
 from dte_lab.world.data import random_batch
 from dte_lab.world.evaluate import generate
 
@@ -22,8 +25,9 @@ def runs(tmp_path_factory):
 
 def train_all(root):
     train_autoencoder.main(root / "autoencoder", steps=2, batch_size=2)
-    train_clip.main(root / "clip", steps=2)
-    pack.main({"autoencoder": root / "autoencoder", "clip": root / "clip"}, root / "parts")
+    pack.main({"autoencoder": root / "autoencoder"}, root / "parts")
+    train_clip.main(root / "clip", root / "parts", steps=2)
+    pack.main({"clip": root / "clip"}, root / "parts")
     train_unet.main(root / "unet", root / "parts", steps=2, batch_size=2, bank_size=32)
     runs = {part: root / part for part in ("autoencoder", "clip", "unet")}
     pack.main(runs, root / "small")
@@ -72,3 +76,35 @@ def test_a_finished_run_ends_at_once(runs):
     before = (runs / "autoencoder" / "log.jsonl").read_text()
     train_autoencoder.main(runs / "autoencoder", steps=2, batch_size=2)
     assert (runs / "autoencoder" / "log.jsonl").read_text() == before
+
+
+def test_aligned_heads_look_at_their_cell_and_read_it():
+    torch.manual_seed(0)
+    unet = train_unet.build_unet().eval()
+    latents = torch.randn(64, 16, 8, 8)
+    basis = torch.linalg.qr(torch.randn(192, 192))[0]
+    states = torch.randn(64, MAX_LENGTH, 192)  # words are noise; a cell says which and what it is
+    states[:, WORDS:] = 4 * basis[:16] + cells(latents) @ basis[16:80]
+    x_t, t = torch.randn_like(latents), torch.randint(1000, (64,))
+    align(unet, x_t, t, states, latents)
+    for block in cell_blocks(unet):
+        seen = []
+        hook = block.norm2.register_forward_hook(lambda m, i, out, seen=seen: seen.append(out))
+        with torch.no_grad():
+            unet(x_t, t, states)
+        hook.remove()
+        attention = block.attn2
+        query, key, value = (
+            layer(x).unflatten(2, (4, 48))[:, :, :2]  # the first two heads
+            for layer, x in (
+                (attention.to_q, seen[0]), (attention.to_k, states), (attention.to_v, states),
+            )
+        )  # fmt: skip
+        scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / 48**0.5
+        share = scores.softmax(-1)[..., WORDS:].diagonal(dim1=2, dim2=3)
+        assert share.mean() > 0.3  # of 32 tokens
+        for head, part in ((0, slice(0, 48)), (1, slice(16, 64))):
+            truth = cells(latents)[..., part].flatten()
+            read = value[:, WORDS:, head].flatten()
+            assert torch.corrcoef(torch.stack([read, truth]))[0, 1] > 0.98
+        assert not attention.to_out[0].weight[:, :96].any()

@@ -33,6 +33,7 @@ GROUPS = {  # emoji category -> our short group name
     "Activities": "activities",
 }
 SPLIT_SIZE = 60  # concepts in each of val and test
+TRAIN_SIZE = 400  # concepts that the base model learns; two CPU cores cannot draw 700 well
 
 
 def plain_name(label: str) -> str:
@@ -64,15 +65,24 @@ def _bare(code: str) -> str:
 
 
 def split_concepts(concepts: list[dict], seed: int = 0) -> dict[str, list[str]]:
-    """One val and one test concept from each of 60 runs of neighbouring concepts, rest train."""
+    """Four splits with the same balance of groups.
+
+    From each of 60 runs of neighbouring concepts come one of val, one of test, and the six or seven
+    with the shortest names of train. The rest are `extra`: concepts that the base model has never
+    seen, for the encoder to learn from besides those of train.
+    """
     names = [c["name"] for c in sorted(concepts, key=lambda c: (c["group"], c["subgroup"]))]
     rng = np.random.default_rng(seed)
-    splits = {"train": [], "val": [], "test": []}
-    for run in np.array_split(np.array(names), SPLIT_SIZE):
+    splits = {"train": [], "val": [], "test": [], "extra": []}
+    shares = np.diff(np.linspace(0, TRAIN_SIZE, SPLIT_SIZE + 1).round().astype(int))
+    for run, share in zip(np.array_split(np.array(names), SPLIT_SIZE), shares, strict=True):
         val, test = rng.choice(len(run), 2, replace=False)
         splits["val"].append(str(run[val]))
         splits["test"].append(str(run[test]))
-        splits["train"] += [str(n) for i, n in enumerate(run) if i not in (val, test)]
+        rest = [str(n) for i, n in enumerate(run) if i not in (val, test)]
+        rest.sort(key=lambda name: (len(name.split()), len(name), name))
+        splits["train"] += rest[:share]
+        splits["extra"] += rest[share:]
     return {key: sorted(value) for key, value in splits.items()}
 
 

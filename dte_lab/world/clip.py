@@ -24,7 +24,9 @@ from dte_lab.world.scenes import SCENES, SIZE
 from dte_lab.world.sprites import STYLES, concepts, split_names
 
 VOCABULARY = 4000  # tokens at most
-MAX_LENGTH = 18  # tokens with start and end: the longest caption of the grammar fits
+WORDS = 16  # tokens with start and end: the longest caption of the grammar fits
+CELLS = 16  # end tokens after these: one per 2x2 cell of the latents, row by row
+MAX_LENGTH = WORDS + CELLS
 PROJECTION = 128
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
@@ -63,13 +65,17 @@ def build_tokenizer() -> CLIPTokenizer:
 
 
 def build_text_tower(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
-    """Four layers of width 192; the last hidden state conditions the denoiser."""
+    """Five layers of width 192; the last hidden state conditions the denoiser.
+
+    As in Stable Diffusion, end tokens fill the caption up, and the denoiser reads them, too. The
+    last CELLS learn to say what is in their cell of the picture (ours: see train_clip).
+    """
     return CLIPTextModelWithProjection(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=192,
             intermediate_size=768,
-            num_hidden_layers=4,
+            num_hidden_layers=5,
             num_attention_heads=6,
             max_position_embeddings=MAX_LENGTH,
             projection_dim=PROJECTION,
@@ -128,3 +134,15 @@ def build_image_processor() -> CLIPImageProcessor:
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     """(B, T) ids of the tokenizer's longest length T, padded with the end token as in SD."""
     return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+def cells(latents: Tensor) -> Tensor:
+    """Latents (B, 16, 8, 8) cut into 2x2 cells, row by row: (B, CELLS, 64)."""
+    blocks = latents.unflatten(3, (4, 2)).unflatten(2, (4, 2))  # (B, 16, 4, 2, 4, 2)
+    return blocks.permute(0, 2, 4, 1, 3, 5).reshape(len(latents), CELLS, -1)
+
+
+def from_cells(content: Tensor) -> Tensor:
+    """Undo `cells`: (B, CELLS, 64) -> (B, 16, 8, 8)."""
+    blocks = content.unflatten(2, (-1, 2, 2)).unflatten(1, (4, 4))  # (B, 4, 4, 16, 2, 2)
+    return blocks.permute(0, 3, 1, 4, 2, 5).reshape(len(content), -1, 8, 8)

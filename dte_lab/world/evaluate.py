@@ -4,8 +4,9 @@ dte world evaluate --out results/world.json
 
 Everything is drawn from fixed seeds, and no judge took part in training the base model: the scene
 of a picture is read by an exact pixel classifier, its concept and style by linear discriminant
-analysis of EfficientNet-Lite0 features, fitted on true renderings; how these do on other true
-renderings stands beside. Words are compared by a sentence encoder.
+analysis of EfficientNet-Lite0 features, fitted on true renderings, sharp and blurred; how these do
+on other true renderings, and on the autoencoder's reconstruction of them, stands beside. Words are
+compared by a sentence encoder.
 """
 
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -31,7 +33,8 @@ from dte_lab.world.sprites import STYLES, concepts, split_names
 from dte_lab.world.train_autoencoder import psnr
 
 JUDGE_SIZE = 96  # px to which the sprite's box is enlarged for EfficientNet: twice its own size
-RENDERINGS = 4  # per concept and style, to fit the classifiers
+RENDERINGS = 4  # per concept and style, to fit the classifiers; each sharp and blurred
+BLUR, NOISE = (0.3, 1.2), (0.0, 0.06)  # std in px and in [-1, 1]: sharpness is the KID's business
 
 
 @cache
@@ -119,6 +122,14 @@ def evaluation_items(count: int, seed: int, novel: bool) -> list[tuple[str, str,
     return items
 
 
+def soften(x: Tensor, seed: int) -> Tensor:
+    """Blur and grain pictures (B, 3, H, W) in [-1, 1], each differently."""
+    rng = np.random.default_rng(seed)
+    blurred = [gaussian_filter(p, (0, *[rng.uniform(*BLUR)] * 2)) for p in x.numpy()]
+    grain = [rng.normal(0, rng.uniform(*NOISE), p.shape) for p in blurred]
+    return torch.from_numpy(np.stack(blurred) + np.stack(grain)).float().clamp(-1, 1)
+
+
 class Classifier:
     """Concept and style of a picture's sprite by outside features (see the module's docstring)."""
 
@@ -136,7 +147,9 @@ class Classifier:
         # A class per concept and style, so that what varies within one is the background alone.
         classes = np.arange(len(names) * len(STYLES)).repeat(renderings)
         self.analysis = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
-        self.analysis.fit(self.features(to_tensor(np.stack(pictures))), classes)
+        x = to_tensor(np.stack(pictures))
+        features = [self.features(part) for part in (x, soften(x, seed))]
+        self.analysis.fit(np.concatenate(features), np.tile(classes, 2))
 
     def features(self, x: Tensor) -> np.ndarray:
         """Features of the box that the sprite fills, (B, 1280)."""
@@ -217,15 +230,16 @@ def main(out: Path, backbone: str = "small", n: int = 500) -> dict:
         items = evaluation_items(n, 20_002 + novel, novel)
         pictures = generate(b, [caption(*i) for i in items], seed=0).clamp(-1, 1)
         true = to_tensor(np.stack([render(*i, seed=k) for k, i in enumerate(items)]))
+        rebuilt = b.decode_latents(b.encode_images(true)).clamp(-1, 1)
         features = {}
-        for kind, x in (("generated", pictures), ("true", true)):
+        for kind, x in (("generated", pictures), ("autoencoder", rebuilt), ("true", true)):
             features[kind] = classifier.features(x)
             hits = classifier.hits(features[kind], items)
             hits["scene"] = classify_scene(x) == [SCENES.index(i[2]) for i in items]
             results[f"{kind}_{key}"] = {name: interval(h) for name, h in hits.items()}
         if not novel:
             others = to_tensor(np.stack([render(*i, seed=k + n) for k, i in enumerate(items)]))
-            rebuilt = b.decode_latents(b.encode_images(others))
+            rebuilt = b.decode_latents(b.encode_images(others)).clamp(-1, 1)
             distances = {
                 "generated": features["generated"],
                 "autoencoder": classifier.features(rebuilt),
@@ -267,18 +281,19 @@ def table(results: dict) -> str:
         "concept_top1": "concept, top-1",
         "concept_top5": "concept, top-5",
     }
-    for key, text in (("seen", "seen combinations"), ("novel", "novel combinations")):
+    kinds = {
+        "generated": "generated pictures",
+        "autoencoder": "the autoencoder's reconstructions",
+        "true": "true renderings",
+    }
+    for key in ("seen", "novel"):
         for measure, name in names.items():
-            for kind in ("generated", "true"):
+            for kind, text in kinds.items():
                 value = results[f"{kind}_{key}"][measure]
-                rows.append(share(f"{kind} pictures, {text}: {name}", value))
+                rows.append(share(f"{text}, {key} combinations: {name}", value))
     distance = results["kernel_distance"]
-    for kind, name in (
-        ("generated", "generated pictures"),
-        ("autoencoder", "the autoencoder's reconstructions"),
-        ("true", "other true renderings"),
-    ):
-        text = f"kernel distance of {name} to true renderings (1,000 times)"
+    for kind, name in kinds.items():
+        text = f"kernel distance of {name} to other true renderings (1,000 times)"
         rows.append(f"| {text} | {1000 * distance[kind]:.1f} | | {distance['n']} |")
     for key, name in (("nearest", "nouns to their nearest token"), ("random", "random pairs")):
         value = results["words"][key]

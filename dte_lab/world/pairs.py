@@ -24,8 +24,14 @@ class ConceptPairs(Dataset):
     Items are dicts: `image` and `target` (3, 64, 64) in [-1, 1], `prompt` with "S*", `concept` id.
     """
 
-    def __init__(self, split: str = "train", length: int = 1_000_000, seed: int = 0):
-        self.names, self.length, self.seed = split_names(split), length, seed
+    def __init__(
+        self,
+        splits: tuple[str, ...] = ("train", "extra"),
+        length: int = 1_000_000,
+        seed: int = 0,
+    ):
+        self.names = [name for split in splits for name in split_names(split)]
+        self.length, self.seed = length, seed
 
     def __len__(self) -> int:
         return self.length

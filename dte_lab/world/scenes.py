@@ -1,8 +1,8 @@
 """Scenes: procedural backgrounds, and `render`, the ground truth of every caption.
 
-A picture is a pure function of (concept, style, scene, seed). The seed decides whether the sprite
-is mirrored and the small variation of the background; nothing else varies, because a base model
-that two CPU cores can train has to spend its capacity on 2,100 sprites (see the model card).
+A picture is a pure function of (concept, style, scene, seed). The seed decides the small
+variation of the background; nothing else varies, because a base model that two CPU cores can train
+has to spend its capacity on sprites: mirroring half of them cost twice the training.
 Everything is float32 RGB in [0, 1] until the last line of `render`.
 """
 
@@ -15,7 +15,6 @@ SIZE = 64  # px, side of a picture
 SPRITE_PX = 48  # side of the sprite in it: whole 8 px cells, as the autoencoder's latents are
 OFFSET = 8  # px from the left and top edges
 BOX = slice(OFFSET, OFFSET + SPRITE_PX)  # its rows, and its columns
-MIRRORED = 0.1  # share of pictures; at one half, two pictures per caption cost twice the training
 
 COLOURS = {
     "red": (0.84, 0.20, 0.20),
@@ -42,12 +41,6 @@ PLACES = {  # scene name -> the words that a caption uses
     "space": "in space",
 }
 SCENES = (*COLOURS, *PLACES)
-
-# Mirroring these would draw what another name says, so they never are.
-UNMIRRORED = (
-    "tilted left", "tilted right", "chart increasing", "chart decreasing", "crescent moon",
-    "quarter moon", "gibbous moon",
-)  # fmt: skip
 
 _y, _x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) / (SIZE - 1)  # (64, 64), 0 at top left
 
@@ -149,13 +142,9 @@ LIGHT = {  # what the light of a place does to the sprite: (multiply by, then mi
 }
 
 
-def compose(rgba: np.ndarray, scene: str, seed: int, mirror: bool = True) -> np.ndarray:
+def compose(rgba: np.ndarray, scene: str, seed: int) -> np.ndarray:
     """Put a premultiplied (48, 48, 4) sprite into a scene -> (64, 64, 3) uint8."""
-    rng = np.random.default_rng(seed)
-    flipped = rng.random() < MIRRORED
-    picture = background(scene, rng)
-    if flipped and mirror:
-        rgba = rgba[:, ::-1]
+    picture = background(scene, np.random.default_rng(seed))
     colour, alpha = rgba[..., :3], rgba[..., 3:]
     if scene in LIGHT:
         multiply, mixed, amount = LIGHT[scene]
@@ -170,8 +159,7 @@ def render(concept: str, style: str, scene: str, seed: int = 0) -> np.ndarray:
 
     Pure and quick (under 1 ms). Raises ValueError for an unknown concept, style or scene.
     """
-    mirror = not any(words in concept for words in UNMIRRORED)
-    return compose(sprite(concept, style, SPRITE_PX), scene, seed, mirror)
+    return compose(sprite(concept, style, SPRITE_PX), scene, seed)
 
 
 def render_image(concept: str, style: str, scene: str, seed: int = 0) -> Image.Image:

@@ -16,7 +16,7 @@ ATLAS_COLUMNS = 32
 
 @dataclass(frozen=True)
 class Concept:
-    """One thing of the small world; `split` is 'train', 'val' or 'test'."""
+    """One thing of the small world; `split` is 'train', 'extra', 'val' or 'test'."""
 
     name: str
     group: str
@@ -38,7 +38,11 @@ def concepts() -> dict[str, Concept]:
 
 
 def split_names(split: str) -> list[str]:
-    """Names of the concepts in 'train', 'val' or 'test', in atlas order."""
+    """Names of the concepts in a split, in atlas order.
+
+    The base model is trained on 'train', the tuning-encoder on 'train' and 'extra'; 'val' is there
+    to choose with, and 'test' to measure with.
+    """
     return [c.name for c in concepts().values() if c.split == split]
 
 

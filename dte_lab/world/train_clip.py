@@ -1,11 +1,14 @@
 """Train CLIP in two phases: the text tower by painting, then both towers' meeting by contrast.
 
-dte world train clip --out DIR
+dte world train clip --out DIR --parts DIR
+
+`parts` holds the vae that was trained before.
 
 1. Text. Words of names start where a latent semantic analysis of their pictures puts them. Then the
-   tower learns to say, at the end of a caption, what the picture looks like: its principal
-   components, and the kind of thing. This is ours. It costs a tenth of a denoiser's step, and the
-   denoiser draws no better than its captions tell: what the tower knows is what it learns soonest.
+   tower learns to say what the picture looks like: each of its last 16 end tokens the latents of
+   one cell, and the first end token the principal components of the whole, and the kind of thing.
+   This is ours. It costs half of a denoiser's step and teaches more: the denoiser draws no better
+   than its captions tell, and what they tell is what it learns soonest.
 2. Towers. The text states are frozen. The picture tower and both projections learn to match
    pictures with captions, and with the name, style and scene among all names, styles and scenes.
 """
@@ -23,21 +26,25 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionM
 from dte_lab.world.autoencoder import PatchAutoencoder
 from dte_lab.world.captions import caption
 from dte_lab.world.clip import (
+    WORDS,
     build_image_processor,
     build_image_tower,
     build_text_tower,
     build_tokenizer,
+    cells,
+    from_cells,
     tokenize,
     whitening,
 )
 from dte_lab.world.data import picture_grid, random_batch, random_captions, to_tensor
 from dte_lab.world.scenes import SCENES, render
 from dte_lab.world.sprites import STYLES, concepts, split_names
-from dte_lab.world.training import TrainConfig, train
+from dte_lab.world.training import TrainConfig, rank, train
 
-CODE = 128  # dimensions of a word embedding that say what its thing looks like; 64 say the rest
-TARGET = 256  # principal components of the pictures that the end states are to name
-KIND_WEIGHT = 0.05
+CODE = 160  # dimensions of a word embedding that say what its thing looks like; 32 say the rest
+TARGET = 256  # principal components of the pictures that the first end state is to name
+PICTURE_WEIGHT, KIND_WEIGHT = 0.3, 0.05
+FULL_CAPTIONS = 0.5  # share of captions that name style and scene for sure; see random_caption
 CANONICAL_SEED = 0  # one rendering per (thing, style, scene), or the target would blur several
 
 
@@ -63,47 +70,45 @@ def all_kinds() -> list[str]:
 
 
 class CanonicalPictures:
-    """One rendering of every (train concept, style, scene), as half-whitened principal components.
+    """Latents of one rendering of every (train concept, style, scene), and their components.
 
     The scene makes up half of the variance of pictures, so a plain regression learns things last.
-    Components are divided by the square root of their standard deviation: half way to whitening.
+    Principal components are divided by the square root of their standard deviation: half way to
+    whitening.
     """
 
     @torch.no_grad()
-    def __init__(self, seed: int):
-        self.names = split_names("train")
-        self.autoencoder = PatchAutoencoder()
-        x, _, _ = random_batch(np.random.default_rng(seed), 1024)
-        self.autoencoder.initialise_from_pca(x)
-        self.scale = 1 / self.autoencoder.linear_latents(x).std()
+    def __init__(self, vae: PatchAutoencoder):
+        self.names, self.vae = split_names("train"), vae
         latents = [
             self.latents([(name, style, scene) for style in STYLES for scene in SCENES])
             for name in tqdm(self.names, desc="pictures", mininterval=5)
         ]
         # (concepts, styles, scenes, 1024)
-        self.bank = torch.stack(latents).unflatten(1, (len(STYLES), len(SCENES)))
-        some = np.random.default_rng(seed).permutation(self.bank[..., 0].numel())[:4000]
+        self.bank = torch.stack(latents).flatten(2).unflatten(1, (len(STYLES), len(SCENES)))
+        some = np.random.default_rng(0).permutation(self.bank[..., 0].numel())[:4000]
         some = self.bank.flatten(0, 2)[torch.from_numpy(some)].float()
         self.mean = some.mean(0)
         _, s, v = torch.linalg.svd(some - self.mean, full_matrices=False)
-        std = (s[:TARGET] / len(some) ** 0.5).clamp(min=0.05 * s[0] / len(some) ** 0.5)
-        self.basis = v[:TARGET] / std.sqrt()[:, None]  # (256, 1024)
-        self.inverse = v[:TARGET] * std.sqrt()[:, None]
+        self.basis = v[:TARGET] / (s[:TARGET] / len(some) ** 0.5).sqrt()[:, None]  # (256, 1024)
 
     def latents(self, items: list[tuple]) -> Tensor:
-        """Scaled linear latents (B, 1024) of (concept, style, scene), in half precision."""
+        """Scaled latents (B, 16, 8, 8) of (concept, style, scene), in half precision."""
         x = to_tensor(np.stack([render(*item[:3], CANONICAL_SEED) for item in items]))
-        return (self.scale * self.autoencoder.linear_latents(x)).flatten(1).half()
+        return (self.vae.encode(x).latent_dist.mode() * self.vae.config.scaling_factor).half()
 
-    def components(self, items: list[tuple]) -> Tensor:
-        """(B, 256) components of the pictures of (concept, style, scene)."""
-        where = indices(items, self.names)
-        return (self.bank[tuple(where.values())].float() - self.mean) @ self.basis.T
+    def look_up(self, items: list[tuple]) -> Tensor:
+        """`latents`, as computed before, in single precision."""
+        found = self.bank[tuple(indices(items, self.names).values())].float()
+        return found.unflatten(1, (-1, 8, 8))
 
-    def pictures(self, components: Tensor) -> Tensor:
-        """Undo `components`, as far as they reach: (B, 256) -> (B, 3, 64, 64)."""
-        z = (components @ self.inverse + self.mean) / self.scale
-        return self.autoencoder.decode(z.unflatten(1, (-1, 8, 8))).sample
+    def components(self, latents: Tensor) -> Tensor:
+        """Latents (B, 16, 8, 8) -> (B, 256)."""
+        return (latents.flatten(1) - self.mean) @ self.basis.T
+
+    def pictures(self, latents: Tensor) -> Tensor:
+        """(B, 16, 8, 8) -> (B, 3, 64, 64)."""
+        return self.vae.decode(latents / self.vae.config.scaling_factor).sample
 
     def codes(self) -> Tensor:
         """What each thing looks like in all styles, scenes averaged out: (concepts, 128)."""
@@ -154,23 +159,24 @@ def start_from_pictures(
 
 
 class TextPainter(nn.Module):
-    """A text tower, and two linear readers of its end states that are thrown away afterwards."""
+    """A text tower, and linear readers of its end states that are thrown away afterwards."""
 
     def __init__(self, text: CLIPTextModelWithProjection, kinds: int):
         super().__init__()
         self.text = text
+        self.cell = nn.Linear(text.config.hidden_size, 64)
         self.picture = nn.Linear(text.config.hidden_size, TARGET)
         self.kind = nn.Linear(text.config.hidden_size, kinds)
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T) ids -> components (B, 2, 256) and kinds (B, 2, K), of the first end and the last.
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T) ids -> cells (B, 16, 64), components (B, 256) and kinds (B, K).
 
-        Both have seen every word; the first is the state that CLIP projects.
+        The last two are read from the first end token, whose state CLIP projects.
         """
         states = self.text(input_ids).last_hidden_state  # (B, T, 192)
         first = first_end(input_ids, self.text.config.eos_token_id)
-        ends = torch.stack([states[torch.arange(len(states)), first], states[:, -1]], 1)
-        return self.picture(ends), self.kind(ends)
+        pooled = states[torch.arange(len(states)), first]
+        return self.cell(states[:, WORDS:]), self.picture(pooled), self.kind(pooled)
 
 
 def first_end(input_ids: Tensor, eos_token_id: int) -> Tensor:
@@ -194,39 +200,47 @@ class Towers(nn.Module):
 
 
 def train_text(
-    out: Path, tokenizer: CLIPTokenizer, steps: int, minutes: float | None, seed: int, device: str
+    out: Path,
+    tokenizer: CLIPTokenizer,
+    vae: PatchAutoencoder,
+    steps: int,
+    minutes: float | None,
+    seed: int,
+    device: str,
 ) -> CLIPTextModelWithProjection:
     """Phase 1: see the module's docstring."""
-    pictures = CanonicalPictures(seed)
+    pictures = CanonicalPictures(vae)
     torch.manual_seed(seed)
     text = build_text_tower(tokenizer)
     start_from_pictures(text, tokenizer, pictures)
     model = TextPainter(text, len(all_kinds()))
 
     def losses(model: TextPainter, texts: list[str], items: list[tuple]) -> dict[str, Tensor]:
-        read, kind = model(tokenize(tokenizer, texts).to(device))
-        truth = pictures.components(items).to(device)
-        true_kind = kinds_of([item[0] for item in items])
+        read, components, kind = model(tokenize(tokenizer, texts).to(device))
+        latents = pictures.look_up(items)
+        truth = pictures.components(latents).to(device)
+        true_kind = kinds_of([item[0] for item in items]).to(device)
         return {
-            "unexplained": (read - truth[:, None]).pow(2).mean() / truth.pow(2).mean(),
-            "kind": nn.functional.cross_entropy(
-                kind.flatten(0, 1), true_kind.repeat_interleave(2).to(device)
-            ),
+            "cells": nn.functional.mse_loss(read, cells(latents).to(device)),
+            "unexplained": (components - truth).pow(2).mean() / truth.pow(2).mean(),
+            "kind": nn.functional.cross_entropy(kind, true_kind),
         }
 
     def loss(model: TextPainter, rng: np.random.Generator) -> tuple[Tensor, dict]:
-        parts = losses(model, *random_captions(rng, 64))
-        value = parts["unexplained"] + KIND_WEIGHT * parts["kind"]
+        texts, items = random_captions(rng, 64)
+        full = rng.random(len(items)) < FULL_CAPTIONS
+        texts = [caption(*i[:3]) if f else t for f, t, i in zip(full, texts, items, strict=True)]
+        parts = losses(model, texts, items)
+        value = parts["cells"] + PICTURE_WEIGHT * parts["unexplained"] + KIND_WEIGHT * parts["kind"]
         return value, {name: part.item() for name, part in parts.items()}
 
     _, test_items = random_captions(np.random.default_rng(10_000), 512)
     test_texts = [caption(*item[:3]) for item in test_items]
 
     def sample(model: TextPainter, step: int) -> dict[str, float]:
-        ids = tokenize(tokenizer, test_texts[:36]).to(device)
-        painted = pictures.pictures(model(ids)[0][:, 0].cpu())
-        true = pictures.pictures(pictures.components(test_items[:36]))
-        grid = picture_grid(torch.stack([true, painted], 1).flatten(0, 1), 12)
+        painted = from_cells(model(tokenize(tokenizer, test_texts[:36]).to(device))[0].cpu())
+        both = torch.stack([pictures.look_up(test_items[:36]), painted], 1).flatten(0, 1)
+        grid = picture_grid(pictures.pictures(both), 12)
         Image.fromarray(grid).save(out / "samples.png")
         return {f"test_{k}": v.item() for k, v in losses(model, test_texts, test_items).items()}
 
@@ -234,9 +248,12 @@ def train_text(
         steps=steps,
         batch_size=64,
         learning_rate=1.5e-3,
-        ema_decay=0.998,
+        muon_learning_rate=4e-3,
+        warmup_steps=100,
+        decay_fraction=0.4,
+        ema_decay=0.995,
         seed=seed,
-        sample_every=500,
+        sample_every=200,
     )
     return train(out, model, config, loss, sample, minutes, device).text
 
@@ -330,6 +347,7 @@ def train_towers(
 
 def main(
     out: Path,
+    parts: Path,
     steps: int = 10_000,
     minutes: float | None = None,
     seed: int = 0,
@@ -342,11 +360,15 @@ def main(
     """
     out = Path(out)
     tokenizer = build_tokenizer()
-    tokenizer.save_pretrained(out / "tokenizer")
-    text = train_text(out / "text", tokenizer, steps, minutes, seed, device)
-    text.save_pretrained(out / "text_encoder")
+    vae = PatchAutoencoder.from_pretrained(Path(parts) / "vae").eval()
+    text = train_text(out / "text", tokenizer, vae, steps, minutes, seed, device)
+    if rank() == 0:
+        tokenizer.save_pretrained(out / "tokenizer")
+        text.save_pretrained(out / "text_encoder")
     text = text.requires_grad_(False)
     towers = train_towers(out / "towers", tokenizer, text, steps, minutes, seed, device)
+    if rank() > 0:
+        return
     text.text_projection = towers.projection
     text.save_pretrained(out / "text_encoder")
     towers.image.save_pretrained(out / "image_encoder")

@@ -2,7 +2,7 @@
 
 dte world train unet --out DIR --parts DIR
 
-`parts` holds what was trained before: vae, text_encoder, tokenizer. Both stay frozen.
+`parts` holds what was trained before: vae, text_encoder, tokenizer. All stay frozen.
 """
 
 import json
@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from dte_lab.files import write_atomically
+from dte_lab.world.align import align
 from dte_lab.world.autoencoder import PatchAutoencoder
 from dte_lab.world.captions import caption, random_caption
 from dte_lab.world.clip import tokenize
@@ -26,10 +27,12 @@ from dte_lab.world.data import picture_grid, random_batch, random_item, to_tenso
 from dte_lab.world.sampling import draw
 from dte_lab.world.scenes import render
 from dte_lab.world.sprites import concepts, split_names
-from dte_lab.world.training import TrainConfig, train
+from dte_lab.world.training import TrainConfig, rank, train, wait
 
 CAPTION_DROPOUT = 0.1  # the share of empty captions, for classifier-free guidance
 TIMESTEP_POWER = 2.0  # t / 1000 = u ** (1 / 2): more steps where the caption decides the picture
+
+MUON_LEARNING_RATE = 3e-3
 
 SCHEDULER = {
     "num_train_timesteps": 1000,
@@ -66,21 +69,19 @@ def build_bank(
 ) -> tuple[Tensor, list[tuple[str, str, str, int]]]:
     """`size` random renderings as scaled latents (size, 16, 8, 8) in half precision, cached."""
     items_path = path.with_suffix(".json")
-    if path.exists() and items_path.exists():
-        with safe_open(path, "pt") as file:
-            return file.get_tensor("latents"), json.loads(items_path.read_text())
-    rng = np.random.default_rng((seed, 77))
-    names = split_names("train")
-    items = [random_item(rng, names) for _ in range(size)]
-    latents = []
-    for start in tqdm(range(0, size, 64), desc="bank", mininterval=5):
-        pictures = np.stack([render(*item) for item in items[start : start + 64]])
-        z = vae.encode(to_tensor(pictures).to(vae.device)).latent_dist.mode()
-        latents.append((z * vae.config.scaling_factor).half().cpu())
-    bank = torch.cat(latents).contiguous()
-    write_atomically(path, save({"latents": bank}))
-    write_atomically(items_path, json.dumps(items).encode())
-    return bank, items
+    if rank() == 0 and not items_path.exists():
+        rng = np.random.default_rng((seed, 77))
+        items = [random_item(rng, split_names("train")) for _ in range(size)]
+        latents = []
+        for start in tqdm(range(0, size, 64), desc="bank", mininterval=5):
+            pictures = np.stack([render(*item) for item in items[start : start + 64]])
+            z = vae.encode(to_tensor(pictures).to(vae.device)).latent_dist.mode()
+            latents.append((z * vae.config.scaling_factor).half().cpu())
+        write_atomically(path, save({"latents": torch.cat(latents).contiguous()}))
+        write_atomically(items_path, json.dumps(items).encode())
+    wait()
+    with safe_open(path, "pt") as file:
+        return file.get_tensor("latents"), json.loads(items_path.read_text())
 
 
 def main(
@@ -90,7 +91,7 @@ def main(
     minutes: float | None = None,
     seed: int = 0,
     batch_size: int = 32,
-    bank_size: int = 60_000,
+    bank_size: int = 40_000,
     device: str = "cpu",
 ) -> None:
     """Train and save the EMA weights to `out/unet`, the sampler's settings to `out/scheduler`."""
@@ -104,6 +105,22 @@ def main(
     noise_scheduler = DDPMScheduler(**SCHEDULER)
     bank, items = build_bank(out / "bank.safetensors", vae, bank_size, seed)
 
+    def noised(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Noisy latents, and the velocity that is to be predicted."""
+        noise = torch.randn_like(z)
+        return noise_scheduler.add_noise(z, noise, t), noise_scheduler.get_velocity(z, noise, t)
+
+    @torch.no_grad()
+    def states(texts: list[str]) -> Tensor:
+        return text(tokenize(tokenizer, texts).to(device)).last_hidden_state
+
+    def random_t(count: int) -> Tensor:
+        return (torch.rand(count) ** (1 / TIMESTEP_POWER) * 1000).long().to(device)
+
+    z = bank[:512].float().to(device)
+    t = random_t(len(z))
+    align(unet.to(device), noised(z, t)[0], t, states([caption(*i[:3]) for i in items[:512]]), z)
+
     def loss(unet: UNet2DConditionModel, rng: np.random.Generator) -> tuple[Tensor, dict]:
         chosen = rng.integers(len(bank), size=batch_size)
         z = bank[torch.from_numpy(chosen)].float().to(device)  # (B, 16, 8, 8)
@@ -113,13 +130,9 @@ def main(
             else random_caption(*items[i][:3], rng, concepts()[items[i][0]].tags)
             for i in chosen
         ]
-        with torch.no_grad():
-            states = text(tokenize(tokenizer, texts).to(device)).last_hidden_state
-        t = (torch.rand(batch_size) ** (1 / TIMESTEP_POWER) * 1000).long().to(device)
-        noise = torch.randn_like(z)
-        x_t = noise_scheduler.add_noise(z, noise, t)
-        v = noise_scheduler.get_velocity(z, noise, t)
-        return nn.functional.mse_loss(unet(x_t, t, states).sample, v), {}
+        t = random_t(batch_size)
+        x_t, v = noised(z, t)
+        return nn.functional.mse_loss(unet(x_t, t, states(texts)).sample, v), {}
 
     x_true, _, shown = random_batch(np.random.default_rng(10_000), 24)
     captions = [caption(*item[:3]) for item in shown]
@@ -132,17 +145,26 @@ def main(
         grid = torch.stack([x_true, pictures], 1).flatten(0, 1)
         Image.fromarray(picture_grid(grid, 12)).save(out / f"samples-{step:06d}.png")
         # The same pictures, noise and timesteps every time: a loss curve without sampling noise.
-        generator = torch.Generator().manual_seed(0)
+        torch.manual_seed(0)
         t = torch.arange(0, 1000, 1000 / len(z_test)).long().to(device)
-        noise = torch.randn(z_test.shape, generator=generator).to(device)
-        states = text(tokenize(tokenizer, test_texts).to(device)).last_hidden_state
-        prediction = unet(noise_scheduler.add_noise(z_test, noise, t), t, states).sample
-        v = noise_scheduler.get_velocity(z_test, noise, t)
-        return {"test_loss": nn.functional.mse_loss(prediction, v).item()}
+        x_t, v = noised(z_test, t)
+        measures = {"test_loss": nn.functional.mse_loss(unet(x_t, t, states(test_texts)).sample, v)}
+        # From pure noise, -v is the picture that the caption alone tells.
+        noise, t = torch.randn_like(z_test), torch.full_like(t, 999)
+        told = -unet(noise, t, states(test_texts)).sample
+        measures["test_told_error"] = nn.functional.mse_loss(told, z_test)
+        return {name: value.item() for name, value in measures.items()}
 
     config = TrainConfig(
-        steps=steps, batch_size=batch_size, learning_rate=1e-3, seed=seed, sample_every=1000
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=1e-3,
+        muon_learning_rate=MUON_LEARNING_RATE,
+        seed=seed,
+        sample_every=500,
     )
     unet = train(out, unet, config, loss, sample, minutes, device)
+    if rank() > 0:
+        return
     unet.save_pretrained(out / "unet")
     build_scheduler().save_pretrained(out / "scheduler")

@@ -1,10 +1,12 @@
 """One training loop for the three parts of the base model: log, EMA, samples, exact resume.
 
 Every step draws all of its randomness from (seed, step), so a run that stops and goes on is the
-same, bit for bit on one CPU machine, as one that never stopped.
+same, bit for bit on one CPU machine, as one that never stopped. Under `torchrun --nproc-per-node N`
+each of N processes draws its own batch from (seed, step, rank), and gradients are averaged.
 """
 
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,12 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from dte_lab.checkpoint import read_state, restore_optimizer, trapezoid, write_state
 from dte_lab.files import write_atomically
+from dte_lab.world.muon import MuonAdamW, hidden_matrices, share_sums
 
 
 @dataclass
@@ -27,6 +31,7 @@ class TrainConfig:
     steps: int
     batch_size: int
     learning_rate: float
+    muon_learning_rate: float | None = None  # of the hidden matrices; None: AdamW for them, too
     warmup_steps: int = 200
     decay_fraction: float = 0.25  # last part of the run, in which the rate falls linearly to 0
     weight_decay: float = 0.01
@@ -39,9 +44,41 @@ class TrainConfig:
     checkpoint_minutes: float = 5.0
 
 
-def learning_rate_at(step: int, c: TrainConfig) -> float:
-    """Warm up, hold, decay linearly to zero at the last step."""
-    return c.learning_rate * trapezoid(step, c.steps, c.warmup_steps, c.decay_fraction)
+def schedule(step: int, c: TrainConfig) -> float:
+    """Factor of the learning rates: warm up, hold, decay linearly to zero at the last step."""
+    return trapezoid(step, c.steps, c.warmup_steps, c.decay_fraction)
+
+
+def build_optimizer(model: nn.Module, c: TrainConfig) -> MuonAdamW:
+    """Groups with their peak rates as `peak`: hidden matrices, other matrices, vectors."""
+    hidden = hidden_matrices(model) if c.muon_learning_rate else []
+    ids = {id(p) for p in hidden}
+    rest = [p for p in model.parameters() if id(p) not in ids]
+    groups = [
+        {"params": hidden, "muon": True, "peak": c.muon_learning_rate},
+        {"params": [p for p in rest if p.ndim > 1], "peak": c.learning_rate},
+        {"params": [p for p in rest if p.ndim <= 1], "peak": c.learning_rate, "weight_decay": 0.0},
+    ]
+    return MuonAdamW(
+        [group for group in groups if group["params"]],
+        lr=c.learning_rate,
+        betas=c.betas,
+        weight_decay=c.weight_decay,
+        fused=True,
+    )
+
+
+def rank() -> int:
+    """Number of this process among those of torchrun; it is 0 that writes files."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def wait() -> None:
+    """Until all processes of torchrun have come here."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def ema_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
@@ -84,42 +121,39 @@ def train(
     `loss(model, rng)` returns the loss of one batch and scalars to log; `sample(ema_model, step)`
     writes pictures into `out` and returns scalars to log. Returns the EMA model.
     """
+    main = rank() == 0
     out.mkdir(parents=True, exist_ok=True)
     model.to(device, memory_format=torch.channels_last).train()  # 1.3 x as fast on CPU
     ema = AveragedModel(model, multi_avg_fn=ema_average(config.ema_decay))
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in model.parameters() if p.ndim > 1]},
-            {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-        ],
-        lr=config.learning_rate,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    optimizer = build_optimizer(model, config)
     checkpoint, log = out / "checkpoint.safetensors", out / "log.jsonl"
     step = load_checkpoint(checkpoint, model, ema, optimizer) if checkpoint.exists() else 0
     write_atomically(out / "config.json", json.dumps(asdict(config), indent=1).encode())
     start = saved = time.monotonic()
-    progress = tqdm(total=config.steps, initial=step, desc=out.name, mininterval=5)
+    progress = tqdm(
+        total=config.steps, initial=step, desc=out.name, mininterval=5, disable=not main
+    )
     scalars: list[dict[str, float]] = []
 
     def write_log(entry: dict) -> None:
+        if not main:
+            return
         with log.open("a") as file:
             file.write(json.dumps({"step": step, "minutes": _minutes(start), **entry}) + "\n")
 
-    while step < config.steps:
-        if minutes is not None and _minutes(start) >= minutes:
-            break
-        torch.manual_seed(config.seed * 1_000_003 + step)
-        value, logs = loss(model, np.random.default_rng((config.seed, step)))
+    while step < config.steps and not _time_is_up(start, minutes):
+        torch.manual_seed((config.seed + 997 * rank()) * 1_000_003 + step)
+        value, logs = loss(model, np.random.default_rng((config.seed, step, rank())))
         optimizer.zero_grad(set_to_none=True)
         value.backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        share_sums(gradients)
+        torch._foreach_div_(gradients, dist.get_world_size() if dist.is_initialized() else 1)
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         if not torch.isfinite(norm):
             raise FloatingPointError(f"{out.name}: gradient is not finite at step {step}.")
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, config)
+            group["lr"] = group["peak"] * schedule(step, config)
         optimizer.step()
         ema.update_parameters(model)
         step += 1
@@ -128,17 +162,28 @@ def train(
         if step % config.log_every == 0 or step == config.steps:
             keys = {key: None for s in scalars for key in s}  # ordered; not every step logs all
             means = {k: float(np.mean([s[k] for s in scalars if k in s])) for k in keys}
-            write_log({**means, "learning_rate": learning_rate_at(step - 1, config)})
+            rate = config.learning_rate * schedule(step - 1, config)
+            write_log({**means, "learning_rate": rate})
             scalars.clear()
-        if step % config.sample_every == 0 or step == config.steps:
+        if main and (step % config.sample_every == 0 or step == config.steps):
             with torch.no_grad():
                 write_log(sample(ema.module.eval(), step))
-        if (time.monotonic() - saved) / 60 > config.checkpoint_minutes:
+        if main and (time.monotonic() - saved) / 60 > config.checkpoint_minutes:
             save_checkpoint(checkpoint, model, ema, optimizer, step)
             saved = time.monotonic()
     progress.close()
-    save_checkpoint(checkpoint, model, ema, optimizer, step)
+    if main:
+        save_checkpoint(checkpoint, model, ema, optimizer, step)
+    wait()
     return ema.module.eval()
+
+
+def _time_is_up(start: float, minutes: float | None) -> bool:
+    """Whether the first process has worked for `minutes`: all must stop at the same step."""
+    up = torch.tensor(minutes is not None and _minutes(start) >= minutes)
+    if dist.is_initialized():
+        dist.broadcast(up, 0)
+    return bool(up)
 
 
 def _minutes(start: float) -> float:
