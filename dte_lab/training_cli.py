@@ -119,12 +119,19 @@ def build(
 
 @train.command()
 def autoencoder(
-    out: Out, steps: Steps = None, minutes: Minutes = None, device: Device = "cpu"
+    out: Out,
+    parts: Annotated[
+        Path | None, typer.Option(help="Folder with vae: train only its decoder further.")
+    ] = None,
+    steps: Steps = None,
+    minutes: Minutes = None,
+    device: Device = "cpu",
 ) -> None:
     """Train the autoencoder; writes OUT/vae."""
     from dte_lab.world import train_autoencoder
 
-    train_autoencoder.main(out, device=device, **given(steps=steps, minutes=minutes))
+    options = given(parts=parts, steps=steps, minutes=minutes)
+    train_autoencoder.main(out, device=device, **options)
 
 
 @train.command()

@@ -11,6 +11,7 @@ from dte_lab.backbone import load_backbone
 from dte_lab.encoder import TuningEncoder
 from dte_lab.world import pack, render_image, sampling, train_autoencoder, train_clip, train_unet
 from dte_lab.world.align import align, cell_blocks
+from dte_lab.world.autoencoder import PatchAutoencoder
 from dte_lab.world.clip import MAX_LENGTH, WORDS, cells
 from dte_lab.world.data import random_batch
 from dte_lab.world.evaluate import generate
@@ -60,7 +61,7 @@ def test_weights_are_stored_in_half_precision_under_35_mb(runs):
 
 
 def test_the_trained_folder_is_a_backbone_that_draws(backbone):
-    assert backbone.resolution == 64 and backbone.latent_shape == (16, 8, 8)
+    assert backbone.resolution == 64 and backbone.latent_shape == (64, 4, 4)
     pictures = generate(backbone, ["a noto picture of a red apple"], seed=0)
     assert pictures.shape == (1, 3, 64, 64) and pictures.isfinite().all()
 
@@ -72,6 +73,19 @@ def test_it_can_be_personalized(backbone):
     assert picture.size == (64, 64)
 
 
+def test_decoder_alone_is_trained_further(runs, tmp_path):
+    train_autoencoder.main(tmp_path / "more", runs / "parts", steps=2, batch_size=2)
+    before = PatchAutoencoder.from_pretrained(runs / "parts" / "vae", torch_dtype=torch.float32)
+    after = PatchAutoencoder.from_pretrained(tmp_path / "more" / "vae")
+    assert after.config.scaling_factor == before.config.scaling_factor
+    moved = {
+        name.split(".")[0]
+        for name, p in after.named_parameters()
+        if not torch.equal(p, before.get_parameter(name))
+    }
+    assert moved == {"decoder", "linear_decode"}
+
+
 def test_a_finished_run_ends_at_once(runs):
     before = (runs / "autoencoder" / "log.jsonl").read_text()
     train_autoencoder.main(runs / "autoencoder", steps=2, batch_size=2)
@@ -81,7 +95,7 @@ def test_a_finished_run_ends_at_once(runs):
 def test_aligned_heads_look_at_their_cell_and_read_it():
     torch.manual_seed(0)
     unet = train_unet.build_unet().eval()
-    latents = torch.randn(64, 16, 8, 8)
+    latents = torch.randn(64, 64, 4, 4)
     basis = torch.linalg.qr(torch.randn(192, 192))[0]
     states = torch.randn(64, MAX_LENGTH, 192)  # words are noise; a cell says which and what it is
     states[:, WORDS:] = 4 * basis[:16] + cells(latents) @ basis[16:80]

@@ -1,4 +1,4 @@
-"""Start the denoiser reading: two heads of each cross-attention at 4x4 look at their own cell.
+"""Start the denoiser reading: two heads of each cross-attention look at their own cell.
 
 The last end tokens of a caption say what each cell of the picture holds (see train_clip). Which
 token belongs to which position is the same for all captions, and a network that starts at random
@@ -26,10 +26,10 @@ def ridge(x: Tensor, y: Tensor, penalty: float) -> Tensor:
 
 
 def cell_blocks(unet: UNet2DConditionModel) -> list[BasicTransformerBlock]:
-    """The transformer blocks whose positions are the 4x4 cells."""
+    """The transformer blocks, whose positions are the 4x4 cells."""
     attentions = [
-        unet.down_blocks[1].attentions[0],
-        unet.mid_block.attentions[0],
+        *unet.down_blocks[0].attentions,
+        *unet.mid_block.attentions,
         *unet.up_blocks[0].attentions,
     ]
     return [attention.transformer_blocks[0] for attention in attentions]
@@ -41,7 +41,7 @@ def align(
 ) -> None:
     """Set query, key, value and output weights of the cross-attentions of `cell_blocks`.
 
-    x_t (n, 16, 8, 8), t (n,), text states (n, T, d) and true latents (n, 16, 8, 8) are examples.
+    x_t (n, 64, 4, 4), t (n,), text states (n, T, d) and true latents (n, 64, 4, 4) are examples.
     Features tell positions apart because a convolution sees where the padding is.
     """
     blocks, features = cell_blocks(unet), {}

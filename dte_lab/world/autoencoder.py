@@ -1,8 +1,10 @@
-"""The autoencoder of the small backbone: 64x64x3 pixels <-> 8x8x16 latents.
+"""The autoencoder of the small backbone: 64x64x3 pixels <-> 4x4x64 latents.
 
 A linear path (8x8 patches times a PCA basis) makes it good from the first second, a small
-convolutional path adds what a linear map cannot. The interface is that of diffusers' AutoencoderKL,
-so a stock StableDiffusionPipeline takes it.
+convolutional path adds what a linear map cannot. Both make 16 numbers of each patch; the four
+patches of a cell of 16x16 pixels are stacked into the channels of one latent, so that the denoiser
+has one position for each cell that the caption tells of (see train_clip). The interface is that of
+diffusers' AutoencoderKL, so a stock StableDiffusionPipeline takes it.
 """
 
 from typing import NamedTuple
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 class Latents(NamedTuple):
     """What `encode` returns: the encoder is deterministic, so sample and mode are the same."""
 
-    value: Tensor  # (B, 16, 8, 8)
+    value: Tensor  # (B, 64, 4, 4)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         return self.value
@@ -61,17 +63,18 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        latent_channels: int = 16,
+        patch_channels: int = 16,
+        cell: int = 2,  # patches on each side of a latent
         width: int = 192,
         fine_width: int = 64,
         scaling_factor: float = 1.0,
-        # Only its length is read, by diffusers: pixels per latent = 2 ** (length - 1) = 8.
-        block_out_channels: tuple[int, ...] = (64, 64, 192, 192),
+        # Only its length is read, by diffusers: pixels per latent = 2 ** (length - 1) = 16.
+        block_out_channels: tuple[int, ...] = (64, 64, 192, 192, 192),
     ):
         super().__init__()
         patch = 3 * 8 * 8
-        self.linear_encode = nn.Conv2d(patch, latent_channels, 1)
-        self.linear_decode = nn.Conv2d(latent_channels, patch, 1)
+        self.linear_encode = nn.Conv2d(patch, patch_channels, 1)
+        self.linear_decode = nn.Conv2d(patch_channels, patch, 1)
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(4),  # (B, 48, 16, 16)
             nn.Conv2d(48, fine_width, 3, padding=1),
@@ -80,10 +83,10 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
             ResidualBlock(width),
             nn.GroupNorm(8, width),
             nn.SiLU(),
-            _zero(nn.Conv2d(width, latent_channels, 1)),
+            _zero(nn.Conv2d(width, patch_channels, 1)),
         )
         self.decoder = nn.Sequential(
-            nn.Conv2d(latent_channels, width, 3, padding=1),
+            nn.Conv2d(patch_channels, width, 3, padding=1),
             ResidualBlock(width),
             ResidualBlock(width),
             nn.Conv2d(width, 4 * fine_width, 3, padding=1),
@@ -99,18 +102,21 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         )
 
     def linear_latents(self, x: Tensor) -> Tensor:
-        """The linear path of `encode`: (B, 3, 64, 64) -> (B, 16, 8, 8)."""
-        return self.linear_encode(nn.functional.pixel_unshuffle(x, 8))
+        """The linear path of `encode`: (B, 3, 64, 64) -> (B, 64, 4, 4)."""
+        z = self.linear_encode(nn.functional.pixel_unshuffle(x, 8))
+        return nn.functional.pixel_unshuffle(z, self.config.cell)
 
     def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput | tuple[Latents]:
-        """(B, 3, 64, 64) in [-1, 1] -> latents (B, 16, 8, 8), not yet scaled."""
-        z = self.linear_latents(x) + self.encoder(x)
+        """(B, 3, 64, 64) in [-1, 1] -> latents (B, 64, 4, 4), not yet scaled."""
+        more = nn.functional.pixel_unshuffle(self.encoder(x), self.config.cell)
+        z = self.linear_latents(x) + more
         return EncoderOutput(Latents(z)) if return_dict else (Latents(z),)
 
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
-        """Latents (B, 16, 8, 8) -> (B, 3, 64, 64)."""
+        """Latents (B, 64, 4, 4) -> (B, 3, 64, 64)."""
+        z = nn.functional.pixel_shuffle(z, self.config.cell)  # (B, 16, 8, 8)
         x = nn.functional.pixel_shuffle(self.linear_decode(z), 8) + self.decoder(z)
         return DecoderOutput(x) if return_dict else (x,)
 
@@ -125,7 +131,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         patches = nn.functional.pixel_unshuffle(x, 8).permute(0, 2, 3, 1).flatten(0, 2)  # (N, 192)
         mean = patches.mean(0)
         _, s, v = torch.linalg.svd(patches - mean, full_matrices=False)
-        k = self.config.latent_channels
+        k = self.config.patch_channels
         basis, std = v[:k], s[:k] / len(patches) ** 0.5  # (k, 192), (k)
         scale = std.rsqrt()[:, None]  # z = basis (x - mean) / sqrt(std)
         self.linear_encode.weight.copy_((basis * scale)[..., None, None])

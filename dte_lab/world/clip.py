@@ -25,7 +25,7 @@ from dte_lab.world.sprites import STYLES, concepts, split_names
 
 VOCABULARY = 4000  # tokens at most
 WORDS = 16  # tokens with start and end: the longest caption of the grammar fits
-CELLS = 16  # end tokens after these: one per 2x2 cell of the latents, row by row
+CELLS = 16  # end tokens after these: one per position of the latents, row by row
 MAX_LENGTH = WORDS + CELLS
 PROJECTION = 128
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -137,12 +137,10 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
 
 
 def cells(latents: Tensor) -> Tensor:
-    """Latents (B, 16, 8, 8) cut into 2x2 cells, row by row: (B, CELLS, 64)."""
-    blocks = latents.unflatten(3, (4, 2)).unflatten(2, (4, 2))  # (B, 16, 4, 2, 4, 2)
-    return blocks.permute(0, 2, 4, 1, 3, 5).reshape(len(latents), CELLS, -1)
+    """Latents (B, 64, 4, 4) as one vector per cell, row by row: (B, CELLS, 64)."""
+    return latents.flatten(2).transpose(1, 2)
 
 
 def from_cells(content: Tensor) -> Tensor:
-    """Undo `cells`: (B, CELLS, 64) -> (B, 16, 8, 8)."""
-    blocks = content.unflatten(2, (-1, 2, 2)).unflatten(1, (4, 4))  # (B, 4, 4, 16, 2, 2)
-    return blocks.permute(0, 3, 1, 4, 2, 5).reshape(len(content), -1, 8, 8)
+    """Undo `cells`: (B, CELLS, 64) -> (B, 64, 4, 4)."""
+    return content.transpose(1, 2).unflatten(2, (4, 4))

@@ -58,8 +58,11 @@ class MuonAdamW(torch.optim.AdamW):
 
     def _update(self, p: Tensor, index: int) -> Tensor:
         """The step of a matrix; zeros if it is for another process to compute."""
-        momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-        momentum.lerp_(p.grad, 1 - MOMENTUM)
+        state = self.state[p]
+        if not state:  # AdamW, when it loads, expects to find a step everywhere
+            state["step"], state["momentum"] = torch.tensor(0.0), torch.zeros_like(p)
+        state["step"] += 1
+        momentum = state["momentum"].lerp_(p.grad, 1 - MOMENTUM)
         if dist.is_initialized() and index % dist.get_world_size() != dist.get_rank():
             return torch.zeros_like(p)
         update = orthogonalise(p.grad.lerp(momentum, MOMENTUM).flatten(1))  # Nesterov

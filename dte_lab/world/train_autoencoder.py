@@ -1,6 +1,9 @@
 """Train the autoencoder: L1 plus gradient loss, with noise on the latents.
 
-dte world train autoencoder --out DIR
+dte world train autoencoder --out DIR [--parts DIR]
+
+With `parts`, which holds a vae, only its decoder is trained further: its latents stay what other
+parts have learned from.
 """
 
 from pathlib import Path
@@ -34,6 +37,7 @@ def psnr(x: Tensor, y: Tensor) -> float:
 
 def main(
     out: Path,
+    parts: Path | None = None,
     steps: int = 20_000,
     minutes: float | None = None,
     seed: int = 0,
@@ -42,12 +46,17 @@ def main(
 ) -> None:
     """Train and save the EMA weights to `out/vae` in the diffusers layout."""
     torch.manual_seed(seed)
-    model = PatchAutoencoder()
     x, _, _ = random_batch(np.random.default_rng(seed), 1024)
-    model.initialise_from_pca(x)
-    with torch.no_grad():
-        z = model.encode(x).latent_dist.mode()
-        model.register_to_config(scaling_factor=1 / z.std().item())
+    if parts is None:
+        model = PatchAutoencoder()
+        model.initialise_from_pca(x)
+        with torch.no_grad():
+            z = model.encode(x).latent_dist.mode()
+            model.register_to_config(scaling_factor=1 / z.std().item())
+    else:
+        model = PatchAutoencoder.from_pretrained(Path(parts) / "vae")
+        model.encoder.requires_grad_(False)
+        model.linear_encode.requires_grad_(False)
     noise = LATENT_NOISE / model.config.scaling_factor
     x_val, _, _ = random_batch(np.random.default_rng(10_000), 240, "val")
     x_val = x_val.to(device)
@@ -76,6 +85,8 @@ def main(
         sample_every=200,
     )
     model = train(Path(out), model, config, loss, sample, minutes, device)
-    with torch.no_grad():  # training lets the latents grow, away from the noise
-        model.register_to_config(scaling_factor=1 / model.encode(x).latent_dist.mode().std().item())
+    if parts is None:
+        with torch.no_grad():  # training lets the latents grow, away from the noise
+            z = model.encode(x).latent_dist.mode()
+            model.register_to_config(scaling_factor=1 / z.std().item())
     model.save_pretrained(Path(out) / "vae")

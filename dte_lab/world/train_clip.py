@@ -93,21 +93,21 @@ class CanonicalPictures:
         self.basis = v[:TARGET] / (s[:TARGET] / len(some) ** 0.5).sqrt()[:, None]  # (256, 1024)
 
     def latents(self, items: list[tuple]) -> Tensor:
-        """Scaled latents (B, 16, 8, 8) of (concept, style, scene), in half precision."""
+        """Scaled latents (B, 64, 4, 4) of (concept, style, scene), in half precision."""
         x = to_tensor(np.stack([render(*item[:3], CANONICAL_SEED) for item in items]))
         return (self.vae.encode(x).latent_dist.mode() * self.vae.config.scaling_factor).half()
 
     def look_up(self, items: list[tuple]) -> Tensor:
         """`latents`, as computed before, in single precision."""
         found = self.bank[tuple(indices(items, self.names).values())].float()
-        return found.unflatten(1, (-1, 8, 8))
+        return found.unflatten(1, (-1, 4, 4))
 
     def components(self, latents: Tensor) -> Tensor:
-        """Latents (B, 16, 8, 8) -> (B, 256)."""
+        """Latents (B, 64, 4, 4) -> (B, 256)."""
         return (latents.flatten(1) - self.mean) @ self.basis.T
 
     def pictures(self, latents: Tensor) -> Tensor:
-        """(B, 16, 8, 8) -> (B, 3, 64, 64)."""
+        """(B, 64, 4, 4) -> (B, 3, 64, 64)."""
         return self.vae.decode(latents / self.vae.config.scaling_factor).sample
 
     def codes(self) -> Tensor:
@@ -338,6 +338,7 @@ def train_towers(
         steps=steps,
         batch_size=64,
         learning_rate=1e-3,
+        muon_learning_rate=3e-3,
         ema_decay=0.998,
         seed=seed,
         sample_every=250,

@@ -53,7 +53,7 @@ def build_optimizer(model: nn.Module, c: TrainConfig) -> MuonAdamW:
     """Groups with their peak rates as `peak`: hidden matrices, other matrices, vectors."""
     hidden = hidden_matrices(model) if c.muon_learning_rate else []
     ids = {id(p) for p in hidden}
-    rest = [p for p in model.parameters() if id(p) not in ids]
+    rest = [p for p in model.parameters() if id(p) not in ids and p.requires_grad]
     groups = [
         {"params": hidden, "muon": True, "peak": c.muon_learning_rate},
         {"params": [p for p in rest if p.ndim > 1], "peak": c.learning_rate},
