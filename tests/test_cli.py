@@ -269,7 +269,7 @@ def test_help_and_version(dte):
     [
         ("world build", "dte_lab.world.build", ["--packages", "npm"]),
         ("world train autoencoder", "dte_lab.world.train_autoencoder", ["--out", "x"]),
-        ("world train clip", "dte_lab.world.train_clip", ["--out", "x", "--minutes", "1"]),
+        ("world train clip", "dte_lab.world.train_clip", ["--out", "x", "--parts", "y"]),
         ("world evaluate", "dte_lab.world.evaluate", ["--out", "x.json"]),
         (
             "world pack",

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.ndimage import gaussian_filter
+from skimage.filters import gaussian
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -125,7 +125,7 @@ def evaluation_items(count: int, seed: int, novel: bool) -> list[tuple[str, str,
 def soften(x: Tensor, seed: int) -> Tensor:
     """Blur and grain pictures (B, 3, H, W) in [-1, 1], each differently."""
     rng = np.random.default_rng(seed)
-    blurred = [gaussian_filter(p, (0, *[rng.uniform(*BLUR)] * 2)) for p in x.numpy()]
+    blurred = [gaussian(p, rng.uniform(*BLUR), channel_axis=0) for p in x.numpy()]
     grain = [rng.normal(0, rng.uniform(*NOISE), p.shape) for p in blurred]
     return torch.from_numpy(np.stack(blurred) + np.stack(grain)).float().clamp(-1, 1)
 
