@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from skimage.filters import gaussian
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -124,6 +123,8 @@ def evaluation_items(count: int, seed: int, novel: bool) -> list[tuple[str, str,
 
 def soften(x: Tensor, seed: int) -> Tensor:
     """Blur and grain pictures (B, 3, H, W) in [-1, 1], each differently."""
+    from skimage.filters import gaussian  # extra: evaluate
+
     rng = np.random.default_rng(seed)
     blurred = [gaussian(p, rng.uniform(*BLUR), channel_axis=0) for p in x.numpy()]
     grain = [rng.normal(0, rng.uniform(*NOISE), p.shape) for p in blurred]
