@@ -125,11 +125,8 @@ class DTEPipeline:
 
         jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
         batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
-        b = backbone
-        images, sampler = (
-            [],
-            stock_pipeline(b.vae, b.text_encoder, b.tokenizer, b.unet, b.scheduler),
-        )
+        images, b = [], backbone
+        sampler = stock_pipeline(b.vae, b.text_encoder, b.tokenizer, b.unet, b.scheduler)
         sampler.scheduler.set_timesteps(num_inference_steps)
         timesteps, T = sampler.scheduler.timesteps, len(backbone.alphas_cumprod)
         with (

@@ -9,7 +9,6 @@ import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 
 from dte_lab import DTEPipeline
@@ -19,9 +18,8 @@ from dte_lab.images import read_image
 from dte_lab.panels import picture_grid
 from dte_lab.world.captions import caption
 from dte_lab.world.data import picture_grid as pixel_grid
-from dte_lab.world.data import to_tensor
+from dte_lab.world.data import rendered
 from dte_lab.world.evaluate import evaluation_items, generate
-from dte_lab.world.scenes import render
 
 HERE = Path(__file__).parent
 SETTINGS = ("on the beach", "at night", "in the snow", "in the desert", "in the forest")
@@ -41,7 +39,7 @@ def world(seed=4848):
     """48 captions, fixed before the base model was trained, as it draws them, beside the truth."""
     items = evaluation_items(48, seed, novel=False)
     captions = [caption(*item) for item in items]
-    true = to_tensor(np.stack([render(*item) for item in items]))
+    true = rendered(items)
     drawn = generate(load_backbone("small"), captions, seed)
     figure, axes = plt.subplots(8, 6, figsize=(12, 10.4), layout="constrained")
     for axis, text, pair in zip(axes.flat, captions, zip(true, drawn, strict=True), strict=True):

@@ -96,7 +96,7 @@ def pictures():
     vae = PatchAutoencoder(width=16, fine_width=16)  # as it starts: linear, and quick
     x, _, _ = random_batch(np.random.default_rng(0), 256)
     vae.initialise_from_pca(x)
-    vae.register_to_config(scaling_factor=1 / vae.linear_latents(x).std().item())
+    vae.register_to_config(scaling_factor=1 / vae.encode(x).latent_dist.mode().std().item())
     return CanonicalPictures(vae)
 
 

@@ -101,15 +101,10 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
             _zero(nn.Conv2d(16, 3, 3, padding=1)),
         )
 
-    def linear_latents(self, x: Tensor) -> Tensor:
-        """The linear path of `encode`: (B, 3, 64, 64) -> (B, 64, 4, 4)."""
-        z = self.linear_encode(nn.functional.pixel_unshuffle(x, 8))
-        return nn.functional.pixel_unshuffle(z, self.config.cell)
-
     def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput | tuple[Latents]:
         """(B, 3, 64, 64) in [-1, 1] -> latents (B, 64, 4, 4), not yet scaled."""
-        more = nn.functional.pixel_unshuffle(self.encoder(x), self.config.cell)
-        z = self.linear_latents(x) + more
+        z = self.linear_encode(nn.functional.pixel_unshuffle(x, 8)) + self.encoder(x)
+        z = nn.functional.pixel_unshuffle(z, self.config.cell)
         return EncoderOutput(Latents(z)) if return_dict else (Latents(z),)
 
     def decode(

@@ -37,7 +37,19 @@ def random_batch(
 ) -> tuple[Tensor, list[str], list[tuple[str, str, str, int]]]:
     """Pictures (B, 3, 64, 64) in [-1, 1], captions, and what each shows."""
     captions, items = random_captions(rng, size, split)
-    return to_tensor(np.stack([render(*item) for item in items])), captions, items
+    return rendered(items), captions, items
+
+
+def rendered(items: list[tuple[str, str, str, int]]) -> Tensor:
+    """The pictures of (concept, style, scene, seed): (B, 3, 64, 64) in [-1, 1]."""
+    return to_tensor(np.stack([render(*item) for item in items]))
+
+
+@torch.no_grad()
+def rendered_latents(vae, items: list[tuple[str, str, str, int]]) -> Tensor:
+    """Their scaled latents (B, 64, 4, 4), in half precision, on the CPU."""
+    z = vae.encode(rendered(items).to(vae.device)).latent_dist.mode()
+    return (z * vae.config.scaling_factor).half().cpu()
 
 
 def picture_grid(x: Tensor, columns: int) -> np.ndarray:

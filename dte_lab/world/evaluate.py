@@ -25,9 +25,9 @@ from dte_lab.judges import ImageJudge, SentenceJudge
 from dte_lab.tokens import TokenTable
 from dte_lab.world.captions import caption, held_out
 from dte_lab.world.clip import tokenize
-from dte_lab.world.data import random_batch, to_tensor
+from dte_lab.world.data import random_batch, rendered
 from dte_lab.world.sampling import GUIDANCE_SCALE, STEPS, draw
-from dte_lab.world.scenes import BOX, SCENES, SIZE, background, render
+from dte_lab.world.scenes import BOX, SCENES, SIZE, background
 from dte_lab.world.sprites import STYLES, concepts, split_names
 from dte_lab.world.train_autoencoder import psnr
 
@@ -141,14 +141,15 @@ class Classifier:
         rng = np.random.default_rng(seed)
         items = [(name, style) for name in names for style in STYLES for _ in range(renderings)]
         scenes = rng.integers(len(SCENES), size=len(items))
-        pictures = [
-            render(*item, SCENES[scene], seed=int(rng.integers(1 << 31)))
-            for item, scene in zip(items, scenes, strict=True)
-        ]
+        x = rendered(
+            [
+                (*item, SCENES[scene], int(rng.integers(1 << 31)))
+                for item, scene in zip(items, scenes, strict=True)
+            ]
+        )
         # A class per concept and style, so that what varies within one is the background alone.
         classes = np.arange(len(names) * len(STYLES)).repeat(renderings)
         self.analysis = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
-        x = to_tensor(np.stack(pictures))
         features = [self.features(part) for part in (x, soften(x, seed))]
         self.analysis.fit(np.concatenate(features), np.tile(classes, 2))
 
@@ -230,7 +231,7 @@ def main(out: Path, backbone: str = "small", n: int = 500) -> dict:
     for key, novel in (("seen", False), ("novel", True)):
         items = evaluation_items(n, 20_002 + novel, novel)
         pictures = generate(b, [caption(*i) for i in items], seed=0).clamp(-1, 1)
-        true = to_tensor(np.stack([render(*i, seed=k) for k, i in enumerate(items)]))
+        true = rendered([(*i, k) for k, i in enumerate(items)])
         rebuilt = b.decode_latents(b.encode_images(true)).clamp(-1, 1)
         features = {}
         for kind, x in (("generated", pictures), ("autoencoder", rebuilt), ("true", true)):
@@ -239,7 +240,7 @@ def main(out: Path, backbone: str = "small", n: int = 500) -> dict:
             hits["scene"] = classify_scene(x) == [SCENES.index(i[2]) for i in items]
             results[f"{kind}_{key}"] = {name: interval(h) for name, h in hits.items()}
         if not novel:
-            others = to_tensor(np.stack([render(*i, seed=k + n) for k, i in enumerate(items)]))
+            others = rendered([(*i, k + n) for k, i in enumerate(items)])
             rebuilt = b.decode_latents(b.encode_images(others)).clamp(-1, 1)
             distances = {
                 "generated": features["generated"],

@@ -35,6 +35,12 @@ def psnr(x: Tensor, y: Tensor) -> float:
     return float((10 * torch.log10(4 / error)).mean())
 
 
+@torch.no_grad()
+def scale_latents(model: PatchAutoencoder, x: Tensor) -> None:
+    """Set the scaling factor so that the latents of x (B, 3, 64, 64) have unit variance."""
+    model.register_to_config(scaling_factor=1 / model.encode(x).latent_dist.mode().std().item())
+
+
 def main(
     out: Path,
     parts: Path | None = None,
@@ -50,9 +56,7 @@ def main(
     if parts is None:
         model = PatchAutoencoder()
         model.initialise_from_pca(x)
-        with torch.no_grad():
-            z = model.encode(x).latent_dist.mode()
-            model.register_to_config(scaling_factor=1 / z.std().item())
+        scale_latents(model, x)
     else:
         model = PatchAutoencoder.from_pretrained(Path(parts) / "vae")
         model.encoder.requires_grad_(False)
@@ -86,7 +90,5 @@ def main(
     )
     model = train(Path(out), model, config, loss, sample, minutes, device)
     if parts is None:
-        with torch.no_grad():  # training lets the latents grow, away from the noise
-            z = model.encode(x).latent_dist.mode()
-            model.register_to_config(scaling_factor=1 / z.std().item())
+        scale_latents(model, x)  # training lets them grow, away from the noise
     model.save_pretrained(Path(out) / "vae")

@@ -36,8 +36,8 @@ from dte_lab.world.clip import (
     tokenize,
     whitening,
 )
-from dte_lab.world.data import picture_grid, random_batch, random_captions, to_tensor
-from dte_lab.world.scenes import SCENES, render
+from dte_lab.world.data import picture_grid, random_batch, random_captions, rendered_latents
+from dte_lab.world.scenes import SCENES
 from dte_lab.world.sprites import STYLES, concepts, split_names
 from dte_lab.world.training import TrainConfig, rank, train
 
@@ -94,8 +94,7 @@ class CanonicalPictures:
 
     def latents(self, items: list[tuple]) -> Tensor:
         """Scaled latents (B, 64, 4, 4) of (concept, style, scene), in half precision."""
-        x = to_tensor(np.stack([render(*item[:3], CANONICAL_SEED) for item in items]))
-        return (self.vae.encode(x).latent_dist.mode() * self.vae.config.scaling_factor).half()
+        return rendered_latents(self.vae, [(*item[:3], CANONICAL_SEED) for item in items])
 
     def look_up(self, items: list[tuple]) -> Tensor:
         """`latents`, as computed before, in single precision."""
@@ -111,7 +110,7 @@ class CanonicalPictures:
         return self.vae.decode(latents / self.vae.config.scaling_factor).sample
 
     def codes(self) -> Tensor:
-        """What each thing looks like in all styles, scenes averaged out: (concepts, 128)."""
+        """What each thing looks like in all styles, scenes averaged out: (concepts, CODE)."""
         z = self.bank.float()
         z = (z - z.mean((0, 1))).mean(2).flatten(1)
         u, s, _ = torch.linalg.svd(z - z.mean(0), full_matrices=False)
@@ -126,9 +125,9 @@ def start_from_pictures(
     """Start the words of names where their pictures say (latent semantic analysis of the world).
 
     A ridge regression of the things' codes on the words of their names gives each such word the
-    first 128 dimensions of its embedding. All other words, and the positions, have random values in
-    the other 64, of which the last tells names from the rest. The first attention starts by
-    averaging the words of the name (128 dimensions) and, beside it, all words (64).
+    first CODE dimensions of its embedding. All other words, and the positions, have random values
+    in the others, of which the last tells names from the rest. The first attention starts by
+    averaging the words of the name (CODE dimensions) and, beside it, all words (the others).
     """
     grammar = [caption("thing", style, scene) for style in STYLES for scene in SCENES]
     grammar = set(sum(tokenizer([*grammar, "an of , ."]).input_ids, []))

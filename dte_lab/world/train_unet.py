@@ -23,9 +23,8 @@ from dte_lab.world.align import align
 from dte_lab.world.autoencoder import PatchAutoencoder
 from dte_lab.world.captions import caption, random_caption
 from dte_lab.world.clip import tokenize
-from dte_lab.world.data import picture_grid, random_batch, random_item, to_tensor
+from dte_lab.world.data import picture_grid, random_batch, random_item, rendered_latents
 from dte_lab.world.sampling import draw
-from dte_lab.world.scenes import render
 from dte_lab.world.sprites import concepts, split_names
 from dte_lab.world.training import TrainConfig, rank, train, wait
 
@@ -72,11 +71,8 @@ def build_bank(
     if rank() == 0 and not items_path.exists():
         rng = np.random.default_rng((seed, 77))
         items = [random_item(rng, split_names("train")) for _ in range(size)]
-        latents = []
-        for start in tqdm(range(0, size, 64), desc="bank", mininterval=5):
-            pictures = np.stack([render(*item) for item in items[start : start + 64]])
-            z = vae.encode(to_tensor(pictures).to(vae.device)).latent_dist.mode()
-            latents.append((z * vae.config.scaling_factor).half().cpu())
+        starts = tqdm(range(0, size, 64), desc="bank", mininterval=5)
+        latents = [rendered_latents(vae, items[start : start + 64]) for start in starts]
         write_atomically(path, save({"latents": torch.cat(latents).contiguous()}))
         write_atomically(items_path, json.dumps(items).encode())
     wait()
@@ -117,9 +113,10 @@ def main(
     def random_t(count: int) -> Tensor:
         return (torch.rand(count) ** (1 / TIMESTEP_POWER) * 1000).long().to(device)
 
-    z = bank[:512].float().to(device)
-    t = random_t(len(z))
-    align(unet.to(device), noised(z, t)[0], t, states([caption(*i[:3]) for i in items[:512]]), z)
+    if not (out / "checkpoint.safetensors").exists():
+        z = bank[:512].float().to(device)
+        t, told = random_t(len(z)), states([caption(*i[:3]) for i in items[:512]])
+        align(unet.to(device), noised(z, t)[0], t, told, z)
 
     def loss(unet: UNet2DConditionModel, rng: np.random.Generator) -> tuple[Tensor, dict]:
         chosen = rng.integers(len(bank), size=batch_size)
