@@ -12,6 +12,7 @@ from PIL import Image
 
 from dte_lab import panels
 from dte_lab.dual_path import PROJECTIONS, attention_layers
+from dte_lab.panels import quickstart
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def test_picture_grid_draws_each_picture_in_its_place(pictures):
 
 def test_words_figure_has_one_bar_per_word_and_embedding(pictures):
     cosines = {"predicted": [0.9, 0.2, -0.1], "tuned": [0.8, 0.3, 0.1]}
-    figure = panels.words_figure(cosines, ["cat", "dog", "car"])
+    figure = quickstart.words_figure(cosines, ["cat", "dog", "car"])
     (ax,) = figure.axes
     assert [label.get_text() for label in ax.get_yticklabels()] == ["cat", "dog", "car"]
     for bars, values in zip(ax.containers, cosines.values(), strict=True):
@@ -53,13 +54,13 @@ def test_words_figure_has_one_bar_per_word_and_embedding(pictures):
     hatches = [bars[0].get_hatch() for bars in ax.containers]
     assert len(set(hatches)) == 2, "the two must differ by more than colour"
 
-    with_picture = panels.words_figure({"guess": [0.5]}, ["cat"], pictures[0, 0])
+    with_picture = quickstart.words_figure({"guess": [0.5]}, ["cat"], pictures[0, 0])
     assert len(with_picture.axes) == 2 and with_picture.axes[1].get_legend() is None
 
 
 def test_steps_figure_puts_each_picture_over_its_step(pictures):
     strip = list(pictures.values())[:4]
-    figure = panels.steps_figure(strip, [3.0, 1.0, 2.0], [2.5, 2.0, 1.5, 1.0])
+    figure = quickstart.steps_figure(strip, [3.0, 1.0, 2.0], [2.5, 2.0, 1.5, 1.0])
     *thumbnails, curve = figure.axes
     assert len(thumbnails) == 4
     to_figure = curve.transData + figure.transFigure.inverted()
@@ -72,7 +73,7 @@ def test_steps_figure_puts_each_picture_over_its_step(pictures):
 
 def test_offset_sizes_are_relative_norms(tiny_backbone, tiny_offsets):
     offsets = tiny_offsets()
-    layers, sizes = panels.offset_sizes(tiny_backbone.unet, offsets)
+    layers, sizes = quickstart.offset_sizes(tiny_backbone.unet, offsets)
     assert sizes.shape == (len(layers), 4)
     assert layers == list(attention_layers(tiny_backbone.unet))
     name, column = layers[1], PROJECTIONS.index("to_out")
@@ -82,7 +83,7 @@ def test_offset_sizes_are_relative_norms(tiny_backbone, tiny_offsets):
     expected = change.square().sum().sqrt() / weight.square().sum().sqrt()
     assert sizes[1, column] == pytest.approx(expected.item(), rel=1e-5)
 
-    figure = panels.offsets_figure(layers, {"predicted": 0 * sizes, "tuned": sizes})
+    figure = quickstart.offsets_figure(layers, {"predicted": 0 * sizes, "tuned": sizes})
     left, right = figure.axes[:2]
     assert np.allclose(image_in(right), 100 * sizes)
     assert left.get_images()[0].get_clim() == right.get_images()[0].get_clim()
@@ -91,9 +92,9 @@ def test_offset_sizes_are_relative_norms(tiny_backbone, tiny_offsets):
 
 
 def test_no_offsets_at_all_can_be_drawn(tiny_backbone, tiny_offsets):
-    layers, sizes = panels.offset_sizes(tiny_backbone.unet, tiny_offsets(scale=0))
+    layers, sizes = quickstart.offset_sizes(tiny_backbone.unet, tiny_offsets(scale=0))
     assert not sizes.any()
-    panels.offsets_figure(layers, {"predicted": sizes}).savefig(io.BytesIO())
+    quickstart.offsets_figure(layers, {"predicted": sizes}).savefig(io.BytesIO())
 
 
 def colour_shown(panel):
@@ -106,7 +107,7 @@ def colour_shown(panel):
 
 
 def test_panel_follows_its_widgets(pictures):
-    panel = panels.blend_panel(pictures)
+    panel = quickstart.blend_panel(pictures)
     assert panel.view in panel.children
     for alpha, seed in pictures:
         panel.alpha.value = alpha
@@ -122,7 +123,7 @@ def test_show_stores_the_smaller_format_with_alt_text(monkeypatch, pictures):
     monkeypatch.setattr(IPython.display, "display", shown.append)
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     given = {
-        "a chart": panels.words_figure({"guess": [0.5]}, ["cat"]),
+        "a chart": quickstart.words_figure({"guess": [0.5]}, ["cat"]),
         "one colour": pictures[1, 0],
         "noise": Image.fromarray(noise),
     }
@@ -144,6 +145,6 @@ def test_describe_machine_names_the_device():
 
 def test_figures_leave_pyplot_alone(pictures):
     """Otherwise a notebook would show each figure twice."""
-    assert isinstance(panels.blend_figure(pictures, 0.5, 1), Figure)
+    assert isinstance(quickstart.blend_figure(pictures, 0.5, 1), Figure)
     pyplot = sys.modules.get("matplotlib.pyplot")
     assert pyplot is None or not pyplot.get_fignums()

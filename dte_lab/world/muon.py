@@ -1,7 +1,8 @@
 """Muon (Jordan et al. 2024) for the matrices inside a network, AdamW for all the rest.
 
-torch.optim.Muon refuses convolutions, and its Newton-Schulz iteration in bfloat16 takes seconds a
-step on a CPU; this one flattens convolutions and stays in the precision of the weights.
+torch.optim.Muon refuses convolutions, and its Newton-Schulz iteration is in bfloat16, which takes
+seconds a step on a CPU without instructions for it; this one flattens convolutions and is told the
+precision.
 """
 
 import re
@@ -24,15 +25,15 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in model.named_parameters() if p.ndim > 1 and inside.search(name)]
 
 
-def orthogonalise(matrix: Tensor) -> Tensor:
-    """About U V^T of a matrix (m, n) with singular value decomposition U S V^T."""
+def orthogonalise(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """About U V^T of a matrix (m, n) with singular value decomposition U S V^T, found in dtype."""
     a, b, c = COEFFICIENTS
     x = matrix.T if len(matrix) > matrix.shape[1] else matrix
-    x = x / (x.norm() + 1e-7)
+    x = (x / (x.norm() + 1e-7)).to(dtype)
     for _ in range(ITERATIONS):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if len(matrix) > matrix.shape[1] else x
+    return (x.T if len(matrix) > matrix.shape[1] else x).to(matrix.dtype)
 
 
 class MuonAdamW(torch.optim.AdamW):
@@ -40,6 +41,8 @@ class MuonAdamW(torch.optim.AdamW):
 
     Updates are scaled to the root mean square of AdamW's (arXiv 2502.16982), 0.2 times the rate.
     """
+
+    dtype = torch.float32  # of the orthogonalisation
 
     @torch.no_grad()
     def step(self) -> None:
@@ -65,7 +68,8 @@ class MuonAdamW(torch.optim.AdamW):
         momentum = state["momentum"].lerp_(p.grad, 1 - MOMENTUM)
         if dist.is_initialized() and index % dist.get_world_size() != dist.get_rank():
             return torch.zeros_like(p)
-        update = orthogonalise(p.grad.lerp(momentum, MOMENTUM).flatten(1))  # Nesterov
+        update = p.grad.lerp(momentum, MOMENTUM).flatten(1)  # Nesterov
+        update = orthogonalise(update, self.dtype)
         return update.mul(0.2 * max(update.shape) ** 0.5).view(p.shape)
 
 

@@ -38,6 +38,8 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.99)
     ema_decay: float = 0.999
     clip_norm: float = 1.0
+    # bf16 is 1.7 x as fast on a CPU with avx512_bf16 (lscpu), and many times slower without.
+    mixed_precision: str = "no"
     seed: int = 0
     log_every: int = 50
     sample_every: int = 1000
@@ -59,13 +61,16 @@ def build_optimizer(model: nn.Module, c: TrainConfig) -> MuonAdamW:
         {"params": [p for p in rest if p.ndim > 1], "peak": c.learning_rate},
         {"params": [p for p in rest if p.ndim <= 1], "peak": c.learning_rate, "weight_decay": 0.0},
     ]
-    return MuonAdamW(
+    optimizer = MuonAdamW(
         [group for group in groups if group["params"]],
         lr=c.learning_rate,
         betas=c.betas,
         weight_decay=c.weight_decay,
         fused=True,
     )
+    if c.mixed_precision == "bf16":
+        optimizer.dtype = torch.bfloat16
+    return optimizer
 
 
 def rank() -> int:
@@ -144,7 +149,10 @@ def train(
 
     while step < config.steps and not _time_is_up(start, minutes):
         torch.manual_seed((config.seed + 997 * this) * 1_000_003 + step)
-        value, logs = loss(model, np.random.default_rng((config.seed, step, this)))
+        with torch.autocast(
+            torch.device(device).type, torch.bfloat16, enabled=config.mixed_precision == "bf16"
+        ):
+            value, logs = loss(model, np.random.default_rng((config.seed, step, this)))
         optimizer.zero_grad(set_to_none=True)
         (value / processes).backward()
         share_sums([p.grad for p in model.parameters() if p.grad is not None])

@@ -128,7 +128,7 @@ show(
 
 # %%
 from dte_lab.features import image_features
-from dte_lab.panels import words_figure
+from dte_lab.panels.quickstart import words_figure
 
 features = image_features(pipe.backbone, pipe.pixels([picture]))
 guess = pipe.encoder.zero_shot(features.embeds)  # (1, d)
@@ -271,7 +271,7 @@ strip = [
 # %%
 from statistics import stdev
 
-from dte_lab.panels import steps_figure
+from dte_lab.panels.quickstart import steps_figure
 
 print(
     f"loss that tuning saw: {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last, "
@@ -294,7 +294,7 @@ show(
 # prompt.
 
 # %%
-from dte_lab.panels import offset_sizes, offsets_figure
+from dte_lab.panels.quickstart import offset_sizes, offsets_figure
 
 layers, before = offset_sizes(pipe.backbone.unet, predicted.offsets)
 layers, after = offset_sizes(pipe.backbone.unet, concept.offsets)
@@ -406,7 +406,7 @@ checks.blend(blend)
 # %%
 from IPython.display import display
 
-from dte_lab.panels import blend_panel
+from dte_lab.panels.quickstart import blend_panel
 
 display(blend_panel(blended))
 

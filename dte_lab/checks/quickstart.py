@@ -1,12 +1,9 @@
-"""One check per exercise of the notebooks: `checks.NAME(your_function)`.
-
-A check prints one line when the function is right. When it is wrong it raises AssertionError with
-a sentence that says where to look: the known mistakes are recognised by what they return. The
-NotImplementedError of a part not yet written goes through.
-"""
+"""Checks of the exercises in 00_quickstart."""
 
 import torch
 import torch.nn.functional as F
+
+from dte_lab.checks.compare import call, compare
 
 
 def nearest_words(answer):
@@ -17,7 +14,7 @@ def nearest_words(answer):
     angle = torch.deg2rad(45 + torch.tensor([5.0, -25.0, 40.0, 60.0, 100.0, 170.0]))
     table = length[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)  # (6, 2)
     v = F.normalize(torch.tensor([1.0, 1.0]), dim=0)
-    got = _call(answer, v, table, words, 3)
+    got = call(answer, v, table, words, 3)
     if not isinstance(got, list | tuple) or len(got) != 3 or not set(got) <= set(words):
         raise AssertionError(f"Return a list of k words, here 3 of {words}; got {got!r}.")
     got = list(got)
@@ -26,7 +23,7 @@ def nearest_words(answer):
         return [words[i] for i in score.topk(3).indices.tolist()]
 
     cosine = F.cosine_similarity(table, v[None], dim=1)
-    _compare(
+    compare(
         got,
         ranked(cosine),
         {
@@ -55,8 +52,8 @@ def low_rank_offset(answer):
     x, weight = torch.randn(3, 5, generator=g), torch.randn(4, 5, generator=g)
     a, b = torch.randn(5, 2, generator=g), torch.randn(2, 4, generator=g)
     base, extra = x @ weight.T, x @ a @ b
-    _compare(
-        _call(answer, x, weight, a, b),
+    compare(
+        call(answer, x, weight, a, b),
         base + extra,
         {
             "The layer itself is missing: W stays, A B only comes on top.": extra,
@@ -77,8 +74,8 @@ def blend(answer):
     g = torch.Generator().manual_seed(0)
     soft, hard = torch.randn(2, 5, 8, generator=g), torch.randn(2, 5, 8, generator=g)
     for alpha in (0.8, 0.0, 1.0):
-        _compare(
-            _call(answer, soft, hard, alpha),
+        compare(
+            call(answer, soft, hard, alpha),
             alpha * soft + (1 - alpha) * hard,
             {
                 "The two paths are swapped: alpha = 1 is the soft path alone.": (1 - alpha) * soft
@@ -94,38 +91,3 @@ def blend(answer):
             f"With alpha = {alpha} the result should be {alpha:g} * soft + {1 - alpha:g} * hard.",
         )
     print("blend: right. alpha = 1 is the prediction alone, alpha = 0 the model's own word.")
-
-
-def _call(answer, *arguments):
-    try:
-        return answer(*(a.clone() if isinstance(a, torch.Tensor) else a for a in arguments))
-    except NotImplementedError:
-        raise
-    except Exception as error:
-        shapes = [tuple(a.shape) for a in arguments if isinstance(a, torch.Tensor)]
-        raise AssertionError(
-            f"Your function stopped with {type(error).__name__}: {error}. "
-            f"It was given tensors of shapes {', '.join(map(str, shapes))}."
-        ) from error
-
-
-def _compare(got, expected, mistakes, advice):
-    """Raise AssertionError with the mistake whose result `got` is, else with general advice."""
-    if _same(got, expected):
-        return
-    if isinstance(expected, torch.Tensor) and not isinstance(got, torch.Tensor):
-        raise AssertionError(f"Return a tensor; got {type(got).__name__}.")
-    for sentence, wrong in mistakes.items():
-        if not _same(wrong, expected) and _same(got, wrong):
-            raise AssertionError(sentence)
-    if isinstance(expected, torch.Tensor) and got.shape != expected.shape:
-        raise AssertionError(
-            f"The result has shape {tuple(got.shape)}, expected {tuple(expected.shape)}. {advice}"
-        )
-    raise AssertionError(f"The result is not right yet. {advice}")
-
-
-def _same(a, b):
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return a.shape == b.shape and torch.allclose(a.float(), b.float(), atol=1e-5)
-    return type(a) is type(b) and not isinstance(a, torch.Tensor) and a == b

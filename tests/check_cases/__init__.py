@@ -1,0 +1,1 @@
+"""Right and wrong answers to the notebooks' exercises, one module per notebook."""
