@@ -17,6 +17,10 @@ Out = Annotated[Path, typer.Option("--out", help="Folder for what is written.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Train this many steps in all.")]
 Minutes = Annotated[float | None, typer.Option(min=0, help="Stop this call after so long.")]
 Device = Annotated[str, typer.Option(help="cpu, or cuda for a GPU.")]
+Precision = Annotated[
+    str,
+    typer.Option(help="no, or bf16: faster where the processor has it (avx512_bf16, or a GPU)."),
+]
 Backbone = Annotated[str, typer.Option(help="small, or a folder with a model of the small world.")]
 Run = Annotated[Path, typer.Option(help="OUT of its `dte world train`.")]
 
@@ -126,12 +130,13 @@ def autoencoder(
     steps: Steps = None,
     minutes: Minutes = None,
     device: Device = "cpu",
+    mixed_precision: Precision = "no",
 ) -> None:
     """Train the autoencoder; writes OUT/vae."""
     from dte_lab.world import train_autoencoder
 
     options = given(parts=parts, steps=steps, minutes=minutes)
-    train_autoencoder.main(out, device=device, **options)
+    train_autoencoder.main(out, device=device, mixed_precision=mixed_precision, **options)
 
 
 @train.command()
@@ -141,11 +146,13 @@ def clip(
     steps: Steps = None,
     minutes: Minutes = None,
     device: Device = "cpu",
+    mixed_precision: Precision = "no",
 ) -> None:
     """Train CLIP; writes OUT/tokenizer, text_encoder, image_encoder and feature_extractor."""
     from dte_lab.world import train_clip
 
-    train_clip.main(out, parts, device=device, **given(steps=steps, minutes=minutes))
+    options = given(steps=steps, minutes=minutes)
+    train_clip.main(out, parts, device=device, mixed_precision=mixed_precision, **options)
 
 
 @train.command()
@@ -155,11 +162,13 @@ def unet(
     steps: Steps = None,
     minutes: Minutes = None,
     device: Device = "cpu",
+    mixed_precision: Precision = "no",
 ) -> None:
     """Train the UNet on the latents of the small world; writes OUT/unet and OUT/scheduler."""
     from dte_lab.world import train_unet
 
-    train_unet.main(out, parts, device=device, **given(steps=steps, minutes=minutes))
+    options = given(steps=steps, minutes=minutes)
+    train_unet.main(out, parts, device=device, mixed_precision=mixed_precision, **options)
 
 
 @world.command()

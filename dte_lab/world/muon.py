@@ -17,12 +17,13 @@ MOMENTUM = 0.95
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """Weights of linear layers and convolutions inside the layers or blocks of a network.
+    """Trainable weights of linear layers and convolutions inside the layers or blocks of a network.
 
     Embeddings, first and last layers are not among them, as Muon's author advises.
     """
-    inside = re.compile(r"(layers|blocks?)\.")
-    return [p for name, p in model.named_parameters() if p.ndim > 1 and inside.search(name)]
+    inside = re.compile(r"(layers|blocks?|conv[12])\.")
+    named = model.named_parameters()
+    return [p for name, p in named if p.ndim > 1 and p.requires_grad and inside.search(name)]
 
 
 def orthogonalise(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -49,6 +49,7 @@ def main(
     seed: int = 0,
     batch_size: int = 32,
     device: str = "cpu",
+    mixed_precision: str = "no",
 ) -> None:
     """Train and save the EMA weights to `out/vae` in the diffusers layout."""
     torch.manual_seed(seed)
@@ -84,7 +85,9 @@ def main(
         steps=steps,
         batch_size=batch_size,
         learning_rate=1e-3,
+        muon_learning_rate=3e-3,
         warmup_steps=100,
+        mixed_precision=mixed_precision,
         seed=seed,
         sample_every=200,
     )

@@ -136,7 +136,7 @@ def start_from_pictures(
         for token in set(ids) - grammar:
             row[token] += ids.count(token)
     gram = counts @ counts.T + 0.1 * torch.eye(len(counts))
-    codes = counts.T @ torch.linalg.solve(gram, pictures.codes())  # (tokens, 128)
+    codes = counts.T @ torch.linalg.solve(gram, pictures.codes())  # (tokens, CODE)
     is_name = counts.sum(0) > 0
     tokens = text.text_model.embeddings.token_embedding.weight
     positions = text.text_model.embeddings.position_embedding.weight
@@ -206,6 +206,7 @@ def train_text(
     minutes: float | None,
     seed: int,
     device: str,
+    mixed_precision: str,
 ) -> CLIPTextModelWithProjection:
     """Phase 1: see the module's docstring."""
     pictures = CanonicalPictures(vae)
@@ -252,6 +253,7 @@ def train_text(
         decay_fraction=0.4,
         ema_decay=0.995,
         seed=seed,
+        mixed_precision=mixed_precision,
         sample_every=200,
     )
     return train(out, model, config, loss, sample, minutes, device).text
@@ -278,6 +280,7 @@ def train_towers(
     minutes: float | None,
     seed: int,
     device: str,
+    mixed_precision: str,
 ) -> Towers:
     """Phase 2: see the module's docstring."""
     torch.manual_seed(seed)
@@ -340,6 +343,7 @@ def train_towers(
         muon_learning_rate=3e-3,
         ema_decay=0.998,
         seed=seed,
+        mixed_precision=mixed_precision,
         sample_every=250,
     )
     return train(out, model, config, loss, sample, minutes, device)
@@ -352,6 +356,7 @@ def main(
     minutes: float | None = None,
     seed: int = 0,
     device: str = "cpu",
+    mixed_precision: str = "no",
 ) -> None:
     """Train both phases, `steps` each; `minutes` stops the phase that is under way.
 
@@ -361,12 +366,14 @@ def main(
     out = Path(out)
     tokenizer = build_tokenizer()
     vae = PatchAutoencoder.from_pretrained(Path(parts) / "vae").eval()
-    text = train_text(out / "text", tokenizer, vae, steps, minutes, seed, device)
+    how = {"steps": steps, "minutes": minutes, "seed": seed, "device": device}
+    how["mixed_precision"] = mixed_precision
+    text = train_text(out / "text", tokenizer, vae, **how)
     if rank() == 0:
         tokenizer.save_pretrained(out / "tokenizer")
         text.save_pretrained(out / "text_encoder")
     text = text.requires_grad_(False)
-    towers = train_towers(out / "towers", tokenizer, text, steps, minutes, seed, device)
+    towers = train_towers(out / "towers", tokenizer, text, **how)
     if rank() > 0:
         return
     text.text_projection = towers.projection

@@ -31,8 +31,6 @@ from dte_lab.world.training import TrainConfig, rank, train, wait
 CAPTION_DROPOUT = 0.1  # the share of empty captions, for classifier-free guidance
 TIMESTEP_POWER = 2.0  # t / 1000 = u ** (1 / 2): more steps where the caption decides the picture
 
-MUON_LEARNING_RATE = 3e-3
-
 SCHEDULER = {
     "num_train_timesteps": 1000,
     "beta_schedule": "squaredcos_cap_v2",  # ends in pure noise: colours come out right
@@ -89,6 +87,7 @@ def main(
     batch_size: int = 32,
     bank_size: int = 40_000,
     device: str = "cpu",
+    mixed_precision: str = "no",
 ) -> None:
     """Train and save the EMA weights to `out/unet`, the sampler's settings to `out/scheduler`."""
     out, parts = Path(out), Path(parts)
@@ -156,7 +155,8 @@ def main(
         steps=steps,
         batch_size=batch_size,
         learning_rate=1e-3,
-        muon_learning_rate=MUON_LEARNING_RATE,
+        muon_learning_rate=3e-3,
+        mixed_precision=mixed_precision,
         ema_decay=0.998,
         seed=seed,
         sample_every=500,
