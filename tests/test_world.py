@@ -156,6 +156,13 @@ def test_pairs_are_pure_and_prompts_hold_the_placeholder():
     assert 0.15 < kinds["picture of S*"] / 300 < 0.35
 
 
+def test_pairs_of_fewer_concepts_are_spread_over_all_groups():
+    few = ConceptPairs(count=50)
+    assert len(set(few.names)) == 50 and set(few.names) < set(ConceptPairs().names)
+    groups = {concepts()[name].group for name in ConceptPairs().names}
+    assert {concepts()[name].group for name in few.names} == groups
+
+
 def test_pca_start_is_as_good_as_pca_and_round_trips(tmp_path):
     x, _, _ = random_batch(np.random.default_rng(0), 128)
     vae = PatchAutoencoder(width=32, fine_width=16)
@@ -264,6 +271,22 @@ def test_orthogonalise_sets_singular_values_to_about_one():
         ours = orthogonalise(matrix)
         assert torch.linalg.svdvals(ours).sub(1).abs().max() < 0.35  # as Muon's author has it
         assert torch.cosine_similarity(ours.flatten(), (u @ v).flatten(), dim=0) > 0.95
+
+
+def test_bf16_is_used_where_it_is_asked_for(tmp_path):
+    seen = []
+
+    def loss(model, rng):
+        y = model["blocks"](torch.ones(2, 8))
+        seen.append(y.dtype)
+        return y.float().square().mean(), {}
+
+    for precision, dtype in (("no", torch.float32), ("bf16", torch.bfloat16)):
+        model = torch.nn.ModuleDict({"blocks": torch.nn.Sequential(torch.nn.Linear(8, 8))})
+        config = TrainConfig(2, 2, 1e-3, muon_learning_rate=1e-3, mixed_precision=precision)
+        assert build_optimizer(model, config).dtype == dtype
+        trained = train(tmp_path / precision, model, config, loss, lambda model, step: {})
+        assert seen[-1] == dtype and trained["blocks"][0].weight.dtype == torch.float32
 
 
 def test_muon_moves_hidden_matrices_and_adamw_the_rest():

@@ -21,6 +21,7 @@ SHORT_PROMPT = 0.3  # of the prompts that name a scene alone: "S* at night", as 
 class ConceptPairs(Dataset):
     """Item i is a pure function of (seed, i), so a resumed run sees what it would have seen.
 
+    `count` concepts of the splits, spread evenly over their order, which is by kind; None for all.
     Items are dicts: `image` and `target` (3, 64, 64) in [-1, 1], `prompt` with "S*", `concept` id.
     """
 
@@ -29,8 +30,11 @@ class ConceptPairs(Dataset):
         splits: tuple[str, ...] = ("train", "extra"),
         length: int = 1_000_000,
         seed: int = 0,
+        count: int | None = None,
     ):
-        self.names = [name for split in splits for name in split_names(split)]
+        names = [name for split in splits for name in split_names(split)]
+        count = len(names) if count is None else count
+        self.names = [names[i * len(names) // count] for i in range(count)]
         self.length, self.seed = length, seed
 
     def __len__(self) -> int:
