@@ -71,9 +71,8 @@ def truth(item: Item, edit: Edit, seed: int = 0) -> Tensor:
 
 
 def object_mask(name: str, style: str) -> Tensor:
-    """(48, 48) bool in the sprite's box: where it or its mirror image is; both are correct."""
-    alpha = torch.from_numpy(sprite(name, style, SPRITE_PX)[..., 3] > 0.1)
-    return alpha | alpha.flip(-1)
+    """(48, 48) bool in the sprite's box: where it is."""
+    return torch.from_numpy(sprite(name, style, SPRITE_PX)[..., 3] > 0.1)
 
 
 def object_region(x: Tensor, mask: Tensor) -> Tensor:

@@ -62,8 +62,8 @@ class Measures:
 
         own = object_mask(item.name, item.style)
         features = self._features(object_region(x, own))  # (E*S, 1280)
-        identity = _best(features, self._both_ways(object_region(given, own)))[:, 0].view(E, S)
-        margin = identity - _best(features, self._others(item)).mean(-1).view(E, S)
+        identity = (features @ self._features(object_region(given, own)).T).view(E, S)
+        margin = identity - (features @ self._others(item).T).mean(-1).view(E, S)
         features = features.view(E, S, -1)
         pairs = (features @ features.mT)[:, ~torch.eye(S, dtype=torch.bool)]  # (E, S * (S - 1))
         to_truth = [self._to_truth(drawn[i], item, edit) for i, edit in enumerate(edits)]
@@ -93,32 +93,22 @@ class Measures:
     def _features(self, x: Tensor) -> Tensor:
         return F.normalize(self.outside.features(x), dim=-1)
 
-    def _both_ways(self, x: Tensor) -> Tensor:
-        """Features of x (n, 3, H, W), and of its mirror images, which are as true: (2, n, 1280)."""
-        return self._features(torch.cat([x, x.flip(-1)])).unflatten(0, (2, len(x)))
-
     def _others(self, item: Item) -> Tensor:
-        """Features (2, n, 1280) of the other concepts of the item's split and their mirror images,
-        in its style, scene and mask: so the mask's outline does not tell which is the right one.
+        """Features (n, 1280) of the other concepts of the item's split, in its style and scene,
+        and in its mask, so that the mask's outline does not tell which is the right one.
         """
         if self._latest != item:
             names = [n for n in split_names(concepts()[item.name].split) if n != item.name]
             x = torch.cat([replace(item, name=name).picture() for name in names])
             x = object_region(x, object_mask(item.name, item.style))
-            self._latest, self._features_of_others = item, self._both_ways(x)
+            self._latest, self._features_of_others = item, self._features(x)
         return self._features_of_others
 
     def _to_truth(self, x: Tensor, item: Item, edit: Edit) -> tuple[Tensor, Tensor]:
         """Similarity and RMSE (S,) of pictures (S, 3, 64, 64) to the true rendering."""
         mask, true = object_mask(item.name, edit.style), truth(item, edit)[None]
-        reference = self._both_ways(object_region(true, mask))
-        similarity = _best(self._features(object_region(x, mask)), reference)[:, 0]
-        pixels = torch.cat([true, true.flip(-1)])[..., BOX, BOX][..., mask]  # (2, 3, n)
-        errors = x[..., BOX, BOX][..., mask][:, None] - pixels  # (S, 2, 3, n)
-        errors = errors.square().mean((2, 3)).sqrt() / 2  # (S, 2)
-        return similarity, errors.amin(-1)
-
-
-def _best(features: Tensor, both_ways: Tensor) -> Tensor:
-    """Cosine of (m, 1280) to the more similar of each of n references and its mirror: (m, n)."""
-    return torch.einsum("mf,wnf->wmn", features, both_ways).amax(0)
+        reference = self._features(object_region(true, mask))[0]
+        similarity = self._features(object_region(x, mask)) @ reference
+        pixels = true[..., BOX, BOX][..., mask]  # (1, 3, n)
+        errors = x[..., BOX, BOX][..., mask] - pixels  # (S, 3, n)
+        return similarity, errors.square().mean((1, 2)).sqrt() / 2
