@@ -39,10 +39,13 @@ from dte_lab.checkpoint import (
 from dte_lab.files import write_atomically
 from dte_lab.objective import objective
 from dte_lab.pipeline import DTEPipeline, to_pil
+from dte_lab.predictions import Predictions
 from dte_lab.tokens import PromptEncoder
 
+LOGS = ("log.jsonl", "predictions.jsonl")
 FREE_TO_CHANGE = {  # between two pieces of one run
-    "steps", "num_workers", "log_every", "checkpoint_every", "sample_every", "max_minutes",
+    "steps", "num_workers", "log_every", "checkpoint_every", "sample_every", "predict_every",
+    "max_minutes",
 }  # fmt: skip
 
 
@@ -74,19 +77,22 @@ class PretrainConfig:
     log_every: int = 20
     checkpoint_every: int = 250
     sample_every: int = 500
+    predict_every: int = 20
     max_minutes: float | None = None
 
 
 def pretrain(
     backbone, encoder, dataset, config=None, out_dir="runs/encoder",
-    eval_images=(), eval_prompts=("a picture of S*",), callback=None, progress=True,
+    eval_images=(), eval_prompts=("a picture of S*",), watched_images=(), callback=None,
+    progress=True,
 ):  # fmt: skip
     """Train `encoder` in place; continues from `out_dir` when that holds a checkpoint.
 
     dataset: map-style torch Dataset; item i is a pure function of i, a dict of image (3, H, W) and
     target (3, H, W) in [-1, 1], prompt (str with "S*") and concept (int id).
     Writes to out_dir: log.jsonl, checkpoint.safetensors (the whole state), encoder/ (EMA weights,
-    for `load_encoder`) and samples/ (grids of eval_images with their predictions).
+    for `load_encoder`), samples/ (grids of eval_images with their predictions) and, of
+    watched_images, predictions.jsonl (see predictions.py).
     callback: called with a dict of each log line, and with {"step", "grid"} for each sample grid.
     Returns the encoder with its EMA weights loaded. Once all steps are done a call only does that.
 
@@ -133,6 +139,13 @@ def pretrain(
         total=config.steps, initial=first, desc="pretrain", disable=not (progress and is_main)
     )
 
+    predictions = None
+    if is_main and len(watched_images):
+        watched = DTEPipeline(backbone, encoder).pixels(watched_images)
+        predictions = Predictions(out_dir / LOGS[1], backbone, encoder, watched, prompt_encoder)
+        if first == 0:
+            predictions.write(encoder, 0)
+
     step = first
     for batch in loader:
         lr = learning_rate(step, config)
@@ -171,6 +184,9 @@ def pretrain(
                     callback(line)
         if is_main and (step % config.checkpoint_every == 0 or last):
             save_checkpoint(out_dir, encoder, optimizer, ema, config, step)
+        if predictions is not None and (step % config.predict_every == 0 or last):
+            with ema_weights(ema, encoder):
+                predictions.write(encoder, step)
         if is_main and len(eval_images) and (step % config.sample_every == 0 or last):
             with ema_weights(ema, encoder):
                 grid = sample_grid(DTEPipeline(backbone, encoder), eval_images, eval_prompts)
@@ -321,10 +337,10 @@ def load_checkpoint(out_dir, encoder, optimizer, ema, config):
     ema.optimization_step = step
     restore_optimizer(optimizer, parts["optimizer"])
 
-    log = out_dir / "log.jsonl"  # forget what was logged after the checkpoint
-    if log.is_file():
-        lines = [x for x in log.read_text().splitlines() if _step_of(x) <= step]
-        write_atomically(log, "".join(x + "\n" for x in lines).encode())
+    for log in (out_dir / name for name in LOGS):  # forget what was logged after the checkpoint
+        if log.is_file():
+            lines = [x for x in log.read_text().splitlines() if _step_of(x) <= step]
+            write_atomically(log, "".join(x + "\n" for x in lines).encode())
     return step
 
 

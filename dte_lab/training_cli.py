@@ -45,6 +45,9 @@ def pretrain(
         int | None, typer.Option(min=1, help="Of all processes together.")
     ] = None,
     rank: Annotated[int | None, typer.Option(min=1, max=16, help="Rank of the offsets.")] = None,
+    regulariser: Annotated[
+        str | None, typer.Option(help="Of v*: contrastive, or none or another to compare it with.")
+    ] = None,
     device: Device = "cpu",
     mixed_precision: Annotated[
         str, typer.Option(help="no, bf16 or fp16: of frozen parts and autocast.")
@@ -91,7 +94,7 @@ def pretrain(
         raise ValueError(f"{backbone} is no model of the small world: say --data FOLDER.")
     pretrain(
         parts,
-        TuningEncoder.from_backbone(parts, DTEConfig(**given(rank=rank))),
+        TuningEncoder.from_backbone(parts, DTEConfig(**given(rank=rank, regulariser=regulariser))),
         dataset,
         PretrainConfig(
             mixed_precision=mixed_precision,
@@ -108,6 +111,7 @@ def pretrain(
         out_dir=out,
         eval_images=shown,
         eval_prompts=prompts,
+        watched_images=shown,
     )
 
 

@@ -301,10 +301,12 @@ def test_pretrain_starts_a_run(dte, monkeypatch, model, tmp_path):
         item = dataset[0]
         assert {"image", "target", "prompt", "concept"} <= set(item)
         assert (config.steps, options["out_dir"]) == (3, tmp_path)
-        assert encoder.config.clip_dim and len(options["eval_images"]) == 4
+        assert encoder.config.clip_dim and encoder.dte.regulariser == "none"
+        assert len(options["eval_images"]) == len(options["watched_images"]) == 4
 
     monkeypatch.setattr("dte_lab.pretrain.pretrain", record)
-    code, _, err = dte("pretrain", "--out", tmp_path, "--backbone", model, "--steps", "3")
+    arguments = ["--backbone", model, "--steps", "3", "--regulariser", "none"]
+    code, _, err = dte("pretrain", "--out", tmp_path, *arguments)
     assert code == 0, err
 
 

@@ -215,6 +215,48 @@ def test_sampling_does_not_change_training(tiny_backbone, tiny_config, tmp_path,
         assert torch.equal(x, y)
 
 
+def test_predictions_of_watched_pictures_are_those_of_the_encoder(
+    tiny_backbone, tiny_config, tmp_path, picture
+):
+    """At step 0 and every so many steps, with the EMA weights; a resumed run goes on with them."""
+    from dte_lab.pipeline import DTEPipeline
+    from dte_lab.predictions import read_predictions
+
+    pictures = [picture, picture.rotate(90)]
+    pixels = DTEPipeline(
+        tiny_backbone, TuningEncoder.from_backbone(tiny_backbone, tiny_config)
+    ).pixels(pictures)
+    config = dataclasses.replace(CONFIG, steps=4, predict_every=2, learning_rate=0.05)
+    options = {"watched_images": pictures}
+    trained = run(tiny_backbone, tiny_config, tmp_path / "whole", config, **options)
+    steps, v_star = read_predictions(tmp_path / "whole" / "predictions.jsonl")
+    assert steps.tolist() == [0, 2, 4] and v_star.shape == (3, 2, 24)
+    fresh = TuningEncoder.from_backbone(tiny_backbone, tiny_config).eval()
+    for encoder, row in ((fresh, v_star[0]), (trained, v_star[-1])):
+        for image, v in zip(pixels, row, strict=True):
+            predicted = encoder.predict(tiny_backbone, image[None]).v_star[0]
+            torch.testing.assert_close(torch.tensor(v), predicted, atol=2e-6, rtol=0)
+    assert abs(v_star[-1] - v_star[0]).max() > 1e-3
+
+    unwatched = run(tiny_backbone, tiny_config, tmp_path / "unwatched", config)
+    for x, y in zip(trained.parameters(), unwatched.parameters(), strict=True):
+        assert torch.equal(x, y)
+    assert not (tmp_path / "unwatched" / "predictions.jsonl").exists()
+
+    def interrupt(line):  # after the prediction of step 2, before its checkpoint
+        if line["step"] == 3:
+            raise Interrupted
+
+    late = dataclasses.replace(config, checkpoint_every=3)
+    with pytest.raises(Interrupted):
+        run(tiny_backbone, tiny_config, tmp_path / "pieces", late, callback=interrupt, **options)
+    run(tiny_backbone, tiny_config, tmp_path / "pieces", late, **options)
+    whole, pieces = (
+        (tmp_path / name / "predictions.jsonl").read_text() for name in ("whole", "pieces")
+    )
+    assert whole == pieces
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
     tiny_backbone, tiny_config, tmp_path
 ):

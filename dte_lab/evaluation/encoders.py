@@ -15,7 +15,9 @@ from dte_lab.evaluation.run import evaluate
 from dte_lab.evaluation_cli import report
 from dte_lab.pipeline import DTEPipeline
 from dte_lab.pretrain import PretrainConfig, pretrain
+from dte_lab.training_cli import SAMPLE_CONCEPTS
 from dte_lab.world.pairs import ConceptPairs
+from dte_lab.world.scenes import render_image
 
 # The paper's next check 3, open question 1, and what its contrastive term is compared with. Of each
 # group the base variant is a member: rank 4, all concepts, contrastive.
@@ -30,7 +32,11 @@ def train(backbone, runs: Path, name: str, steps: int, concepts=None, **options)
     """Folder of a finished encoder; concepts: how many to train on, None for all of them."""
     encoder = TuningEncoder.from_backbone(backbone, DTEConfig(**options))
     config = PretrainConfig(steps=steps, checkpoint_every=200)
-    pretrain(backbone, encoder, ConceptPairs(count=concepts), config, out_dir=runs / name)
+    watched = [render_image(concept, "fluent", "white") for concept in SAMPLE_CONCEPTS]
+    pretrain(
+        backbone, encoder, ConceptPairs(count=concepts), config, out_dir=runs / name,
+        watched_images=watched,
+    )  # fmt: skip
     return runs / name / "encoder"
 
 
