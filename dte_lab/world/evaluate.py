@@ -95,13 +95,15 @@ class Judge:
         hit = ranks == np.array([names.index(n) for n in truth])[:, None]
         return hit[:, 0], hit[:, :5].any(1)
 
+    def nearest_concepts(self, x: Tensor) -> list[str]:
+        names = split_names("train")
+        return [names[i] for i in self.ranks(x, [caption(n, None, None) for n in names])[:, 0]]
 
-def group_hits(judge: Judge, x: Tensor, truth: list[str]) -> np.ndarray:
-    """Whether the train concept nearest to each picture belongs to the right group."""
-    names = split_names("train")
-    nearest = judge.ranks(x, [caption(n, None, None) for n in names])[:, 0]
-    group = [concepts()[names[i]].group for i in nearest]
-    return np.array([g == concepts()[t].group for g, t in zip(group, truth, strict=True)])
+
+def group_hits(nearest: list[str], truth: list[str]) -> np.ndarray:
+    """Whether the train concepts nearest to pictures belong to the groups of what they show."""
+    pairs = zip(nearest, truth, strict=True)
+    return np.array([concepts()[a].group == concepts()[b].group for a, b in pairs])
 
 
 def generate(backbone: Backbone, captions: list[str], seed: int) -> Tensor:
@@ -159,10 +161,17 @@ class Classifier:
         parts = tqdm(box.split(50), desc="judging", disable=len(box) < 500)
         return torch.cat([self.judge.features(part) for part in parts]).double().numpy()
 
+    def scores(self, features: np.ndarray) -> np.ndarray:
+        """(B, names, STYLES) for features (B, 1280); the largest is the most likely."""
+        scores = self.analysis.decision_function(features)
+        return scores.reshape(len(features), len(self.names), len(STYLES))
+
+    def nearest_concepts(self, x: Tensor) -> list[str]:
+        return [self.names[i] for i in self.scores(self.features(x)).max(2).argmax(1)]
+
     def hits(self, features: np.ndarray, items: list[tuple]) -> dict[str, np.ndarray]:
         """Whether pictures with features (B, 1280) show the concept and style of their items."""
-        scores = self.analysis.decision_function(features)
-        scores = scores.reshape(len(features), len(self.names), len(STYLES))
+        scores = self.scores(features)
         true = np.array([self.names.index(item[0]) for item in items])
         top = scores.max(2).argsort(axis=1)[:, ::-1][:, :5] == true[:, None]
         style = scores.max(1).argmax(1) == [STYLES.index(item[1]) for item in items]
@@ -217,7 +226,11 @@ def main(out: Path, backbone: str = "small", n: int = 500) -> dict:
     x, _, items = random_batch(np.random.default_rng(20_000), 240, "val")
     y = b.decode_latents(b.encode_images(x))
     results["autoencoder_psnr_val_db"] = {"mean": psnr(y, x), "n": len(x)}
-    results["clip_group_of_val_concepts"] = interval(group_hits(judge, x, [i[0] for i in items]))
+    for key, names in (
+        ("clip", judge.nearest_concepts(x)),
+        ("outside", classifier.nearest_concepts(x)),
+    ):
+        results[f"{key}_group_of_val_concepts"] = interval(group_hits(names, [i[0] for i in items]))
 
     x, _, items = random_batch(np.random.default_rng(20_001), 1000)
     top1, top5 = judge.concept_hits(x, [i[0] for i in items])
@@ -275,6 +288,7 @@ def table(results: dict) -> str:
         ("clip_style", "CLIP, style"),
         ("clip_scene", "CLIP, scene"),
         ("clip_group_of_val_concepts", "CLIP, group of an unseen concept by its nearest name"),
+        ("outside_group_of_val_concepts", "the outside classifier, the same"),
     ):
         rows.append(share(name, results[key]))
     names = {
