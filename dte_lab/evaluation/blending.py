@@ -18,16 +18,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 from tqdm.auto import tqdm
 
 from dte_lab.evaluation.edits import Edit, Item, edits, items
 from dte_lab.evaluation.measures import Measures
 from dte_lab.evaluation.methods import parse
-from dte_lab.evaluation.report import OF_CONCEPT, summarise
 from dte_lab.evaluation.run import draw, fingerprint, versions
 from dte_lab.files import write_atomically
 from dte_lab.pipeline import DTEPipeline, to_pil
+from dte_lab.world.evaluate import interval
 
 SETTINGS = [  # (pairing, granularity, alpha_blend)
     *(("figure", "attention", alpha) for alpha in (0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1)),
@@ -38,7 +39,6 @@ SETTINGS = [  # (pairing, granularity, alpha_blend)
 SETTING = ("pairing", "granularity", "alpha_blend")
 SCENES = ("beach", "night", "snow", "red", "forest")
 MEASURED = ("identity", "identity_margin", "clip_i_small", "scene", "clip_t_small", "diversity")
-DERIVED = ("identity_scaled", "fidelity", "fidelity_small")
 
 
 def blending(
@@ -102,22 +102,28 @@ def concept_rows(
     return [row | {"hard_word": word} for row in rows]
 
 
+def by_setting(rows: list[dict]) -> dict[tuple, dict[str, np.ndarray]]:
+    """{(pairing, granularity, alpha_blend): {measure: one value per concept, in one order}}.
+
+    Adds `identity_scaled`: the margin of identity over other concepts, in units of the mean margin
+    of true renderings. 0: no more like this concept than like any other; 1: as a true rendering.
+    """
+    true = [row["identity_margin"] for row in rows if row["pairing"] is None]
+    table = {}
+    for setting in dict.fromkeys(tuple(row[key] for key in SETTING) for row in rows):
+        if setting[0] is not None:
+            of_setting = [row for row in rows if tuple(row[key] for key in SETTING) == setting]
+            values = {name: np.array([row[name] for row in of_setting]) for name in MEASURED}
+            scaled = values["identity_margin"] / np.mean(true)
+            table[setting] = values | {"identity_scaled": scaled}
+    return table
+
+
 def means(rows: list[dict]) -> list[dict]:
     """One dict per setting: {mean, low, high, n} of each measure, intervals over concepts."""
-    as_run = [  # the form of `dte evaluate`, so that the same code summarises both
-        dict.fromkeys(OF_CONCEPT)
-        | row
-        | {"is_style": 0, "steps": 0, "method": tuple(row[key] for key in SETTING)}
-        for row in rows
-    ]
-    for row in as_run:
-        if row["pairing"] is None:
-            row["method"] = "oracle"
     return [
-        dict(zip(SETTING, line["method"], strict=True))
-        | {name: line[name] for name in (*MEASURED, *DERIVED)}
-        for line in summarise(as_run)
-        if line["method"] != "oracle"
+        dict(zip(SETTING, setting, strict=True)) | {k: interval(v) for k, v in values.items()}
+        for setting, values in by_setting(rows).items()
     ]
 
 
