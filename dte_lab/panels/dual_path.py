@@ -64,20 +64,23 @@ def maps_figure(
     maps: {row label: one array (h, w) of shares per picture}; a row has one scale of its own.
     """
     n = len(pictures)
-    figure = Figure(figsize=(1.35 * n + 2.6, 1.4 * (1 + len(maps)) + 0.3), layout="constrained")
-    grid = figure.subplots(1 + len(maps), n, squeeze=False)
-    for ax, picture, label in zip(grid[0], pictures, column_labels, strict=True):
+    figure = Figure(figsize=(1.3 * n + 1.2, 1.3 * (1 + len(maps)) + 0.3), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.03)
+    ratios = [1] * n + [0.08]  # the last column has the colour bars
+    grid = figure.subplots(1 + len(maps), n + 1, squeeze=False, width_ratios=ratios)
+    for ax, picture, label in zip(grid[0], pictures, column_labels, strict=False):
         draw(ax, picture)
         ax.set_title(label, fontsize=10, color=INK)
+    grid[0, -1].set_visible(False)
     for axes, (label, row) in zip(grid[1:], maps.items(), strict=True):
         top = 100 * max(array.max() for array in row)
-        for ax, array in zip(axes, row, strict=True):
+        for ax, array in zip(axes, row, strict=False):
             image = ax.imshow(100 * array, cmap="viridis", vmin=0, vmax=top)
             ax.set_xticks([])
             ax.set_yticks([])
             ax.spines[:].set_visible(False)
         axes[0].set_ylabel(label, fontsize=9, color=INK)
-        bar = figure.colorbar(image, ax=axes, pad=0.02, fraction=0.05)
+        bar = figure.colorbar(image, cax=axes[-1])
         bar.ax.tick_params(labelsize=8)
         bar.set_label("attention, %", fontsize=8)
         bar.outline.set_visible(False)

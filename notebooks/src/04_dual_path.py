@@ -75,8 +75,8 @@ print(f"learned in {concept.seconds:.0f} s; the real word nearest to S* is {hard
 # ## 1. Why one path is not enough
 #
 # Each row below uses the same seeds and the same prompts. Only the blend differs. Ask two questions
-# of every picture: is it *this* thing, and is it the setting that was asked for? The top row should
-# do best on the first question, the bottom row on the second.
+# of every picture: is it *this* thing, and is it the setting that was asked for? We expect the top
+# row to be best at the first question and the bottom row at the second. Is it so?
 
 # %%
 settings = ["S* on the beach", "S* at night", "S* in the snow"]
@@ -409,9 +409,9 @@ show(
 )
 
 # %% [markdown]
-# Compare the bar of *dual, attention* with the two landmarks: 1 is a single path, and two whole
-# calls would be about 2. *dual, block* is close to the latter. It has to be: it does everything
-# twice.
+# Compare the bar of *dual, attention* with the two landmarks: 1 is a single path, and two whole calls
+# would be about 2. *dual, block* does the work of its blocks twice, so expect it nearer to 2. It is
+# one call with twice the rows, which some machines do faster than two calls.
 #
 # ## 5. Where the tokens are looked at
 #
@@ -479,8 +479,11 @@ print({f"{r.shares['soft'].shape[1]} positions" for r in recorders}, f"on a grid
 # The text encoder reads from left to right: what it says at a token depends on that token and those
 # before it. So the two prompts are the same up to `S*`, and differ from there on. The upper chart
 # shows by how much. The lower chart shows how much the picture looks at each token. A token matters
-# to the concept when it is high in *both*. Note the end tokens, with which every prompt is filled
-# up: they come after `S*`, so they have read it.
+# to the concept when it is high in *both*.
+#
+# Two groups deserve a look. The *end tokens*, with which every prompt is filled up, come after
+# `S*`, so they have read it. And the *start token* says the same in every prompt; where its bar is
+# high, the heads park attention there that they have no use for.
 
 # %%
 from dte_lab.panels.dual_path import tokens_figure
