@@ -409,9 +409,9 @@ show(
 )
 
 # %% [markdown]
-# Compare the bar of *dual, attention* with the two landmarks: 1 is a single path, and two whole calls
-# would be about 2. *dual, block* does the work of its blocks twice, so expect it nearer to 2. It is
-# one call with twice the rows, which some machines do faster than two calls.
+# Compare the bar of *dual, attention* with the two landmarks: 1 is a single path, and two whole
+# calls would be about 2. *dual, block* does the work of its blocks twice, so expect it nearer to 2.
+# It is one call with twice the rows, which some machines do faster than two calls.
 #
 # ## 5. Where the tokens are looked at
 #
