@@ -520,20 +520,26 @@ show(
 #
 # Now where. Time runs from left to right, as in sampling: much noise first. Each row has its own
 # colour scale, since some tokens get far more attention than others. The maps are coarse, because
-# the model works on a coarse grid of latents. If a token is looked at from the thing's place, its
-# map is brightest in the middle; the word of the setting should light up around it. Where the
-# differences within a map are small against its scale, do not read shapes into them.
+# the model works on a coarse grid of latents.
+#
+# The fourth row is one of the end tokens: the one with the largest product of the two bars above.
+# If a token is looked at from the thing's place, its map is brightest in the middle; the word of
+# the setting should light up around it. Where the differences within a map are small against its
+# scale, do not read shapes into them.
 
 # %%
 from dte_lab.panels.dual_path import maps_figure
 from dte_lab.pipeline import to_pil
 
 place = tokens[end - 1]
+weight = np.multiply(changed, share["soft path"])  # high where a token says much and is heard
+told = end + int(weight[end:].argmax())  # the end token that tells most of the concept
 rows = {
     "S*,\nsoft path": maps["soft"][:, position],
     f"{hard_word},\nhard path": maps["hard"][:, position],
     f"{place},\nsoft path": maps["soft"][:, end - 1],
-    "end tokens,\nsoft path": maps["soft"][:, end:].sum(1),
+    f"{tokens[told]},\nsoft path": maps["soft"][:, told],
+    "all end tokens,\nsoft path": maps["soft"][:, end:].sum(1),
 }
 noisy_pictures = to_pil(backbone.decode_latents(noisy).clamp(-1, 1))
 show(
@@ -543,7 +549,8 @@ show(
         [f"t = {step}" for step in times.tolist()],
     ),
     f"Noisy pictures at {n} times, and below each the attention to S* in the soft path, to the "
-    f"word {hard_word} in the hard path, to {place} and to the end tokens in the soft path.",
+    f"word {hard_word} in the hard path, to {place}, to {tokens[told]} and to all end tokens in the "
+    "soft path.",
 )
 
 # %% [markdown]
