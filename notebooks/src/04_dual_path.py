@@ -549,8 +549,8 @@ show(
         [f"t = {step}" for step in times.tolist()],
     ),
     f"Noisy pictures at {n} times, and below each the attention to S* in the soft path, to the "
-    f"word {hard_word} in the hard path, to {place}, to {tokens[told]} and to all end tokens in the "
-    "soft path.",
+    f"word {hard_word} in the hard path, to {place}, to {tokens[told]} and to all end tokens in "
+    "the soft path.",
 )
 
 # %% [markdown]
@@ -564,12 +564,12 @@ from dte_lab.world.scenes import OFFSET
 inside = F.pad(object_mask(NAME, "fluent").float(), (OFFSET,) * 4)  # (64, 64)
 inside = F.adaptive_avg_pool2d(inside[None], (h, w))[0].to(latents)
 print("attention from the thing's place over that from around it; 1: no preference")
-print(f"{'t':<24}" + "".join(f"{step:7}" for step in times.tolist()))
+print(f"{'t':<26}" + "".join(f"{step:7}" for step in times.tolist()))
 for label, row in rows.items():
     name_of = label.replace("\n", " ")
     ratio = (row * inside).sum((1, 2)) / inside.sum()
     ratio = ratio / ((row * (1 - inside)).sum((1, 2)) / (1 - inside).sum())
-    print(f"{name_of:<24}" + "".join(f"{r:7.2f}" for r in ratio.tolist()))
+    print(f"{name_of:<26}" + "".join(f"{r:7.2f}" for r in ratio.tolist()))
 
 # %% [markdown]
 # ## 6. Try it: blend, pairing, granularity
