@@ -447,7 +447,7 @@ class Recorder:
 # dual-path processor; when the block is left, the original processors come back.
 
 # %%
-times = torch.tensor([round(f * (T - 1)) for f in (0.95, 0.75, 0.5, 0.25, 0.05)]).to(t)
+times = torch.tensor([round(f * (T - 1)) for f in (0.95, 0.7, 0.4, 0.1)]).to(t)
 n = len(times)
 noisy = add_noise(backbone, latents.expand(n, -1, -1, -1), noise.expand(n, -1, -1, -1), times)
 texts = [z.expand(n, -1, -1) for z in (soft_text, hard_text)]
@@ -719,16 +719,16 @@ tuned = without.personalize(picture, num_steps=STEPS)
 
 rows, few = {}, [0, 0.5, 1]
 for label, state in (
-    ("no encoder,\nno steps", start),
-    (f"no encoder,\n{STEPS} steps", tuned),
-    (f"encoder,\n{concept.info['num_steps']} steps", concept),
+    ("no encoder, 0 steps", start),
+    (f"no encoder, {STEPS} steps", tuned),
+    (f"encoder, {concept.info['num_steps']} steps", concept),
 ):
     rows[label] = [
         pipe.generate(state, prompts[0], alpha_blend=alpha, **SAMPLING)[0][0] for alpha in few
     ]
     first, *_, last = (np.asarray(image, float) for image in rows[label])
-    spread, name_of = np.abs(first - last).mean(), label.replace("\n", " ")
-    print(f"{name_of:<22} α = 0 and α = 1 differ by {spread:5.1f} of 255 per pixel")
+    spread = np.abs(first - last).mean()
+    print(f"{label:<22} α = 0 and α = 1 differ by {spread:5.1f} of 255 per pixel")
 show(
     picture_grid(list(rows.values()), [f"α = {alpha:g}" for alpha in few], list(rows)),
     f"Three rows of pictures on the beach at alpha {', '.join(map(str, few))}: no encoder before "
