@@ -64,7 +64,7 @@ def maps_figure(
     maps: {row label: one array (h, w) of shares per picture}; a row has one scale of its own.
     """
     n = len(pictures)
-    figure = Figure(figsize=(1.2 * n + 1.2, 1.2 * (1 + len(maps)) + 0.3), layout="constrained")
+    figure = Figure(figsize=(1.0 * n + 1.2, 1.0 * (1 + len(maps)) + 0.3), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.03)
     ratios = [1] * n + [0.08]  # the last column has the colour bars
     grid = figure.subplots(1 + len(maps), n + 1, squeeze=False, width_ratios=ratios)
@@ -122,7 +122,7 @@ def curves_figure(table, measures: Sequence[str] = tuple(NAMES)) -> Figure:
 
     table: {(pairing, granularity, alpha_blend): {measure: one value per concept}}.
     """
-    figure = Figure(figsize=(3 * len(measures), 3.3), layout="constrained")
+    figure = Figure(figsize=(2.6 * len(measures), 3), layout="constrained")
     for ax, measure in zip(figure.subplots(1, len(measures)), measures, strict=True):
         for i, (way, (colour, marker)) in enumerate(STYLES.items()):
             points = {key[2]: interval(row[measure]) for key, row in ways_of(table, way).items()}
@@ -174,7 +174,7 @@ def plane_figure(table, x: str = "scene", y: str = "identity_scaled") -> Figure:
     of alpha_blend that all of them have. table: see `curves_figure`.
     """
     shared = set.intersection(*({k[2] for k in ways_of(table, way)} for way in STYLES))
-    figure = Figure(figsize=(9, 4.4), layout="constrained")
+    figure = Figure(figsize=(8.6, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
     for (way, (colour, marker)), ax in zip(STYLES.items(), (left, *3 * (right,)), strict=True):
         rows = ways_of(table, way)
