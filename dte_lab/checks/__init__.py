@@ -5,6 +5,14 @@ a sentence that says where to look: the known mistakes are recognised by what th
 NotImplementedError of a part not yet written goes through.
 """
 
+from dte_lab.checks.dual_path import alpha_schedule, dual_output, soft_attention
 from dte_lab.checks.quickstart import blend, low_rank_offset, nearest_words
 
-__all__ = ["blend", "low_rank_offset", "nearest_words"]
+__all__ = [
+    "alpha_schedule",
+    "blend",
+    "dual_output",
+    "low_rank_offset",
+    "nearest_words",
+    "soft_attention",
+]
