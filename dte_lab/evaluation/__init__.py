@@ -5,4 +5,5 @@ methods.py   what is compared: the tuning encoder, its variants, the baselines
 measures.py  identity, prompt fidelity, distance to the truth, words, diversity
 run.py       `dte evaluate`: one table of measures per run, with resume
 report.py    `dte report`: tables with intervals and figures
+steps.py     how many tuning steps are enough, per group of concepts
 """
