@@ -6,5 +6,13 @@ NotImplementedError of a part not yet written goes through.
 """
 
 from dte_lab.checks.quickstart import blend, low_rank_offset, nearest_words
+from dte_lab.checks.tuning import steps_needed, tuning_bytes, velocity_target
 
-__all__ = ["blend", "low_rank_offset", "nearest_words"]
+__all__ = [
+    "blend",
+    "low_rank_offset",
+    "nearest_words",
+    "steps_needed",
+    "tuning_bytes",
+    "velocity_target",
+]

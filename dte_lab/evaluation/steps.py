@@ -29,7 +29,7 @@ FEW = 12  # the paper's number of steps: before it and after it the loss tells d
 
 
 def steps_needed(curve: dict[int, float], level: float, patience: int = PATIENCE) -> int | None:
-    """The least number of steps from which on the curve {steps: value} satisfies.
+    """The least number of steps at which the curve {steps: value} satisfies.
 
     Its value there, and at the next `patience` numbers of steps that the curve has, is `level` or
     more; where the curve ends fewer will do. None where that never happens.
@@ -93,6 +93,7 @@ def least(points, members, resamples=2000, seed=0) -> dict:
         grids[method] = steps, np.array([[c[s]["fidelity"] for s in steps] for c in chosen])
     level = SHARE * max(values.mean(0).max() for _, values in grids.values())
     found = {"level": level, "n": len(members), "methods": {}}
+    level = level or math.inf  # where nothing has any fidelity, nothing satisfies
     for method, (steps, values) in grids.items():
         rng = np.random.default_rng(seed)
         picks = rng.integers(len(values), size=(resamples, len(values)))
