@@ -39,7 +39,7 @@
 # %%
 import json
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -108,9 +108,8 @@ frozen = sum(count(part.parameters()) for part in pipe.backbone.modules)
 
 drawn = [pipe.generate(predicted, prompts["beach"], progress=False)[0][0]]
 print(f"frozen numbers: {frozen:,}")
-print(
-    f"loss on fixed noise before tuning: {diffusion_loss(pipe, predicted, pixels, [prompts['no setting']]):.3f}"
-)  # noqa: E501
+loss = diffusion_loss(pipe, predicted, pixels, [prompts["no setting"]])
+print(f"loss on fixed noise before tuning: {loss:.3f}")
 for what in TUNABLE:
     concept = pipe.personalize(picture, config=TuneConfig(what=what), progress=False)
     drawn += pipe.generate(concept, prompts["beach"], progress=False)[0]
@@ -125,9 +124,9 @@ show(
 )
 
 # %% [markdown]
-# Compare the losses, then the seconds, then the pictures: do they tell the same story? The optimiser
-# is AdamW without weight decay. `v*` and the matrices have learning rates of their own, since their
-# entries differ in size; these are our choices, in one place, `TuneConfig`.
+# Compare the losses, then the seconds, then the pictures: do they tell the same story? The
+# optimiser is AdamW without weight decay. `v*` and the matrices have learning rates of their own,
+# since their entries differ in size; these are our choices, in one place, `TuneConfig`.
 
 # %% [markdown]
 # ## 2. What the loss asks
@@ -138,8 +137,9 @@ show(
 # $$x_t = \sqrt{\bar\alpha_t}\; x_0 + \sqrt{1 - \bar\alpha_t}\; \epsilon$$
 #
 # The UNet reads $x_t$ and a prompt with `S*`, and the loss is the mean squared error of its answer.
-# What it should answer depends on the model. Stable Diffusion 1.5 predicts the noise $\epsilon$. Our
-# small model predicts the *velocity* ([Salimans and Ho 2022](https://arxiv.org/abs/2202.00512)):
+# What it should answer depends on the model. Stable Diffusion 1.5 predicts the noise $\epsilon$.
+# Our small model predicts the *velocity*
+# ([Salimans and Ho 2022](https://arxiv.org/abs/2202.00512)):
 #
 # $$v = \sqrt{\bar\alpha_t}\; \epsilon - \sqrt{1 - \bar\alpha_t}\; x_0$$
 #
@@ -270,18 +270,18 @@ show(
         ["the truth", *(f"{n} steps" for n in LOOK)],
         ["no setting", "at night"],
     ),
-    f"Two rows of drawings after {', '.join(map(str, LOOK))} steps, without a setting and at night, "
-    "each beside the true picture.",
+    f"Two rows of drawings after {', '.join(map(str, LOOK))} steps, without a setting and at "
+    "night, each beside the true picture.",
 )
 
 # %% [markdown]
-# Read the upper row first: with more steps the drawing comes closer and closer to the input picture,
-# and why should one ever stop? Then read the lower row. What happens to the night, and to the
-# colours of the thing? The model is unlearning what it needs for any picture but this one. That is
-# **overfitting**, and the upper row cannot show it.
+# Read the upper row first: does the drawing come closer and closer to the input picture? Then why
+# should one ever stop? Now read the lower row. What happens to the night, and to the colours of the
+# thing? Where they go wrong, the model has unlearned what it needs for any picture but this one.
+# That is **overfitting**, and the upper row cannot show it.
 
 # %% [markdown]
-# ### The loss cannot show it either
+# ### Can the loss show it?
 #
 # Three losses of the same run. The dots are what tuning saw. The solid line is the same loss on
 # noise that is the same at every point, so that progress can be seen. The dashed line is the loss
@@ -371,7 +371,7 @@ show(
 )
 
 # %% [markdown]
-# ### The loss is a poor guide
+# ### How good a guide is the loss?
 #
 # Can the loss tell us when to stop? In the plot below the run of the tuning encoder moves to the
 # right as the loss falls; the numbers beside the points are the steps. If the loss were a guide,
@@ -416,17 +416,17 @@ show(
 #
 # Difficulty 3 of 5 · 15 minutes
 #
-# `curve` is a dictionary {number of steps: value}, in any order. Return the least number of steps at
-# which the value is `level` or more, and is so at the next `patience` numbers of steps in the curve
-# too. Near the end of the curve there are fewer to ask: then those that are left decide. Return
-# `None` where nothing satisfies.
+# `curve` is a dictionary {number of steps: value}, in any order. Return the least number of steps
+# at which the value is `level` or more, and is so at the next `patience` numbers of steps in the
+# curve too. Near the end of the curve there are fewer to ask: then those that are left decide.
+# Return `None` where nothing satisfies.
 #
 # <details>
 # <summary>Hint</summary>
 #
 # Sort the numbers of steps. For the one at position `i`, the points to ask are
-# `steps[i : i + patience + 1]`; a slice that reaches over the end is simply shorter. `all(...)` says
-# whether all of them are good.
+# `steps[i : i + patience + 1]`; a slice that reaches over the end is simply shorter. `all(...)`
+# says whether all of them are good.
 #
 # </details>
 
@@ -455,7 +455,7 @@ checks.steps_needed(steps_needed)
 # %%
 from dte_lab.panels.tuning import least_figure
 
-least, paper = results["least"], 12
+least = results["least"]
 print(
     f"enough: {results['share']:.0%} of the best mean in the group, at this and the next "
     f"{results['patience']} measured numbers of steps"
@@ -514,8 +514,8 @@ checks.tuning_bytes(tuning_bytes)
 # real step on *fake tensors*, which have shapes and no data, and counts what comes and goes. It
 # needs no GPU, and takes as long for a large picture as for a small one. Here is its prediction for
 # the small model beside what the operating system saw of a real step. A trace sees tensors. It does
-# not see the scratch space of fast kernels, nor what the allocator keeps for later: look how the gap
-# grows with the batch.
+# not see the scratch space of fast kernels, nor what the allocator keeps for later. Does the gap
+# between the lines grow with the batch, or is it the same everywhere?
 
 # %%
 import gc
@@ -636,7 +636,7 @@ show(
 # These cells run where there is a GPU and the hub's files can be had (3.6 GB in half precision);
 # elsewhere they say so in a line. There is no encoder for this model, so tuning starts at the word
 # that CLIP finds in the picture, with offsets of zero. Twelve steps are then a small part of the
-# way: expect to need some hundred, and expect the same turn into overfitting, only later.
+# way: plan for some hundred, and watch for the same turn into overfitting.
 
 # %%
 from dte_lab.doctor import examine
@@ -697,11 +697,11 @@ if not reason:
 # %% [markdown]
 # ## 8. Against Textual Inversion and LoRA, by the clock
 #
-# Steps of different methods are not worth the same. A step of ours runs every attention layer twice,
-# Textual Inversion tunes a single vector, DreamBooth LoRA tunes offsets and has no encoder to look
-# at the picture first. What you wait for is seconds. So each method gets the same time on this
-# machine, with the same picture, seeds and noise levels per step, and shows what it has by then.
-# The encoder's own look at the picture is in its time; its pre-training is not, just as the base
+# Steps of different methods are not worth the same. A step of ours runs every attention layer
+# twice, Textual Inversion tunes a single vector, DreamBooth LoRA tunes offsets and has no encoder
+# to look at the picture first. What you wait for is seconds. So each method gets the same time on
+# this machine, with the same picture, seeds and noise levels per step, and shows what it has by
+# then. The encoder's own look at the picture is in its time; its pre-training is not, just as the base
 # model's is not.
 
 # %%
@@ -723,7 +723,7 @@ for name, method in (
 
 # %%
 shares, rows = (0.25, 1, 4), []
-for name, track in tracks.items():
+for track in tracks.values():
     row = []
     for share in shares:
         n = max([0, *(n for n, (seconds, _) in track.items() if seconds <= share * budget)])
