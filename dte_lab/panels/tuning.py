@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import Mapping, Sequence
+from statistics import mean
 
 from matplotlib.figure import Figure
 from PIL import Image
@@ -52,6 +53,7 @@ def losses_figure(
     ax.annotate(
         f"lowest at {steps[best]}", (steps[best], elsewhere[best]), (0, 9),
         textcoords="offset points", ha="center", fontsize=9, color=INK,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8},
     )  # fmt: skip
     _step_axis(ax, steps)
     ax.set_ylabel("diffusion loss")
@@ -81,11 +83,9 @@ def quality_figure(
             x = [p["steps"] for p in points]
             if over == "seconds":
                 x = [p["mean"] for p in of_method["seconds"]]
-            mean, low, high = ([p[k] for p in points] for k in ("mean", "low", "high"))
-            ax.plot(
-                x, mean, marker=marker, linestyle=line, color=colour, markersize=5,
-                label=names[method],
-            )  # fmt: skip
+            middle, low, high = ([p[k] for p in points] for k in ("mean", "low", "high"))
+            style = {"marker": marker, "linestyle": line, "color": colour, "markersize": 5}
+            ax.plot(x, middle, label=names[method], **style)
             ax.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
         ax.set_ylim(0, 1.02)
         ax.set_title(title, fontsize=10, color=INK)
@@ -94,6 +94,7 @@ def quality_figure(
             _step_axis(ax, x)
         else:
             ax.set_xscale("log")
+            ax.xaxis.set_major_formatter("{x:g}")
             ax.set_xlabel("seconds")
     figure.legend(
         *ax.get_legend_handles_labels(), loc="outside lower center", ncols=len(curves),
@@ -113,16 +114,16 @@ def guide_figure(points: Sequence[dict], quality: str, losses: Mapping[str, str]
     steps = sorted({p["steps"] for p in points})
     for ax, (loss, label) in zip(axes, losses.items(), strict=True):
         x, y = (
-            [_mean([p[key] for p in points if p["steps"] == s]) for s in steps]
+            [mean([p[key] for p in points if p["steps"] == s]) for s in steps]
             for key in (loss, quality)
         )
         ax.plot(x, y, color=HAIRLINE, linewidth=1.5, zorder=1)
         shades = [i / max(1, len(steps) - 1) for i in range(len(steps))]
         ax.scatter(x, y, c=shades, cmap="viridis", s=45, zorder=2, vmin=0, vmax=1.15)
-        for s, a, b in zip(steps, x, y, strict=True):
+        for i, (a, b) in enumerate(zip(x, y, strict=True)):
             ax.annotate(
-                str(s), (a, b), (0, 7), textcoords="offset points", ha="center", fontsize=9,
-                color=INK,
+                str(steps[i]), (a, b), (0, -14 if i % 2 else 7), textcoords="offset points",
+                ha="center", fontsize=9, color=INK,
             )  # fmt: skip
         ax.invert_xaxis()
         ax.margins(0.1, 0.16)
@@ -140,13 +141,8 @@ def least_figure(least: Mapping[str, dict], names: Mapping[str, str]) -> Figure:
     """
     figure = Figure(figsize=(7.5, 1.1 + 0.62 * len(least)), layout="constrained")
     ax = figure.add_subplot()
-    numbers = [
-        value
-        for group in least.values()
-        for found in group["methods"].values()
-        for value in found.values()
-        if value is not None
-    ]
+    found = [method for group in least.values() for method in group["methods"].values()]
+    numbers = [value for m in found for value in m.values() if value is not None]
     most = max([PAPER_STEPS, *numbers])
     never = 2.5 * most
     shown = set()
@@ -173,7 +169,7 @@ def least_figure(least: Mapping[str, dict], names: Mapping[str, str]) -> Figure:
     _step_axis(ax, numbers)
     ticks = [t for t in ax.get_xticks() if t <= most]
     ax.set_xticks([*ticks, never], [*(f"{t:g}" for t in ticks), "never"])
-    ax.set_xlim(-0.4, 1.3 * never)
+    ax.set_xlim(-0.3, 1.3 * never)
     ax.set_xlabel("least steps that satisfy")
     figure.legend(
         *ax.get_legend_handles_labels(), loc="outside lower center", ncols=len(shown),
@@ -205,20 +201,23 @@ def card_figure(
     """Predicted, and where known measured, peak GB of each choice beside what a card has."""
     figure = Figure(figsize=(7.5, 1.0 + 0.42 * len(labels)), layout="constrained")
     ax = figure.add_subplot()
-    bars = ax.barh(range(len(labels)), predicted, 0.62, color=AFTER, label="predicted")
-    ax.bar_label(bars, fmt="%.1f", padding=8, fontsize=9, color=INK)
+    fits = [gb <= card - 1 for gb in predicted]
+    ax.barh(
+        range(len(labels)), predicted, 0.62, color=[AFTER if fit else "white" for fit in fits],
+        edgecolor=AFTER, hatch=["" if fit else "///" for fit in fits],
+    )  # fmt: skip
+    most = max(card, *predicted)
+    for i, (gb, fit) in enumerate(zip(predicted, fits, strict=True)):
+        ax.text(1.04 * most, i, f"{gb:.1f}" + "\ntoo much" * (not fit), va="center", fontsize=9)
     known = [(gb, i) for i, gb in enumerate(measured) if gb is not None]
     if known:
         ax.plot(*zip(*known, strict=True), "D", color=BEFORE, markersize=6, label="measured")
     ax.axvline(card - 1, color=INK, linestyle="--", linewidth=1)
-    ax.text(
-        card - 1, -0.75, f"{card:g} GB, 1 of them kept free", ha="right", va="bottom", fontsize=9,
-        color=INK,
-    )  # fmt: skip
+    ax.set_title(f"dashed: {card:g} GB, 1 of them kept free", fontsize=9, color=INK, loc="right")
     ax.set_yticks(range(len(labels)), labels)
     ax.invert_yaxis()
-    ax.set_xlabel("peak memory of tuning, GB")
-    ax.set_xlim(0, 1.12 * max(card, *predicted))
+    ax.set_xlabel("peak memory of tuning, GB (bars: predicted)")
+    ax.set_xlim(0, 1.3 * most)
     if known:
         ax.legend(frameon=False, loc="lower right")
     plain(ax)
@@ -285,12 +284,10 @@ def step_figure(pictures: Mapping[tuple[int, str], Image.Image], steps: int, sce
 def _step_axis(ax, steps):
     """Numbers of steps, 0 among them, on a symmetric-log axis with a line at the paper's 12."""
     ax.set_xscale("symlog", linthresh=2, linscale=0.5)
-    ticks = [t for t in (0, 2, 4, 12, 50, 150, 500) if t <= max([PAPER_STEPS, *steps])]
+    most = max([PAPER_STEPS, *steps])
+    ticks = [t for t in (0, 2, 4, 12, 50, 150, 500) if t <= most]
     ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
     ax.minorticks_off()
+    ax.set_xlim(-0.3, 1.25 * most)
     ax.axvline(PAPER_STEPS, color=HAIRLINE, linewidth=1, zorder=0)
     ax.set_xlabel("tuning steps")
-
-
-def _mean(values):
-    return sum(values) / len(values)
