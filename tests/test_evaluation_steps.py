@@ -43,7 +43,7 @@ FALLING = {0: 0.9, 4: 0.7, 12: 0.5, 50: 0.3}
 
 def test_steps_needed():
     curve = {0: 0.1, 4: 0.8, 8: 0.5, 12: 0.8, 25: 0.9}
-    assert steps_needed(curve, 0.7, patience=0) == 4
+    assert steps_needed(curve, 0.7) == 4
     assert steps_needed(curve, 0.7, patience=1) == 12
     assert steps_needed(curve, 0.85) == 25
     assert steps_needed(curve, 0.95) is None
@@ -52,9 +52,11 @@ def test_steps_needed():
 def test_least_steps_by_group():
     least = summarise_steps(rows(MARGINS, FALLING))["least"]
     assert set(least) == {"all", "animals", "things"}
-    # For the animals 4 and 12 steps are good; for the things 12 alone is, and the next is not.
     assert least["animals"]["methods"]["dte"] == {"steps": 4, "low": 4, "high": 4}
-    assert least["things"]["methods"]["dte"]["steps"] is None
+    assert least["things"]["methods"]["dte"] == {"steps": 12, "low": 12, "high": 12}
+    assert least["all"]["methods"]["dte"]["steps"] == 12
+    low, high = (least["all"]["methods"]["dte"][k] for k in ("low", "high"))
+    assert (low, high) == (4, 12), "some resamples hold animals alone"
     assert least["things"]["methods"]["ti"]["steps"] is None
     assert least["all"]["n"] == 4 and least["animals"]["n"] == 2
     best = 2 * 0.8 / 1.8  # harmonic mean of identity 0.4 / 0.5 and scene 1

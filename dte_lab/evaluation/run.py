@@ -7,6 +7,8 @@ was cut off goes on where it stopped.
 """
 
 import csv
+import ctypes
+import gc
 import hashlib
 import io
 import json
@@ -203,6 +205,13 @@ def keep(out_dir: Path, item: Item, method: Method, info, drawn) -> None:
     grid.save(folder / f"{name}.png")
 
 
+def give_back_free_memory():
+    """Hand to the system what the C library keeps: it would hide what is taken from it next."""
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class PeakMemory:
     """Peak memory in MB from here to `read`, above what was in use; None where it is not known."""
 
@@ -212,6 +221,7 @@ class PeakMemory:
             if self.cuda:
                 torch.cuda.reset_peak_memory_stats()
             else:
+                give_back_free_memory()
                 Path("/proc/self/clear_refs").write_text("5")  # Linux: peak := current
             self.before = self._now()
         except OSError:

@@ -24,11 +24,10 @@ from dte_lab.world.evaluate import interval
 MEASURES = ("fidelity", "identity_scaled", "scene", "seconds", *LOSSES)
 QUALITIES = ("fidelity", "identity_scaled", "scene")
 SHARE = 0.9  # what satisfies: this share of the best mean that any method reaches in the group
-PATIENCE = 1  # measured points after the first good one that must be good as well
 FEW = 12  # the paper's number of steps: before it and after it the loss tells different things
 
 
-def steps_needed(curve: dict[int, float], level: float, patience: int = PATIENCE) -> int | None:
+def steps_needed(curve: dict[int, float], level: float, patience: int = 0) -> int | None:
     """The least number of steps at which the curve {steps: value} satisfies.
 
     Its value there, and at the next `patience` numbers of steps that the curve has, is `level` or
@@ -165,7 +164,7 @@ def main(
     evaluate(run, pipe, specs, concepts, split=split)
     settings = json.loads((run / "run.json").read_text())["settings"]
     document = {
-        "settings": settings, "versions": versions(), "share": SHARE, "patience": PATIENCE,
+        "settings": settings, "versions": versions(), "share": SHARE,
         **summarise_steps(read_csv(run / "measures.csv")),
     }  # fmt: skip
     write_atomically(out, json.dumps(document, indent=1).encode())

@@ -145,7 +145,6 @@ def least_figure(least: Mapping[str, dict], names: Mapping[str, str]) -> Figure:
     numbers = [value for m in found for value in m.values() if value is not None]
     most = max([PAPER_STEPS, *numbers])
     never = 2.5 * most
-    shown = set()
     for row, group in enumerate(least.values()):
         count = len(group["methods"])
         for i, (method, found) in enumerate(group["methods"].items()):
@@ -155,12 +154,8 @@ def least_figure(least: Mapping[str, dict], names: Mapping[str, str]) -> Figure:
                 never if found[k] is None else found[k] for k in ("steps", "low", "high")
             )
             ax.plot([low, high], [y, y], color=colour, linewidth=2, alpha=0.5, linestyle=line)
-            ax.plot(
-                [at], [y], marker=marker, color=colour, markersize=7, linestyle="none",
-                label=None if method in shown else names[method],
-                markerfacecolor="white" if found["steps"] is None else colour,
-            )  # fmt: skip
-            shown.add(method)
+            fill = "white" if found["steps"] is None else colour
+            ax.plot([at], [y], marker, color=colour, markersize=7, markerfacecolor=fill)
     ax.set_yticks(
         range(len(least)),
         [f"{name}\nlevel {g['level']:.2f}, n = {g['n']}" for name, g in least.items()],
@@ -171,10 +166,11 @@ def least_figure(least: Mapping[str, dict], names: Mapping[str, str]) -> Figure:
     ax.set_xticks([*ticks, never], [*(f"{t:g}" for t in ticks), "never"])
     ax.set_xlim(-0.3, 1.3 * never)
     ax.set_xlabel("least steps that satisfy")
-    figure.legend(
-        *ax.get_legend_handles_labels(), loc="outside lower center", ncols=len(shown),
-        frameon=False,
-    )  # fmt: skip
+    methods = list(dict.fromkeys(m for group in least.values() for m in group["methods"]))
+    for method in methods:
+        colour, marker, line = STYLES[method]
+        ax.plot([], [], color=colour, marker=marker, linestyle=line, label=names[method])
+    figure.legend(loc="outside lower center", ncols=len(methods), frameon=False)
     plain(ax)
     return figure
 

@@ -45,11 +45,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dte_lab import DTEPipeline, checks
+from dte_lab import checks
 from dte_lab.cli import quiet_libraries
-from dte_lab.evaluation.edits import Item, edits, truth
 from dte_lab.panels import describe_machine, picture_grid, show
-from dte_lab.pipeline import to_pil
 
 quiet_libraries()
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,17 +60,22 @@ print("backbone: small, since it comes with the package, needs no download and r
 # *true* pictures of our thing in other settings, to compare with. Tuning never sees those.
 
 # %%
+from dte_lab import DTEPipeline
+from dte_lab.evaluation.edits import Item, edits, truth
+from dte_lab.pipeline import to_pil
+
 pipe = DTEPipeline.from_pretrained("small", device=device)
 item = Item("cupcake", "fluent", "white")
 pixels = item.picture()  # (1, 3, 64, 64) in [-1, 1]
 picture = to_pil(pixels)[0]
 
-asked = edits(item, ("beach", "night", "snow", "forest"))[:4]
+SCENES = ("beach", "night", "forest")
+asked = edits(item, SCENES)[: len(SCENES)]
 prompts = {"no setting": "a picture of S*"} | {edit.name: edit.prompt for edit in asked}
-true = torch.stack([truth(item, edit) for edit in asked])  # (4, 3, 64, 64)
+true = torch.stack([truth(item, edit) for edit in asked])  # (3, 3, 64, 64)
 show(
     picture_grid([[picture, *to_pil(true)]], ["the input", *(edit.name for edit in asked)]),
-    "The input picture, a cupcake on white, and its true pictures in four scenes.",
+    "The input picture, a cupcake on white, and its true pictures in three scenes.",
 )
 
 # %% [markdown]
@@ -225,10 +228,11 @@ show(
 # ## 3. From 0 to 12 steps, and far beyond
 #
 # One long run of tuning, with a callback that keeps the state after every step. From some of them
-# we draw: without a setting in the prompt, and in four scenes. The seed is always the same.
+# we draw: without a setting in the prompt, and in three scenes. The seed is always the same.
 
 # %%
 STEPS = (0, 2, 4, 8, 12, 25, 50, 100, 150)
+DRAWN = (0, 4, 12, 25, 50, 150)
 record, start = [], time.perf_counter()
 
 
@@ -255,7 +259,7 @@ def look(concept, wanted):
 
 
 pictures = {
-    (steps, name): image for steps in STEPS for name, image in look(after(steps), prompts).items()
+    (steps, name): image for steps in DRAWN for name, image in look(after(steps), prompts).items()
 }
 
 # %%
@@ -327,12 +331,12 @@ display(steps_panel(pictures))
 # %%
 show(
     picture_grid(
-        [[references[name]] + [pictures[n, name] for n in STEPS] for name in prompts],
-        ["the truth", *(f"{n} steps" for n in STEPS)],
+        [[references[name]] + [pictures[n, name] for n in DRAWN] for name in prompts],
+        ["the truth", *(f"{n} steps" for n in DRAWN)],
         list(prompts),
     ),
     f"All pictures of the panel: a row per prompt ({', '.join(prompts)}), a column per number of "
-    f"steps ({', '.join(map(str, STEPS))}).",
+    f"steps ({', '.join(map(str, DRAWN))}).",
 )
 
 # %% [markdown]
@@ -356,8 +360,8 @@ measures = {
     "scene": "prompt fidelity",
     "fidelity": "harmonic mean of the two",
 }
-n = curves["dte"]["fidelity"][0]["n"]
-print(f"{n} concepts of the {results['settings']['split']} split; mean [95 % interval]")
+n_concepts = curves["dte"]["fidelity"][0]["n"]
+print(f"{n_concepts} concepts of the {results['settings']['split']} split; mean [95 % interval]")
 for method, of_method in curves.items():
     top = max(of_method["fidelity"], key=lambda point: point["mean"])
     print(
@@ -366,8 +370,8 @@ for method, of_method in curves.items():
     )
 show(
     quality_figure(curves, names, measures),
-    f"Identity, prompt fidelity and their harmonic mean over the steps, {n} concepts, for "
-    f"{', '.join(names[m] for m in curves)}.",
+    f"Identity, prompt fidelity and their harmonic mean over the steps, {n_concepts} concepts, "
+    f"for {', '.join(names[m] for m in curves)}.",
 )
 
 # %% [markdown]
@@ -379,22 +383,27 @@ show(
 # path turns, on the left with the loss that tuning can see, on the right with the loss in other
 # scenes.
 #
-# The table puts numbers to it: the rank correlation (Spearman) of loss and harmonic mean over the
-# steps of each concept, averaged over the concepts. -1 would be a perfect guide, 0 is none, and
-# above 0 one had better do the opposite. *Early* is up to 12 steps, *late* from 12 on.
+# The table puts numbers to it: the rank correlation (Spearman) of the loss with each measure over
+# the steps of one concept, averaged over the concepts. -1 would be a perfect guide, 0 is none, and
+# above 0 the loss falls while the measure gets worse. *Early* is up to 12 steps, *late* from 12 on.
+# Where a measure does not move at all there is nothing to correlate.
 
 # %%
 from dte_lab.panels.tuning import guide_figure
 
 LOSSES = {"loss": "loss on the input picture", "loss_elsewhere": "loss in other scenes"}
-print(f"{'':<20}{'':<7}{'input picture':>24}{'other scenes':>24}")
-for method, parts in results["guide"].items():
-    for part, found in parts.items():
-        cells = [found[loss].get("fidelity") for loss in LOSSES]
-        texts = [
-            f"{c['mean']:+.2f} [{c['low']:+.2f}, {c['high']:+.2f}]" if c else "" for c in cells
-        ]
-        print(f"{names[method]:<20}{part:<7}{texts[0]:>24}{texts[1]:>24}")
+
+
+def correlation(found):
+    return f"{found['mean']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]" if found else "-"
+
+
+for loss, title in LOSSES.items():
+    print(f"{title:<28}" + "".join(f"{label.split(' of')[0]:>23}" for label in measures.values()))
+    for method, parts in results["guide"].items():
+        for part, found in parts.items():
+            cells = [correlation(found[loss].get(measure)) for measure in measures]
+            print(f"  {names[method]:<19}{part:<7}" + "".join(f"{cell:>23}" for cell in cells))
 points = [point for point in results["points"] if point["method"] == "dte"]
 show(
     guide_figure(points, "fidelity", LOSSES),
@@ -408,8 +417,8 @@ show(
 #
 # Steps cost time, and too many cost freedom. So: what is the least number that is good enough? We
 # must say what *enough* is. Here it is a share of the best mean that any method reaches at any
-# number of steps, and the next measured number of steps must reach it as well, so that one lucky
-# point does not count.
+# number of steps. A single concept has lucky points, so with one concept it is wise to ask the next
+# points of the curve as well before one calls it enough.
 
 # %% [markdown]
 # #### Exercise 2: when is it enough?
@@ -446,20 +455,18 @@ def steps_needed(curve, level, patience):
 checks.steps_needed(steps_needed)
 
 # %% [markdown]
-# The same rule for all concepts and for each group of them. The paper asks for 12 steps of every
-# concept and leaves open whether some need more: if the markers of two groups lie apart *and their
-# intervals do not overlap*, they do. The intervals come from drawing the concepts anew, with
-# replacement. With few concepts in a group they are wide, and rightly so. A hollow marker under
-# "never" means that no number of steps reached the level.
+# The same rule, without patience, for the means over all concepts and over each group. The paper
+# reports up to 12 steps for all concepts and leaves open whether some need more: if the markers of
+# two groups lie apart *and their intervals do not overlap*, they do. The intervals come from
+# drawing the concepts of a group anew, with replacement. Few concepts make them wide, and rightly
+# so; a single one has no spread, and its interval says nothing. A hollow marker over "never" means
+# that no number of steps reached the level.
 
 # %%
 from dte_lab.panels.tuning import least_figure
 
 least = results["least"]
-print(
-    f"enough: {results['share']:.0%} of the best mean in the group, at this and the next "
-    f"{results['patience']} measured numbers of steps"
-)
+print(f"enough: {results['share']:.0%} of the best mean harmonic mean in the group")
 for group, found in least.items():
     texts = []
     for method, m in found["methods"].items():
@@ -518,8 +525,6 @@ checks.tuning_bytes(tuning_bytes)
 # between the lines grow with the batch, or is it the same everywhere?
 
 # %%
-import gc
-
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dte_lab.evaluation.run import PeakMemory as MeasuredPeak
@@ -538,26 +543,27 @@ def one_step(noise_levels):
 
 def predicted_mb(noise_levels):
     """Peak of all tensors of a step beyond the frozen weights, without computing it."""
+    frozen = [weight for part in pipe.backbone.modules for weight in part.parameters()]
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, PeakMemory() as memory:
-        for part in pipe.backbone.modules:
-            for weight in part.parameters():
-                memory.track(fake.from_tensor(weight).untyped_storage())
-        weights = memory.now
+        frozen = [fake.from_tensor(weight) for weight in frozen]
+        for weight in frozen:
+            memory.track(weight.untyped_storage())
+        before = memory.now
         one_step(noise_levels)
-    return (memory.peak - weights) / 2**20
+    return (memory.peak - before) / 2**20
+
+
+def measured_mb(noise_levels):
+    """The same as the operating system, or CUDA's allocator, saw it; None where it does not say."""
+    peak = MeasuredPeak(pipe.backbone.device)
+    one_step(noise_levels)
+    return peak.read()
 
 
 batches = (1, 2, 4, 8, 16)
 expected = [predicted_mb(batch) for batch in batches]
-gc.collect()
-before, measured = None, []
-for batch in batches:
-    peak = MeasuredPeak(pipe.backbone.device)
-    before = before or peak.before  # None where the operating system does not say
-    one_step(batch)
-    if before is not None:
-        measured.append(peak.before + peak.read() - before)
-measured = measured or None
+measured = [measured_mb(batch) for batch in batches]
+measured = None if None in measured else measured
 
 by_hand = 16 * trained["predictions"] / 2**20
 print(f"tuned numbers, gradients and averages, by hand: {by_hand:.1f} MB")
@@ -701,8 +707,8 @@ if not reason:
 # twice, Textual Inversion tunes a single vector, DreamBooth LoRA tunes offsets and has no encoder
 # to look at the picture first. What you wait for is seconds. So each method gets the same time on
 # this machine, with the same picture, seeds and noise levels per step, and shows what it has by
-# then. The encoder's own look at the picture is in its time; its pre-training is not, just as the base
-# model's is not.
+# then. The encoder's own look at the picture is in its time; its pre-training is not, just as the
+# base model's is not.
 
 # %%
 from dte_lab.baselines import dreambooth_lora, textual_inversion
@@ -753,7 +759,7 @@ for method, of_method in curves.items():
     )
 show(
     quality_figure(curves, names, measures, over="seconds"),
-    f"Identity, prompt fidelity and their harmonic mean over seconds, {n} concepts.",
+    f"Identity, prompt fidelity and their harmonic mean over seconds, {n_concepts} concepts.",
 )
 
 # %% [markdown]
