@@ -7,6 +7,7 @@ NotImplementedError of a part not yet written goes through.
 
 from dte_lab.checks.dual_path import alpha_schedule, dual_output, soft_attention
 from dte_lab.checks.quickstart import blend, low_rank_offset, nearest_words
+from dte_lab.checks.tuning import steps_needed, tuning_bytes, velocity_target
 
 __all__ = [
     "alpha_schedule",
@@ -15,4 +16,7 @@ __all__ = [
     "low_rank_offset",
     "nearest_words",
     "soft_attention",
+    "steps_needed",
+    "tuning_bytes",
+    "velocity_target",
 ]

@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dte_lab import placeholder_token
+from dte_lab.encoder import EncoderPrediction
 from dte_lab.evaluation.edits import Edit, Item, object_mask, object_region, truth
 from dte_lab.features import image_features
 from dte_lab.judges import ImageJudge, SentenceJudge
+from dte_lab.objective import objective
 from dte_lab.world.captions import caption
 from dte_lab.world.evaluate import JUDGE_SIZE, Judge, classify_scene
 from dte_lab.world.scenes import BOX, SCENES
@@ -33,6 +35,10 @@ PICTURE_MEASURES = {
 WORD_MEASURES = {
     "word_similarity_small": "mean CLIP text cosine of the concept's name to v*'s nearest words",
     "word_similarity": "the same by a sentence encoder, all-MiniLM-L6-v2",
+}
+LOSSES = {
+    "loss": "diffusion loss of the input picture, on noise that is the same for all",
+    "loss_elsewhere": "the same of the true renderings of the edits, under the edits' prompts",
 }
 
 
@@ -112,3 +118,32 @@ class Measures:
         pixels = true[..., BOX, BOX][..., mask]  # (1, 3, n)
         errors = x[..., BOX, BOX][..., mask] - pixels  # (S, 3, n)
         return similarity, errors.square().mean((1, 2)).sqrt() / 2
+
+
+@torch.no_grad()
+def diffusion_loss(pipe, concept, pictures: Tensor, prompts: list[str], count=32, seed=1) -> float:
+    """Diffusion loss of a concept, mean over `count` noise levels that depend on `seed` alone.
+
+    pictures: (n, 3, H, W) in [-1, 1], taken in turn. prompts: n, each with "S*". Tuning's own loss
+    has new noise at every step, which hides small changes.
+    """
+    backbone, generator = pipe.backbone, torch.Generator().manual_seed(seed)
+    turn = [i % len(prompts) for i in range(count)]
+    latents = backbone.encode_images(pictures)[turn].float()  # (count, C, h, w)
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    timesteps = torch.linspace(0, len(backbone.alphas_cumprod) - 1, count).long()
+    with objective(
+        backbone, pipe.prompt_encoder, EncoderPrediction(concept.v_star, concept.offsets),
+        [prompts[i] for i in turn], latents, noise, timesteps.to(latents.device),
+        replace(concept.config, regulariser="none"),
+    ) as terms:  # fmt: skip
+        return terms["diffusion"].item()
+
+
+def losses(pipe, concept, item: Item, edits: list[Edit]) -> dict[str, float]:
+    """LOSSES of a concept."""
+    phrase = concept.info.get("phrase", placeholder_token)
+    prompts = [edit.prompt.replace(placeholder_token, phrase) for edit in edits]
+    true = torch.stack([truth(item, edit) for edit in edits])
+    given = diffusion_loss(pipe, concept, item.picture(), [f"a picture of {phrase}"])
+    return {"loss": given, "loss_elsewhere": diffusion_loss(pipe, concept, true, prompts)}

@@ -7,6 +7,8 @@ was cut off goes on where it stopped.
 """
 
 import csv
+import ctypes
+import gc
 import hashlib
 import io
 import json
@@ -22,14 +24,20 @@ from tqdm.auto import tqdm
 
 from dte_lab import __version__, placeholder_token
 from dte_lab.evaluation.edits import SCENE_EDITS, Item, edits, items, truth
-from dte_lab.evaluation.measures import PICTURE_MEASURES, WORD_MEASURES, Measures
+from dte_lab.evaluation.measures import (
+    LOSSES,
+    PICTURE_MEASURES,
+    WORD_MEASURES,
+    Measures,
+    losses,
+)
 from dte_lab.evaluation.methods import ANCHORS, Method, Methods, parse
 from dte_lab.evaluation.report import summarise
 from dte_lab.files import write_atomically
 from dte_lab.pipeline import DTEPipeline, to_pil
 
 KEYS = ["method", "steps", "concept", "group", "input_style", "input_scene", "edit", "is_style"]
-CONCEPT_MEASURES = [*WORD_MEASURES, "nearest_words", "seconds", "extra_memory_mb"]
+CONCEPT_MEASURES = [*WORD_MEASURES, *LOSSES, "nearest_words", "seconds", "extra_memory_mb"]
 COLUMNS = [*KEYS, *PICTURE_MEASURES, *CONCEPT_MEASURES]
 SHOWN = 6  # concepts whose pictures are kept
 
@@ -110,7 +118,7 @@ def draw(pipe, methods, method: Method, item: Item, chosen, wanted, sampling, se
             batch_size=len(wanted) * len(seeds), progress=False,
         )  # fmt: skip
         pictures = pipe.pixels([picture for row in drawn for picture in row])
-        info = concept.info | {"extra_memory_mb": peak}
+        info = concept.info | {"extra_memory_mb": peak} | losses(pipe, concept, item, wanted)
         yield info, pictures.unflatten(0, (len(wanted), len(seeds)))
 
 
@@ -119,7 +127,7 @@ def measured(judges, method: Method, item: Item, wanted, info, drawn) -> list[di
     words = [word for word, _ in info.get("words_after", [])]
     own = {
         **judges.words(item.name, words), "nearest_words": " ".join(words),
-        "seconds": info.get("seconds"), "extra_memory_mb": info.get("extra_memory_mb"),
+        **{key: info.get(key) for key in ("seconds", "extra_memory_mb", *LOSSES)},
     }  # fmt: skip
     rows = []
     for edit, values in zip(wanted, judges.pictures(drawn, item, wanted), strict=True):
@@ -197,6 +205,13 @@ def keep(out_dir: Path, item: Item, method: Method, info, drawn) -> None:
     grid.save(folder / f"{name}.png")
 
 
+def give_back_free_memory():
+    """Hand to the system what the C library keeps: it would hide what is taken from it next."""
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class PeakMemory:
     """Peak memory in MB from here to `read`, above what was in use; None where it is not known."""
 
@@ -206,6 +221,7 @@ class PeakMemory:
             if self.cuda:
                 torch.cuda.reset_peak_memory_stats()
             else:
+                give_back_free_memory()
                 Path("/proc/self/clear_refs").write_text("5")  # Linux: peak := current
             self.before = self._now()
         except OSError:

@@ -1,0 +1,777 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   dte_lab:
+#     title: Tuning
+#     promise: what the twelve steps change, when to stop, and what they cost
+#     minutes: 75
+# ---
+
+# %% [markdown]
+# # Tuning: twelve steps, and when to stop
+#
+# *What the twelve steps change, when to stop, and what they cost.*
+#
+# The encoder predicts a word `v*` and weight offsets from one picture. That is a good start and no
+# more, so the paper lets an optimiser refine the prediction for "up to 12 steps". This notebook
+# takes those steps apart: on a laptop with the small model, and, where there is a GPU, with Stable
+# Diffusion 1.5.
+#
+# After this notebook you can
+#
+# - say which numbers are tuned, which are frozen, and what the loss asks of them;
+# - show that the loss goes on falling while the pictures get worse;
+# - find the least number of steps that satisfies, and say how sure you are of it;
+# - predict how much memory tuning takes before you run it, and make it fit a card of 15 GB;
+# - compare methods fairly: by the clock, not by the number of steps.
+
+# %% [markdown]
+# ## Set up
+#
+# The cell installs the package where it is missing, and leaves an installed PyTorch as it is.
+
+# %% tags=["setup"]
+# Filled in by tools/notebooks.py: installs dte_lab where it is missing.
+
+# %%
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dte_lab import checks
+from dte_lab.cli import quiet_libraries
+from dte_lab.panels import describe_machine, picture_grid, show
+
+quiet_libraries()
+device = "cuda" if torch.cuda.is_available() else "cpu"
+print(describe_machine(device))
+print("backbone: small, since it comes with the package, needs no download and runs on a CPU")
+
+# %% [markdown]
+# Our thing is the cupcake of the quickstart, which neither the base model nor the encoder has seen.
+# The small world can draw it in any scene. So we have what nobody has with a photograph: the
+# *true* pictures of our thing in other settings, to compare with. Tuning never sees those.
+
+# %%
+from dte_lab import DTEPipeline
+from dte_lab.evaluation.edits import Item, edits, truth
+from dte_lab.pipeline import to_pil
+
+pipe = DTEPipeline.from_pretrained("small", device=device)
+item = Item("cupcake", "fluent", "white")
+pixels = item.picture()  # (1, 3, 64, 64) in [-1, 1]
+picture = to_pil(pixels)[0]
+
+SCENES = ("beach", "night", "forest")
+asked = edits(item, SCENES)[: len(SCENES)]
+prompts = {"no setting": "a picture of S*"} | {edit.name: edit.prompt for edit in asked}
+true = torch.stack([truth(item, edit) for edit in asked])  # (3, 3, 64, 64)
+show(
+    picture_grid([[picture, *to_pil(true)]], ["the input", *(edit.name for edit in asked)]),
+    "The input picture, a cupcake on white, and its true pictures in three scenes.",
+)
+
+# %% [markdown]
+# ## 1. What is tuned
+#
+# Everything that the model knows stays frozen: UNet, text encoder, autoencoder, image encoder. What
+# moves can be one of three things (`TuneConfig.what`):
+#
+# - `predictions`: the word `v*` and the offsets `A` and `B` themselves, as free numbers;
+# - `heads`: the weights of the two heads that predict them;
+# - `encoder`: the heads and the layers before them.
+#
+# The paper does not say which it uses. The first is the default here: it has by far the fewest
+# numbers, and what it changes belongs to this one concept. We give each twelve steps.
+
+# %%
+from dte_lab.evaluation.measures import diffusion_loss
+from dte_lab.tuning import TUNABLE, TuneConfig
+
+predicted = pipe.personalize(picture, num_steps=0)
+offsets = [m for pair in predicted.offsets.values() for m in pair]
+heads = [pipe.encoder.token_head, pipe.encoder.hypernetwork]
+
+
+def count(tensors):
+    return sum(t.numel() for t in tensors)
+
+
+trained = {"predictions": count([predicted.v_star, *offsets])}
+trained["heads"] = sum(count(part.parameters()) for part in heads)
+trained["encoder"] = trained["heads"] + count(pipe.encoder.fusion.parameters())
+frozen = sum(count(part.parameters()) for part in pipe.backbone.modules)
+
+drawn = [pipe.generate(predicted, prompts["beach"], progress=False)[0][0]]
+print(f"frozen numbers: {frozen:,}")
+loss = diffusion_loss(pipe, predicted, pixels, [prompts["no setting"]])
+print(f"loss on fixed noise before tuning: {loss:.3f}")
+for what in TUNABLE:
+    concept = pipe.personalize(picture, config=TuneConfig(what=what), progress=False)
+    drawn += pipe.generate(concept, prompts["beach"], progress=False)[0]
+    loss = diffusion_loss(pipe, concept, pixels, [prompts["no setting"]])
+    print(
+        f"{what:<12}{trained[what]:>12,} numbers tuned, {concept.seconds:5.1f} s, "
+        f"loss after 12 steps {loss:.3f}"
+    )
+show(
+    picture_grid([drawn], ["predicted", *TUNABLE]),
+    f"The concept on the beach as predicted, and after tuning {', '.join(TUNABLE)}.",
+)
+
+# %% [markdown]
+# Compare the losses, then the seconds, then the pictures: do they tell the same story? The
+# optimiser is AdamW without weight decay. `v*` and the matrices have learning rates of their own,
+# since their entries differ in size; these are our choices, in one place, `TuneConfig`.
+
+# %% [markdown]
+# ## 2. What the loss asks
+#
+# Every step adds noise to the input picture's latent `x0`, with the weights `alpha_bar` that belong
+# to a random timestep:
+#
+# $$x_t = \sqrt{\bar\alpha_t}\; x_0 + \sqrt{1 - \bar\alpha_t}\; \epsilon$$
+#
+# The UNet reads $x_t$ and a prompt with `S*`, and the loss is the mean squared error of its answer.
+# What it should answer depends on the model. Stable Diffusion 1.5 predicts the noise $\epsilon$.
+# Our small model predicts the *velocity*
+# ([Salimans and Ho 2022](https://arxiv.org/abs/2202.00512)):
+#
+# $$v = \sqrt{\bar\alpha_t}\; \epsilon - \sqrt{1 - \bar\alpha_t}\; x_0$$
+#
+# With little noise that asks for the noise, with much noise for the picture: at both ends for what
+# is hard to see. The contrastive term of the method comes on top (`dte_lab/objective.py`).
+
+# %% [markdown]
+# #### Exercise 1: the target
+#
+# Difficulty 2 of 5 · 10 minutes
+#
+# Write the velocity for a batch. Every picture of the batch has a noise level of its own, so
+# `alpha_bar` has one number per picture.
+#
+# <details>
+# <summary>Hint</summary>
+#
+# Numbers of shape `(B,)` do not multiply tensors of shape `(B, C, h, w)` picture by picture:
+# `x[:, None]` adds an axis of length 1 at the end. How many are missing?
+#
+# </details>
+
+
+# %% tags=["exercise"]
+def velocity_target(latents, noise, alpha_bar):
+    """latents and noise (B, C, h, w), alpha_bar (B,) -> the velocity, (B, C, h, w)."""
+    ### BEGIN SOLUTION
+    alpha_bar = alpha_bar[:, None, None, None]  # (B, 1, 1, 1)
+    return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latents
+    ### END SOLUTION
+
+
+checks.velocity_target(velocity_target)
+
+# %% [markdown]
+# ### Some noise is easier to remove
+#
+# The loss depends on the timestep far more than on how well we tune. That is why the numbers of a
+# progress bar jump about. Averaging helps, and how we choose the timesteps of one step helps as
+# much: we cut the range into as many bins as the batch has noise levels and draw one from each
+# (`noise_levels` in `dte_lab/tuning.py`). The hairlines below are the bins.
+
+# %%
+from dte_lab.objective import objective
+from dte_lab.panels.tuning import timestep_figure
+
+N, B = 4, TuneConfig().batch_size
+T = len(pipe.backbone.alphas_cumprod)
+generator = torch.Generator().manual_seed(0)
+prediction = pipe.encoder.predict(pipe.backbone, pixels, 0, pipe.prompt_encoder)
+latents = pipe.backbone.encode_images(pixels).expand(N, -1, -1, -1)
+noise = torch.randn(latents.shape, generator=generator).to(latents)
+
+
+@torch.no_grad()
+def loss_at(t):
+    """Diffusion loss of the prediction at timestep t, mean over N noises."""
+    timesteps = torch.full((N,), t, device=latents.device)
+    with objective(
+        pipe.backbone, pipe.prompt_encoder, prediction, [prompts["no setting"]] * N,
+        latents, noise, timesteps, pipe.encoder.dte,
+    ) as terms:  # fmt: skip
+        return terms["diffusion"].item()
+
+
+grid = [int(t) for t in np.linspace(0, T - 1, 24)]
+by_timestep = [loss_at(t) for t in grid]
+rng = np.random.default_rng(0)
+draws = rng.random((5000, B))
+independent = np.interp(draws * (T - 1), grid, by_timestep).mean(1)
+one_per_bin = np.interp((draws + np.arange(B)) / B * (T - 1), grid, by_timestep).mean(1)
+print(
+    f"spread of the loss of one step from its {B} timesteps alone (standard deviation): "
+    f"{independent.std():.3f} drawn freely, {one_per_bin.std():.3f} with one per bin"
+)
+show(
+    timestep_figure(grid, by_timestep, B),
+    f"The diffusion loss of the prediction over the timestep: {by_timestep[0]:.2f} at the lowest "
+    f"noise, {max(by_timestep):.2f} at most, {by_timestep[-1]:.2f} at the highest noise.",
+)
+
+# %% [markdown]
+# ## 3. From 0 to 12 steps, and far beyond
+#
+# One long run of tuning, with a callback that keeps the state after every step. From some of them
+# we draw: without a setting in the prompt, and in three scenes. The seed is always the same.
+
+# %%
+STEPS = (0, 2, 4, 8, 12, 25, 50, 100, 150)
+DRAWN = (0, 4, 12, 25, 50, 150)
+record, start = [], time.perf_counter()
+
+
+def keep(state):
+    record.append(state | {"seconds": time.perf_counter() - start})
+
+
+last = pipe.personalize(picture, num_steps=STEPS[-1], callback=keep)
+
+
+def after(steps):
+    """The concept after so many steps of the long run."""
+    if steps == len(record):
+        return last
+    return replace(last, v_star=record[steps]["v_star"], offsets=record[steps]["offsets"])
+
+
+def look(concept, wanted):
+    """One picture per prompt; `phrase` is what a method writes for S*."""
+    phrase = concept.info.get("phrase", "S*")
+    texts = [prompts[name].replace("S*", phrase) for name in wanted]
+    rows = pipe.generate(concept, texts, num_inference_steps=15, progress=False)
+    return {name: row[0] for name, row in zip(wanted, rows, strict=True)}
+
+
+pictures = {
+    (steps, name): image for steps in DRAWN for name, image in look(after(steps), prompts).items()
+}
+
+# %%
+LOOK = (0, 4, 12, 50, 150)
+references = {"no setting": picture} | dict(zip(list(prompts)[1:], to_pil(true), strict=True))
+show(
+    picture_grid(
+        [
+            [references[name]] + [pictures[n, name] for n in LOOK]
+            for name in ("no setting", "night")
+        ],
+        ["the truth", *(f"{n} steps" for n in LOOK)],
+        ["no setting", "at night"],
+    ),
+    f"Two rows of drawings after {', '.join(map(str, LOOK))} steps, without a setting and at "
+    "night, each beside the true picture.",
+)
+
+# %% [markdown]
+# Read the upper row first: does the drawing come closer and closer to the input picture? Then why
+# should one ever stop? Now read the lower row. What happens to the night, and to the colours of the
+# thing? Where they go wrong, the model has unlearned what it needs for any picture but this one.
+# That is **overfitting**, and the upper row cannot show it.
+
+# %% [markdown]
+# ### Can the loss show it?
+#
+# Three losses of the same run. The dots are what tuning saw. The solid line is the same loss on
+# noise that is the same at every point, so that progress can be seen. The dashed line is the loss
+# of the *true pictures in other scenes* under their prompts: the validation loss that nobody with
+# one photograph can compute.
+
+# %%
+from dte_lab.panels.tuning import losses_figure
+
+seen = [state["diffusion"] for state in record]
+own = [diffusion_loss(pipe, after(n), pixels, [prompts["no setting"]]) for n in STEPS]
+elsewhere = [diffusion_loss(pipe, after(n), true, [edit.prompt for edit in asked]) for n in STEPS]
+best = STEPS[int(np.argmin(elsewhere))]
+print(
+    f"input picture: {own[0]:.3f} before tuning, {own[-1]:.3f} after {STEPS[-1]} steps, lowest "
+    f"after {STEPS[int(np.argmin(own))]}"
+)
+print(
+    f"other scenes:  {elsewhere[0]:.3f} before tuning, {elsewhere[-1]:.3f} after {STEPS[-1]} "
+    f"steps, lowest after {best} with {min(elsewhere):.3f}"
+)
+print(f"what tuning saw: standard deviation over its first 12 steps {np.std(seen[:12]):.3f}")
+show(
+    losses_figure(seen, STEPS, own, elsewhere),
+    f"Losses over the steps. On the input picture from {own[0]:.2f} to {own[-1]:.2f}; in other "
+    f"scenes from {elsewhere[0]:.2f} by {min(elsewhere):.2f} after {best} steps to "
+    f"{elsewhere[-1]:.2f}.",
+)
+
+# %% [markdown]
+# #### Try it: steps and scene
+#
+# The pictures were computed above, so the panel answers at once. On a page that has no notebook
+# running behind it, the table below shows them all.
+
+# %%
+from IPython.display import display
+
+from dte_lab.panels.tuning import steps_panel
+
+display(steps_panel(pictures))
+
+# %%
+show(
+    picture_grid(
+        [[references[name]] + [pictures[n, name] for n in DRAWN] for name in prompts],
+        ["the truth", *(f"{n} steps" for n in DRAWN)],
+        list(prompts),
+    ),
+    f"All pictures of the panel: a row per prompt ({', '.join(prompts)}), a column per number of "
+    f"steps ({', '.join(map(str, DRAWN))}).",
+)
+
+# %% [markdown]
+# ## 4. The same on many concepts, by judges from outside
+#
+# One cupcake proves nothing. `python -m dte_lab.evaluation.steps` takes held-out concepts, tunes
+# each with every method, and stops on the way to draw ten scenes with two seeds. *Identity* is read
+# by a network that took part in no training here (0: no more like this thing than like any other;
+# 1: like the true pictures). *Prompt fidelity* is the share of pictures whose scene, read from
+# their border, is the one asked for. Either is easy alone: copy the input picture, or ignore it.
+# So we go by their **harmonic mean**, which is high only where both are. The bands are bootstrap 95
+# % intervals over the concepts.
+
+# %%
+from dte_lab.panels.tuning import quality_figure
+
+results = json.loads(Path("../results/steps.json").read_text())
+curves, names = results["curves"], results["names"]
+measures = {
+    "identity_scaled": "identity",
+    "scene": "prompt fidelity",
+    "fidelity": "harmonic mean of the two",
+}
+n_concepts = curves["dte"]["fidelity"][0]["n"]
+print(f"{n_concepts} concepts of the {results['settings']['split']} split; mean [95 % interval]")
+for method, of_method in curves.items():
+    top = max(of_method["fidelity"], key=lambda point: point["mean"])
+    print(
+        f"{names[method]}: the harmonic mean is highest after {top['steps']} steps, "
+        f"{top['mean']:.2f} [{top['low']:.2f}, {top['high']:.2f}]"
+    )
+show(
+    quality_figure(curves, names, measures),
+    f"Identity, prompt fidelity and their harmonic mean over the steps, {n_concepts} concepts, "
+    f"for {', '.join(names[m] for m in curves)}.",
+)
+
+# %% [markdown]
+# ### How good a guide is the loss?
+#
+# Can the loss tell us when to stop? In the plot below the run of the tuning encoder moves to the
+# right as the loss falls; the numbers beside the points are the steps. If the loss were a guide,
+# every move to the right would be a move up, and the best point would be the last. Look where the
+# path turns, on the left with the loss that tuning can see, on the right with the loss in other
+# scenes.
+#
+# The table puts numbers to it: the rank correlation (Spearman) of the loss with each measure over
+# the steps of one concept, averaged over the concepts. -1 would be a perfect guide, 0 is none, and
+# above 0 the loss falls while the measure gets worse. *Early* is up to 12 steps, *late* from 12 on.
+# Where a measure does not move at all there is nothing to correlate.
+
+# %%
+from dte_lab.panels.tuning import guide_figure
+
+LOSSES = {"loss": "loss on the input picture", "loss_elsewhere": "loss in other scenes"}
+
+
+def correlation(found):
+    return f"{found['mean']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]" if found else "-"
+
+
+for loss, title in LOSSES.items():
+    print(f"{title:<28}" + "".join(f"{label.split(' of')[0]:>23}" for label in measures.values()))
+    for method, parts in results["guide"].items():
+        for part, found in parts.items():
+            cells = [correlation(found[loss].get(measure)) for measure in measures]
+            print(f"  {names[method]:<19}{part:<7}" + "".join(f"{cell:>23}" for cell in cells))
+points = [point for point in results["points"] if point["method"] == "dte"]
+show(
+    guide_figure(points, "fidelity", LOSSES),
+    "Two paths over the steps of the tuning encoder, means over the concepts: harmonic mean of "
+    "identity and prompt fidelity against the loss on the input picture, and against the loss in "
+    "other scenes.",
+)
+
+# %% [markdown]
+# ## 5. The least steps that satisfy
+#
+# Steps cost time, and too many cost freedom. So: what is the least number that is good enough? We
+# must say what *enough* is. Here it is a share of the best mean that any method reaches at any
+# number of steps. A single concept has lucky points, so with one concept it is wise to ask the next
+# points of the curve as well before one calls it enough.
+
+# %% [markdown]
+# #### Exercise 2: when is it enough?
+#
+# Difficulty 3 of 5 · 15 minutes
+#
+# `curve` is a dictionary {number of steps: value}, in any order. Return the least number of steps
+# at which the value is `level` or more, and is so at the next `patience` numbers of steps in the
+# curve too. Near the end of the curve there are fewer to ask: then those that are left decide.
+# Return `None` where nothing satisfies.
+#
+# <details>
+# <summary>Hint</summary>
+#
+# Sort the numbers of steps. For the one at position `i`, the points to ask are
+# `steps[i : i + patience + 1]`; a slice that reaches over the end is simply shorter. `all(...)`
+# says whether all of them are good.
+#
+# </details>
+
+
+# %% tags=["exercise"]
+def steps_needed(curve, level, patience):
+    """{steps: value}, what is good enough, further points to ask -> the least steps, or None."""
+    ### BEGIN SOLUTION
+    steps = sorted(curve)
+    for i, number in enumerate(steps):
+        if all(curve[s] >= level for s in steps[i : i + patience + 1]):
+            return number
+    return None
+    ### END SOLUTION
+
+
+checks.steps_needed(steps_needed)
+
+# %% [markdown]
+# The same rule, without patience, for the means over all concepts and over each group. The paper
+# reports up to 12 steps for all concepts and leaves open whether some need more: if the markers of
+# two groups lie apart *and their intervals do not overlap*, they do. The intervals come from
+# drawing the concepts of a group anew, with replacement. Few concepts make them wide, and rightly
+# so; a single one has no spread, and its interval says nothing. A hollow marker over "never" means
+# that no number of steps reached the level.
+
+# %%
+from dte_lab.panels.tuning import least_figure
+
+least = results["least"]
+print(f"enough: {results['share']:.0%} of the best mean harmonic mean in the group")
+for group, found in least.items():
+    texts = []
+    for method, m in found["methods"].items():
+        low, at, high = ("never" if m[k] is None else m[k] for k in ("low", "steps", "high"))
+        texts.append(f"{names[method]} {at} [{low}, {high}]")
+    print(f"{group} (n = {found['n']}): {'; '.join(texts)}")
+show(
+    least_figure(least, names),
+    "The least steps that satisfy, a row per group of concepts, a marker per method, with 95 % "
+    "intervals; the numbers are printed above.",
+)
+
+# %% [markdown]
+# ## 6. What it costs: memory
+#
+# Four things fill a card: the frozen weights, what AdamW keeps for each tuned number, the
+# activations that the backward pass needs, and scratch space. The first two are arithmetic.
+
+# %% [markdown]
+# #### Exercise 3: weights, gradients, AdamW
+#
+# Difficulty 1 of 5 · 10 minutes
+#
+# How many bytes do all weights take, together with the gradients and what AdamW remembers? Tuned
+# numbers are in fp32, 4 bytes each; so are their gradients, and AdamW's running averages of the
+# gradient and of its square. A frozen weight has `frozen_bytes`: 2 in half precision.
+#
+# <details>
+# <summary>Hint</summary>
+#
+# How many numbers does the optimiser's step need for one tuned number, itself included? And for a
+# frozen one?
+#
+# </details>
+
+
+# %% tags=["exercise"]
+def tuning_bytes(trained, frozen, frozen_bytes=2):
+    """Numbers tuned and frozen -> bytes of weights, gradients and AdamW's averages."""
+    ### BEGIN SOLUTION
+    value = gradient = mean = square = 4
+    return (value + gradient + mean + square) * trained + frozen_bytes * frozen
+    ### END SOLUTION
+
+
+checks.tuning_bytes(tuning_bytes)
+
+# %% [markdown]
+# ### Predicted and measured, on this machine
+#
+# The rest depends on every operation of the UNet, so we do not guess: `dte_lab/memory.py` runs a
+# real step on *fake tensors*, which have shapes and no data, and counts what comes and goes. It
+# needs no GPU, and takes as long for a large picture as for a small one. Here is its prediction for
+# the small model beside what the operating system saw of a real step. A trace sees tensors. It does
+# not see the scratch space of fast kernels, nor what the allocator keeps for later. Does the gap
+# between the lines grow with the batch, or is it the same everywhere?
+
+# %%
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dte_lab.evaluation.run import PeakMemory as MeasuredPeak
+from dte_lab.memory import PeakMemory
+from dte_lab.panels.tuning import memory_figure
+from dte_lab.tuning import tune
+
+
+def one_step(noise_levels):
+    tune(
+        pipe.backbone, pipe.prompt_encoder, prediction, pixels, pipe.encoder.dte,
+        TuneConfig(num_steps=1, batch_size=noise_levels),
+        bank=(pipe.encoder.bank, pipe.encoder.bank_concepts), progress=False,
+    )  # fmt: skip
+
+
+def predicted_mb(noise_levels):
+    """Peak of all tensors of a step beyond the frozen weights, without computing it."""
+    frozen = [weight for part in pipe.backbone.modules for weight in part.parameters()]
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, PeakMemory() as memory:
+        frozen = [fake.from_tensor(weight) for weight in frozen]
+        for weight in frozen:
+            memory.track(weight.untyped_storage())
+        before = memory.now
+        one_step(noise_levels)
+    return (memory.peak - before) / 2**20
+
+
+def measured_mb(noise_levels):
+    """The same as the operating system, or CUDA's allocator, saw it; None where it does not say."""
+    peak = MeasuredPeak(pipe.backbone.device)
+    one_step(noise_levels)
+    return peak.read()
+
+
+batches = (1, 2, 4, 8, 16)
+expected = [predicted_mb(batch) for batch in batches]
+measured = [measured_mb(batch) for batch in batches]
+measured = None if None in measured else measured
+
+by_hand = 16 * trained["predictions"] / 2**20
+print(f"tuned numbers, gradients and averages, by hand: {by_hand:.1f} MB")
+print(f"{'noise levels':>14}{'predicted MB':>15}{'measured MB':>15}")
+for i, batch in enumerate(batches):
+    print(f"{batch:>14}{expected[i]:>15.0f}{measured[i] if measured else float('nan'):>15.0f}")
+show(
+    memory_figure(batches, expected, measured),
+    f"Memory of a tuning step over its noise levels: predicted {expected[0]:.0f} to "
+    f"{expected[-1]:.0f} MB"
+    + (f", measured {measured[0]:.0f} to {measured[-1]:.0f} MB." if measured else "."),
+)
+
+# %% [markdown]
+# ### Stable Diffusion 1.5 on a card of 15 GB
+#
+# That is what a free T4 has. The bars are **predictions** by the same trace at full size, without
+# weights and without a GPU. The choices: how many noise levels a step has (`batch`), the side of
+# the picture, half or full precision of what is frozen, *gradient checkpointing* (activations are
+# computed anew instead of kept: less memory, about a third slower) and *offload* (image encoder
+# and autoencoder wait on the CPU). Which of them is the cheapest way to make it fit?
+
+# %%
+from dte_lab.memory import Setting, predict
+from dte_lab.panels.tuning import card_figure
+from dte_lab.sd15 import random_parts
+
+CARD = 15
+choices = [
+    Setting(batch=4, dtype="fp32"),
+    Setting(batch=16),
+    Setting(batch=16, resolution=384),
+    Setting(batch=16, gradient_checkpointing=True),
+    Setting(batch=4),
+    Setting(batch=1, gradient_checkpointing=True, offload=True),
+]
+bytes_needed = {str(c): predict(c, ("tuning",))["tuning"] for c in choices}
+
+known = {}
+for file in sorted(Path("../results").glob("sd15_*.json")):
+    for row in json.loads(file.read_text())["rows"]:
+        if (peak := row["measured"]["tuning"]["bytes"]) is not None:
+            known[str(Setting(**row["setting"]))] = peak / 1e9
+
+parts = random_parts("meta")
+weights = {k: count(v.parameters()) for k, v in parts.items() if isinstance(v, torch.nn.Module)}
+free = 768 + 199_296 * Setting().rank  # v*, and A and B of 128 projections; see docs/sd15.md
+print(
+    f"by hand, in GB: {2 * sum(weights.values()) / 1e9:.2f} for frozen weights in fp16, "
+    f"{16 * free / 1e9:.3f} for {free:,} tuned numbers"
+)
+print(
+    f"if the whole UNet were tuned, as DreamBooth does: {16 * weights['unet'] / 1e9:.1f} GB for it "
+    "before the first activation"
+)
+print(
+    f"measured so far: {len(known)} settings, in results/sd15_*.json"
+    if known
+    else "measured so far: none; benchmarks/sd15.py would, on a GPU, and put it beside this"
+)
+
+# %%
+labels = [str(c).removeprefix("sd15, ").removesuffix(f", rank {c.rank}") for c in choices]
+labels = [label.replace(f", rank {choices[0].rank}", "") for label in labels]
+gigabytes = [bytes_needed[str(c)] / 1e9 for c in choices]
+show(
+    card_figure(labels, gigabytes, [known.get(str(c)) for c in choices], CARD),
+    f"Predicted peak memory of tuning Stable Diffusion 1.5 beside a card of {CARD} GB: "
+    + "; ".join(f"{label}: {gb:.1f} GB" for label, gb in zip(labels, gigabytes, strict=True))
+    + ".",
+)
+
+# %% [markdown]
+# ## 7. The same steps on Stable Diffusion 1.5
+#
+# These cells run where there is a GPU and the hub's files can be had (3.6 GB in half precision);
+# elsewhere they say so in a line. There is no encoder for this model, so tuning starts at the word
+# that CLIP finds in the picture, with offsets of zero. Twelve steps are then a small part of the
+# way: plan for some hundred, and watch for the same turn into overfitting.
+
+# %%
+from dte_lab.doctor import examine
+
+SD15_STEPS = (0, 12, 50, 150, 300)
+reason = "there is no GPU"
+if device == "cuda":  # asks the hub only here
+    found = next(f for f in examine("sd15", device=device) if f.what == "backbone")
+    reason = None if found.good else found.text
+print(
+    f"Stable Diffusion 1.5 is left out: {reason}." if reason else "Stable Diffusion 1.5: going on"
+)
+
+# %%
+if not reason:
+    from PIL import Image
+    from skimage.data import chelsea
+
+    from dte_lab.images import square
+
+    card = torch.cuda.get_device_properties(0).total_memory / 1e9
+    fitting = [c for c in choices if c.dtype == "fp16" and bytes_needed[str(c)] <= (card - 1) * 1e9]
+    choice = max(
+        fitting, key=lambda c: (c.resolution, min(c.batch, 4), not c.gradient_checkpointing)
+    )
+    print(f"this card has {card:.0f} GB; chosen: {choice}")
+    large = DTEPipeline.from_pretrained(
+        "sd15", device=device, dtype=torch.float16, offload=choice.offload,
+        gradient_checkpointing=choice.gradient_checkpointing,
+    )  # fmt: skip
+    large.backbone.unet.register_to_config(sample_size=choice.resolution // 8)
+    photograph = square(Image.fromarray(chelsea()), large.backbone.resolution)
+    kept = {}
+
+    def keep_some(state):
+        if state["step"] in SD15_STEPS:
+            kept[state["step"]] = state["v_star"], state["offsets"]
+
+    cat = large.personalize(
+        photograph, SD15_STEPS[-1], callback=keep_some, config=TuneConfig(batch_size=choice.batch)
+    )
+    print(
+        f"{cat.seconds:.0f} s; peak memory {cat.info['peak_memory_mb'] * 2**20 / 1e9:.2f} GB "
+        f"measured, {bytes_needed[str(choice)] / 1e9:.2f} GB predicted"
+    )
+    cats = [replace(cat, v_star=v, offsets=o) for v, o in kept.values()] + [cat]
+    wanted = ("a photo of S*", "a photo of S* on the beach", "a painting of S* at night")
+    rows = [[photograph] * len(wanted)]
+    for state in cats:
+        rows.append([r[0] for r in large.generate(state, wanted, batch_size=1, progress=False)])
+    shown = [[row[i].resize((192, 192)) for row in rows] for i in range(len(wanted))]
+    show(
+        picture_grid(shown, ["the input", *(f"{n} steps" for n in SD15_STEPS)], list(wanted)),
+        f"A cat by Stable Diffusion 1.5 after {', '.join(map(str, SD15_STEPS))} steps: "
+        f"{'; '.join(wanted)}.",
+    )
+
+# %% [markdown]
+# ## 8. Against Textual Inversion and LoRA, by the clock
+#
+# Steps of different methods are not worth the same. A step of ours runs every attention layer
+# twice, Textual Inversion tunes a single vector, DreamBooth LoRA tunes offsets and has no encoder
+# to look at the picture first. What you wait for is seconds. So each method gets the same time on
+# this machine, with the same picture, seeds and noise levels per step, and shows what it has by
+# then. The encoder's own look at the picture is in its time; its pre-training is not, just as the
+# base model's is not.
+
+# %%
+from dte_lab.baselines import dreambooth_lora, textual_inversion
+from dte_lab.panels.tuning import captioned_grid
+
+UP_TO = 96
+budget = record[11]["seconds"]  # of our 12 steps
+tracks = {"tuning encoder": {0: (predicted.seconds, predicted)}}
+tracks["tuning encoder"] |= {
+    n: (record[n - 1]["seconds"], after(n)) for n in range(1, len(record) + 1)
+}
+for name, method in (
+    ("Textual Inversion", textual_inversion),
+    ("DreamBooth LoRA", dreambooth_lora),
+):
+    states = method(pipe, pixels, range(0, UP_TO + 1, 2))
+    tracks[name] = {n: (c.info["seconds"], c) for n, c in states.items()}
+
+# %%
+shares, rows = (0.25, 1, 4), []
+for track in tracks.values():
+    row = []
+    for share in shares:
+        n = max([0, *(n for n, (seconds, _) in track.items() if seconds <= share * budget)])
+        seconds, concept = track[n]
+        images = look(concept, ["beach", "night"]).values()
+        row += [(image, f"{n} steps, {seconds:.1f} s") for image in images]
+    rows.append(row)
+heads = [f"{share * budget:.1f} s, {scene}" for share in shares for scene in ("beach", "night")]
+show(
+    captioned_grid(rows, heads, [name.replace(" ", "\n") for name in tracks]),
+    f"Rows: {', '.join(tracks)}. Columns: what each draws on the beach and at night within "
+    f"{', '.join(f'{share * budget:.1f}' for share in shares)} seconds of tuning.",
+)
+
+# %% [markdown]
+# And the same on the held-out concepts: quality over mean seconds, as measured on the machine that
+# made `results/steps.json`. At one height, the curve further to the left is the faster method. Look
+# at the first point of each curve too: what does a method know before it tunes at all?
+
+# %%
+for method, of_method in curves.items():
+    seconds = {p["steps"]: p["mean"] for p in of_method["seconds"]}
+    top = max(of_method["fidelity"], key=lambda point: point["mean"])
+    print(
+        f"{names[method]}: {seconds[top['steps']]:.1f} s to its best harmonic mean, "
+        f"{top['mean']:.2f} after {top['steps']} steps"
+    )
+show(
+    quality_figure(curves, names, measures, over="seconds"),
+    f"Identity, prompt fidelity and their harmonic mean over seconds, {n_concepts} concepts.",
+)
+
+# %% [markdown]
+# ## To take along
+#
+# - Tuning moves the prediction itself, a small share of all numbers; the model stays frozen.
+# - The loss of one step is mostly noise, and even without noise it only says how well the *input
+#   picture* is learned. Look at pictures in other scenes, with a prompt that asks for something.
+# - Stop at the least steps that satisfy, and say for how many concepts you have checked it.
+# - AdamW costs 16 bytes per tuned number. With low-rank offsets that is nothing beside weights and
+#   activations, and so checkpointing, half precision and smaller batches are what make it fit.
+# - Compare methods by the clock, and say what the clock leaves out.
+#
+# Everything here is in short files: `dte_lab/tuning.py` has the steps, `dte_lab/objective.py` the
+# loss, `dte_lab/baselines.py` the other methods, `dte_lab/memory.py` the prediction of memory.
