@@ -5,6 +5,7 @@ a sentence that says where to look: the known mistakes are recognised by what th
 NotImplementedError of a part not yet written goes through.
 """
 
+from dte_lab.checks.features import fuse, map_to_grid, noisy_latent
 from dte_lab.checks.quickstart import blend, low_rank_offset, nearest_words
 
-__all__ = ["blend", "low_rank_offset", "nearest_words"]
+__all__ = ["blend", "fuse", "low_rank_offset", "map_to_grid", "nearest_words", "noisy_latent"]
