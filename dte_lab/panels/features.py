@@ -13,7 +13,6 @@ from dte_lab.plots import HAIRLINE, INK, MUTED
 # Okabe and Ito's colours, each with a marker of its own.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#D55E00")
 MARKERS = ("o", "s", "^", "D", "P", "v", "X")
-LEVELS = ("--", "-.", (0, (1, 1)))
 
 
 def principal_maps(maps: np.ndarray) -> np.ndarray:
@@ -44,7 +43,7 @@ def map_grid(
 
     Single maps of a row share one scale, from dark (low) to bright (high).
     """
-    figure = Figure(figsize=(1.5 * len(column_labels), 1.42 * len(rows) + 0.5))
+    figure = Figure(figsize=(1.2 * len(column_labels) + 0.3, 1.18 * len(rows) + 0.4))
     figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02)
     grid = figure.subplots(len(rows), len(column_labels), squeeze=False)
     for axes, row in zip(grid, rows, strict=True):
@@ -53,9 +52,9 @@ def map_grid(
         for ax, shown in zip(axes, row, strict=True):
             _draw_map(ax, shown, low, high)
     for ax, label in zip(grid[0], column_labels, strict=True):
-        ax.set_title(label, fontsize=9, color=INK)
+        ax.set_title(label, fontsize=8, color=INK)
     for ax, label in zip(grid[:, 0], row_labels, strict=True):
-        ax.set_ylabel(label, fontsize=9, color=INK)
+        ax.set_ylabel(label, fontsize=8, color=INK)
     return figure
 
 
@@ -71,12 +70,12 @@ def _draw_map(ax, shown, low, high):
 def linear_cka(x: np.ndarray, y: np.ndarray) -> float:
     """How alike two feature spaces arrange the same n pictures: (n, d), (n, e) -> 0 to 1.
 
-    Linear centred kernel alignment (Kornblith et al. 2019): 1 when one is a rotation or a multiple
-    of the other.
+    Linear centred kernel alignment (Kornblith et al. 2019): the cosine of the two tables of
+    similarities between pictures. 1 when one space is a rotation or a multiple of the other.
     """
     x, y = x - x.mean(axis=0), y - y.mean(axis=0)
-    norm = np.linalg.norm  # Frobenius
-    return float(norm(x.T @ y) ** 2 / (norm(x.T @ x) * norm(y.T @ y)))
+    k, l = x @ x.T, y @ y.T  # noqa: E741  (n, n) each, as in the formula
+    return float((k * l).sum() / (np.linalg.norm(k) * np.linalg.norm(l)))
 
 
 def similarity_figure(
@@ -88,7 +87,7 @@ def similarity_figure(
     """
     figure = Figure(figsize=(9.5, 3.9), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.35))
-    image = left.imshow(between, cmap="viridis", vmin=0, vmax=1)
+    left.imshow(between, cmap="viridis", vmin=0, vmax=1)
     for (i, j), value in np.ndenumerate(between):
         colour = "white" if value < 0.6 else "black"
         left.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
@@ -97,12 +96,9 @@ def similarity_figure(
     left.set_yticks(range(len(ticks)), ticks)
     left.set_xlabel("t / T")
     left.set_ylabel("t / T")
-    left.set_title("UNet maps at two noise levels", fontsize=10, color=INK)
+    left.set_title("linear CKA of UNet maps at two noise levels", fontsize=10, color=INK)
     left.tick_params(length=0)
     left.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=left, shrink=0.8)
-    bar.set_label("linear CKA")
-    bar.outline.set_visible(False)
     _curves(right, fractions, curves)
     right.set_ylabel("linear CKA")
     right.set_ylim(-0.03, 1.03)
@@ -112,19 +108,18 @@ def similarity_figure(
 
 
 def _curves(ax, fractions, curves):
-    """Over t, {label: (values, spreads or None)}; one value alone is a level without t."""
-    levels = 0
-    for i, (label, (values, spreads)) in enumerate(curves.items()):
-        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-        if np.ndim(values) == 0:
-            ax.axhline(values, color=colour, linestyle=LEVELS[levels % len(LEVELS)], label=label)
-            levels += 1
-        else:
-            ax.plot(fractions, values, color=colour, marker=marker, markersize=5, label=label)
-        if spreads is not None:
-            low, high = np.subtract(values, spreads), np.add(values, spreads)
-            band = (np.broadcast_to(edge, len(fractions)) for edge in (low, high))
-            ax.fill_between(fractions, *band, color=colour, alpha=0.15, linewidth=0)
+    """Over t, {label: (values, error or None)}; one value alone is a level without t."""
+    gap = (fractions[-1] - fractions[0]) / 100  # so that error bars stand side by side
+    for i, (label, (values, error)) in enumerate(curves.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        style = {"color": colour, "elinewidth": 1, "capsize": 2, "markersize": 5, "label": label}
+        x = np.asarray(fractions) + gap * (i - (len(curves) - 1) / 2)
+        marker = MARKERS[i % len(MARKERS)]
+        if np.ndim(values) == 0:  # its error bar stands at the right end
+            ax.axhline(values, color=colour, linestyle="--", linewidth=1)
+            style |= {"linestyle": "--", "linewidth": 1}
+            x = x[-1] + 6 * gap + i * gap
+        ax.errorbar(x, values, error, marker=marker, **style)
     ax.set_xticks(fractions, [f"{f:g}" for f in fractions])
     ax.set_xlabel("t / T")
     plain(ax)
@@ -180,11 +175,12 @@ def curves_figure(
     ylabel: str,
     chance: Mapping[str, float] | None = None,
     marks: Sequence[float] = (),
+    yscale: str = "linear",
 ) -> Figure:
-    """Curves over t in one panel per title, with one legend: {title: {label: (values, spreads)}}.
+    """Curves over t in one panel per title, with one legend: {title: {label: (values, error)}}.
 
-    values: one per t, or one number for what does not depend on t. spreads: alike, or None.
-    chance: {title: level of guessing}. marks: places on the t axis to mark.
+    values: one per t, or one number for what does not depend on t. error: as for matplotlib's
+    `errorbar`. chance: {title: level of guessing}. marks: places on the t axis to mark.
     """
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
@@ -193,7 +189,9 @@ def curves_figure(
     for ax, (title, curves) in zip(axes, panels.items(), strict=True):
         _curves(ax, fractions, curves)
         ax.set_title(title, fontsize=10, color=INK)
-        ax.set_ylim(0, None)
+        ax.set_yscale(yscale)
+        if yscale == "linear":
+            ax.set_ylim(0, None)
         if chance is not None:
             ax.axhline(chance[title], color=MUTED, linestyle=":", label="guessing")
         for mark in marks:

@@ -116,16 +116,27 @@ from PIL import Image
 
 from dte_lab.panels.features import as_colours, map_grid, principal_maps
 
-STEP = 2 * PER_GROUP * RENDERINGS // 4 + 1  # another thing, style and scene each time
-examples = list(range(0, len(items), STEP))[:6]
-to_image = lambda x: Image.fromarray(  # noqa: E731
-    ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
-)
+
+def to_image(x):
+    """(3, H, W) in [-1, 1] -> PIL image."""
+    x = ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(x.permute(1, 2, 0).cpu().numpy())
+
+
+# One thing of each group, whose name fits above a picture, in the styles by turns.
+examples = [
+    next(
+        i
+        for i, (name, drawn, *_) in enumerate(items)
+        if group[i] == g and drawn == STYLES[k % len(STYLES)] and len(name) <= 12
+    )
+    for k, g in enumerate(members)
+]
 pictures = [to_image(pixels[i]) for i in examples]
 captions = [f"{thing[i]}\n{style[i]}, {scene[i]}" for i in examples]
 
 patches = clip.patches.cpu().numpy()
-components = principal_maps(patches)[examples]  # (6, g, g, 3)
+components = principal_maps(patches)[examples]  # (n, g, g, 3)
 strongest = patches.std(axis=(0, 2, 3)).argsort()[::-1][:2]
 rows = {
     "picture": pictures,
@@ -135,7 +146,7 @@ rows = {
 }
 show(
     map_grid(list(rows.values()), captions, list(rows)),
-    "Six pictures; below each its CLIP patches as colours from three principal components, the "
+    f"{len(examples)} pictures; below each its CLIP patches as colours from three principal components, the "
     "first component alone, and two single channels.",
 )
 
@@ -284,7 +295,7 @@ show(
 # #### Try it: picture, noise level and layer
 #
 # The panel shows any of the pictures, at any of these `t`, in any layer. On a page that has no
-# notebook running behind it, the figure below has the other pictures in the last layer.
+# notebook running behind it, the figure below has two of the other pictures in the last layer.
 
 # %%
 from IPython.display import display
@@ -295,13 +306,13 @@ display(layer_panel(noisy, layer_maps))
 
 # %%
 names = list(dict.fromkeys(name for name, _ in keys))
-rows = []
-for name in names:
+rows, shown = [], names[2:4]
+for name in shown:
     rows.append([noisy[name, f] for f in FRACTIONS])
     rows.append([as_colours(layer_maps[layers[-1]][name, f]) for f in FRACTIONS])
 show(
-    map_grid(rows, [f"t = {s}" for s in STEPS], [t for n in names for t in (n, layers[-1])]),
-    f"For each of {len(names)} pictures two rows: the noisy latent, decoded, at {len(STEPS)} noise "
+    map_grid(rows, [f"t = {s}" for s in STEPS], [t for n in shown for t in (n, layers[-1])]),
+    f"For each of {len(shown)} pictures two rows: the noisy latent, decoded, at {len(STEPS)} noise "
     f"levels, and the maps of {layers[-1]} as colours.",
 )
 
@@ -309,29 +320,37 @@ show(
 # ## 3. How the features change with t
 #
 # Pictures of maps are good for ideas and bad for claims. So we go on with numbers, over all the
-# pictures. A map is pooled to one vector by averaging over its positions. Every picture gets fresh
-# noise at every `t`. What two noise levels have in common then comes from the picture.
+# pictures. Each map is averaged over the four quarters of the picture, so that a picture becomes one
+# vector. Every picture gets fresh noise at every `t`. What two noise levels have in common then
+# comes from the picture.
 
 # %%
 from tqdm.auto import tqdm
 
-unet = {}  # {t / T: (N, channels)}
-noisy_pixels = {}  # the noisy latents themselves, pooled to 2 x 2, for comparison
+
+def quarters(maps):
+    """Maps (N, C, g, g) averaged over each quarter of the picture: (N, 4 * C) as an array."""
+    return F.adaptive_avg_pool2d(maps, 2).flatten(1).cpu().numpy()
+
+
+unet = {}  # {t / T: (N, 4 * C)}
+noisy_latents = {}  # what the UNet was given, pooled alike
 for fraction, step in zip(tqdm(FRACTIONS, desc="noise levels"), STEPS, strict=True):
     x_t, timesteps = noised(latents, step, seed=1)
     maps = unet_features(backbone, x_t, timesteps, prompt, grid, encoder.dte.unet_layers)
-    unet[fraction] = maps.mean(dim=(2, 3)).cpu().numpy()
-    noisy_pixels[fraction] = F.adaptive_avg_pool2d(x_t, 2).flatten(1).cpu().numpy()
-clip_patches, clip_embeds = patches.mean(axis=(2, 3)), clip.embeds.cpu().numpy()
-print(f"UNet: {unet[0.0].shape[1]} channels; CLIP patches: {clip_patches.shape[1]}; ", end="")
-print(f"CLIP embedding: {clip_embeds.shape[1]}")
+    unet[fraction], noisy_latents[fraction] = quarters(maps), quarters(x_t)
+clip_patches, clip_embeds = quarters(clip.patches), clip.embeds.cpu().numpy()
+print(f"numbers per picture: UNet {unet[0.0].shape[1]}, CLIP patches {clip_patches.shape[1]},")
+print(f"CLIP embedding {clip_embeds.shape[1]}")
 
 # %% [markdown]
 # **Linear CKA** (centred kernel alignment, [Kornblith et al.
 # 2019](https://arxiv.org/abs/1905.00414)) asks whether two spaces arrange the same pictures alike.
-# `X` and `Y` hold one row per picture, and each column's mean is subtracted:
+# `X` and `Y` hold one row per picture, and each column's mean is subtracted. $K = X X^\top$ is then
+# the table of similarities between all pictures in the one space, $L = Y Y^\top$ in the other, and
+# CKA is the cosine between the two tables:
 #
-# $$\mathrm{CKA}(X, Y) = \frac{\|X^\top Y\|^2}{\|X^\top X\|\;\|Y^\top Y\|}$$
+# $$\mathrm{CKA}(X, Y) = \frac{\langle K, L \rangle}{\|K\|\;\|L\|}$$
 #
 # It is 1 when one space is a rotated or scaled copy of the other, and does not mind different
 # numbers of channels. It is not quite 0 for spaces that have nothing to do with each other; the
@@ -404,15 +423,17 @@ for what, names in {**labels, "scene": scene}.items():
     for name, x in spaces.items():
         share = neighbours_alike(x, names, thing)
         chance = neighbours_alike(rng.normal(size=x.shape), names, thing)
-        notes[what, name] = f"neighbours of the same {what}: {share:.0%} (chance {chance:.0%})"
+        notes[what, name] = f"neighbours of the same {what}:\n{share:.0%} (chance {chance:.0%})"
 show(
     umap_figure(points, labels, notes),
     "UMAP of three feature spaces, marked by group and by style. "
-    + "; ".join(f"{name}: {notes[what, name]}" for what in labels for name in spaces)
+    + "; ".join(
+        f"{name}: {notes[what, name]}".replace("\n", " ") for what in labels for name in spaces
+    )
     + ".",
 )
 for name in spaces:
-    print(f"{name + ':':<22}{notes['scene', name]}")
+    print(f"{name + ':':<22}" + notes["scene", name].replace("\n", " "))
 
 # %% [markdown]
 # The last three lines ask the same about the scene. Compare them with the numbers in the figure:
@@ -434,10 +455,10 @@ for name in spaces:
 # - **group, style, scene**: the probe is asked about *things that it was never shown*. Otherwise it
 #   could learn by heart that a certain thing is food.
 #
-# To be fair to spaces of different size, every space is first brought to as many numbers, its first
-# principal components. For comparison we probe the picture's own pixels, 8 × 8 of them, and the
-# noisy latents: what the UNet's maps know beyond those is the UNet's own work. The bands are the
-# standard deviation over five splits.
+# To be fair to spaces of different size, every space is first brought to the same number of
+# dimensions, its first principal components. For comparison we probe the picture's own pixels,
+# 8 × 8 of them, and the noisy latents: what the UNet's maps know beyond those is the UNet's own
+# work. The bars are one standard deviation over five splits.
 
 # %%
 from sklearn.decomposition import PCA
@@ -446,12 +467,8 @@ from sklearn.model_selection import GroupKFold, LeaveOneGroupOut, cross_val_scor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-COMPONENTS = 64
-probe = make_pipeline(
-    StandardScaler(),
-    PCA(COMPONENTS, whiten=True, random_state=0),
-    LogisticRegression(C=0.3, max_iter=500),
-)
+DIMENSIONS = 64
+probe = LogisticRegression(C=0.3, max_iter=500)
 by_thing = GroupKFold(5, shuffle=True, random_state=0)
 targets = {  # label -> (its values, how to split, what a split holds together)
     "thing": (thing, LeaveOneGroupOut(), rendering),
@@ -459,6 +476,12 @@ targets = {  # label -> (its values, how to split, what a split holds together)
     "style": (style, by_thing, thing),
     "scene": (scene, by_thing, thing),
 }
+
+
+def reduced(features):
+    """(N, d) -> (N, DIMENSIONS) of variance 1; labels play no part in it."""
+    pca = PCA(DIMENSIONS, whiten=True, random_state=0)
+    return make_pipeline(StandardScaler(), pca).fit_transform(features)
 
 
 def accuracy(features, target):
@@ -469,8 +492,12 @@ def accuracy(features, target):
 
 
 tiny = F.adaptive_avg_pool2d(pixels, 8).flatten(1).cpu().numpy()
-over_t = {"UNet maps": unet, "noisy latents": noisy_pixels}
+over_t = {
+    name: {f: reduced(x) for f, x in by_t.items()}
+    for name, by_t in {"UNet maps": unet, "noisy latents": noisy_latents}.items()
+}
 without_t = {"CLIP patches": clip_patches, "CLIP embedding": clip_embeds, "8 x 8 pixels": tiny}
+without_t = {name: reduced(x) for name, x in without_t.items()}
 probed = {}
 for target in tqdm(targets, desc="labels"):
     probed[target] = {
@@ -512,8 +539,8 @@ show(
 #   guessing. If one were not, we would have made a mistake: this is the experiment's own test.
 # - A UNet curve **above** that of the noisy latents is knowledge that the UNet adds. One beside it
 #   only hands on what it was given.
-# - A CLIP line above the UNet's curve is a reason to look at CLIP as well; where the bands overlap,
-#   five splits cannot tell.
+# - A CLIP line above the UNet's curve is a reason to look at CLIP as well; where the error bars
+#   overlap, five splits cannot tell.
 # - Where *nothing* is far above guessing, this backbone knows little about that label for things it
 #   was never shown, and a head that predicts from its features will have to do with that little.
 
@@ -580,7 +607,7 @@ for label, x in {"CLIP patches": clip.patches, "UNet maps": maps, "tokens": fuse
 print(f"at t = {step}: {tuple(tokens.shape)} tokens (pictures, positions, width)")
 show(
     map_grid(list(rows.values()), captions, list(rows)),
-    f"Six pictures, and below each CLIP's patches, the UNet's maps at t = {step} and the fused "
+    f"{len(examples)} pictures, and below each CLIP's patches, the UNet's maps at t = {step} and the fused "
     "tokens, as colours from three principal components.",
 )
 
@@ -601,7 +628,8 @@ show(
 # - **CLIP features of another picture**, the UNet's maps kept: how much does it listen to CLIP?
 #
 # The change is the length of the difference, in percent of the length of the prediction. For the
-# offsets it is that of the products `A B`, over all layers together.
+# offsets it is that of the products `A B`, over all layers together. The scale is logarithmic; the
+# bars go from the first to the third quartile of the pictures.
 
 # %%
 from dte_lab.features import ImageFeatures
@@ -616,48 +644,64 @@ view, clean = encoder.image_features(backbone, unseen), backbone.encode_images(u
 other_view = ImageFeatures(*(x.roll(1, dims=0) for x in view))
 
 
-@torch.no_grad()
-def predicted(view, maps, timesteps):
-    """v* (B, d) and all products A B of the offsets, as one long vector (B, D)."""
-    prediction = encoder(view, maps, timesteps)
-    products = [(a @ b).flatten(1) for a, b in prediction.offsets.values()]
-    return prediction.v_star, torch.cat(products, dim=1)
+def length(pairs):
+    """Frobenius norm of all the products A B together, per picture: (B,).
+
+    |A B|^2 is the sum of (A^T A) * (B B^T), two matrices of the size of the rank.
+    """
+    squares = [((a.mT @ a) * (b @ b.mT)).sum((1, 2)) for a, b in pairs]
+    return torch.stack(squares).sum(dim=0).sqrt()
+
+
+def change(old, new):
+    """Lengths of the differences between two predictions, as shares of the old: v*, offsets."""
+    words = (new.v_star - old.v_star).norm(dim=1) / old.v_star.norm(dim=1)
+    before = [[m.double() for m in pair] for pair in old.offsets.values()]
+    after = [[m.double() for m in pair] for pair in new.offsets.values()]
+    difference = [  # A' B' - A B as one product
+        (torch.cat([a, c], dim=2), torch.cat([-b, d], dim=1))
+        for (a, b), (c, d) in zip(before, after, strict=True)
+    ]
+    return words.cpu().numpy(), (length(difference) / length(before)).cpu().numpy()
 
 
 changes = ["other noise", "UNet maps of another picture", "CLIP features of another picture"]
-moved = {part: {change: [] for change in changes} for part in ("word v*", "weight offsets")}
+moved = {part: {name: [] for name in changes} for part in ("word v*", "weight offsets")}
 words_at = {}
 for fraction, step in zip(tqdm(FRACTIONS, desc="noise levels"), STEPS, strict=True):
     maps, again = (
         encoder.unet_features(backbone, *noised(clean, step, seed), prompt) for seed in (2, 3)
     )
     at = torch.full((len(clean),), step, device=device)
-    base = predicted(view, maps, at)
-    words_at[fraction] = base[0]
     variants = [(view, again), (view, maps.roll(1, dims=0)), (other_view, maps)]
-    for change, (seen, given) in zip(changes, variants, strict=True):
-        for part, old, new in zip(moved, base, predicted(seen, given, at), strict=True):
-            moved[part][change].append(((new - old).norm(dim=1) / old.norm(dim=1)).cpu().numpy())
+    with torch.no_grad():
+        old, *new = (encoder(*given, at) for given in [(view, maps), *variants])
+    words_at[fraction] = old.v_star
+    for name, prediction in zip(changes, new, strict=True):
+        for part, shares in zip(moved, change(old, prediction), strict=True):
+            moved[part][name].append(100 * shares)
+
 
 # %%
+def median_and_quartiles(by_t):
+    """n values at each t -> medians, and how far the quartiles lie below and above them."""
+    low, median, high = np.quantile(by_t, (0.25, 0.5, 0.75), axis=1)
+    return median, (median - low, high - median)
+
+
 curves = {
-    part: {
-        change: (100 * np.mean(values, axis=1), 100 * np.std(values, axis=1))
-        for change, values in by_change.items()
-    }
+    part: {name: median_and_quartiles(by_t) for name, by_t in by_change.items()}
     for part, by_change in moved.items()
 }
 used = encoder.dte.feature_timesteps
 for part, by_change in curves.items():
-    print(
-        f"change of the {part}, mean over the {len(FRACTIONS)} noise levels and n = {len(clean)}:"
-    )
-    for change, (mean, _) in by_change.items():
-        print(f"    {change}: {mean.mean():.1f} %")
+    print(f"change of the {part}, median over n = {len(clean)} pictures, smallest and largest t:")
+    for name, (median, _) in by_change.items():
+        print(f"    {name}: {median[0]:.1f} %, {median[-1]:.1f} %")
 show(
-    curves_figure(FRACTIONS, curves, "change of the prediction, %", marks=used),
+    curves_figure(FRACTIONS, curves, "change of the prediction, %", marks=used, yscale="log"),
     f"Change of v* and of the offsets against t for three changed inputs, n = {len(clean)} "
-    f"pictures, bands of one standard deviation; t = {', '.join(f'{f:g} T' for f in used)} marked.",
+    f"pictures, medians and quartiles; t = {', '.join(f'{f:g} T' for f in used)} marked.",
 )
 
 # %% [markdown]
@@ -674,9 +718,8 @@ alike = {
     f: F.cosine_similarity(v, torch.stack([words_at[g] for g in FRACTIONS]).mean(dim=0), dim=-1)
     for f, v in words_at.items()
 }
-nearest = {
-    f: [w[0] for w in pipe.prompt_encoder.table.nearest(v, k=1)[1]] for f, v in words_at.items()
-}
+table = pipe.prompt_encoder.table
+nearest = {f: [w[0] for w in table.nearest(v, k=1)[1]] for f, v in words_at.items()}
 print("t / T   cosine of v* with its mean over all t   nearest word as at the smallest t")
 for f, cosine in alike.items():
     same = np.mean([a == b for a, b in zip(nearest[f], nearest[FRACTIONS[0]], strict=True)])
