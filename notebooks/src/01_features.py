@@ -146,8 +146,8 @@ rows = {
 }
 show(
     map_grid(list(rows.values()), captions, list(rows)),
-    f"{len(examples)} pictures; below each its CLIP patches as colours from three principal components, the "
-    "first component alone, and two single channels.",
+    f"{len(examples)} pictures; below each its CLIP patches as colours from three principal "
+    "components, the first component alone, and two single channels.",
 )
 
 # %% [markdown]
@@ -320,8 +320,8 @@ show(
 # ## 3. How the features change with t
 #
 # Pictures of maps are good for ideas and bad for claims. So we go on with numbers, over all the
-# pictures. Each map is averaged over the four quarters of the picture, so that a picture becomes one
-# vector. Every picture gets fresh noise at every `t`. What two noise levels have in common then
+# pictures. Each map is averaged over the four quarters of the picture, so that a picture becomes
+# one vector. Every picture gets fresh noise at every `t`. What two noise levels have in common then
 # comes from the picture.
 
 # %%
@@ -607,8 +607,8 @@ for label, x in {"CLIP patches": clip.patches, "UNet maps": maps, "tokens": fuse
 print(f"at t = {step}: {tuple(tokens.shape)} tokens (pictures, positions, width)")
 show(
     map_grid(list(rows.values()), captions, list(rows)),
-    f"{len(examples)} pictures, and below each CLIP's patches, the UNet's maps at t = {step} and the fused "
-    "tokens, as colours from three principal components.",
+    f"{len(examples)} pictures, and below each CLIP's patches, the UNet's maps at t = {step} and "
+    "the fused tokens, as colours from three principal components.",
 )
 
 # %% [markdown]
