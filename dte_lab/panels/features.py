@@ -43,7 +43,7 @@ def map_grid(
 
     Single maps of a row share one scale, from dark (low) to bright (high).
     """
-    figure = Figure(figsize=(1.2 * len(column_labels) + 0.3, 1.18 * len(rows) + 0.4))
+    figure = Figure(figsize=(1.05 * len(column_labels) + 0.3, 1.03 * len(rows) + 0.4))
     figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02)
     grid = figure.subplots(len(rows), len(column_labels), squeeze=False)
     for axes, row in zip(grid, rows, strict=True):
@@ -110,10 +110,11 @@ def similarity_figure(
 def _curves(ax, fractions, curves):
     """Over t, {label: (values, error or None)}; one value alone is a level without t."""
     gap = (fractions[-1] - fractions[0]) / 100  # so that error bars stand side by side
+    middle = (sum(np.ndim(values) > 0 for values, _ in curves.values()) - 1) / 2
     for i, (label, (values, error)) in enumerate(curves.items()):
         colour = COLOURS[i % len(COLOURS)]
         style = {"color": colour, "elinewidth": 1, "capsize": 2, "markersize": 5, "label": label}
-        x = np.asarray(fractions) + gap * (i - (len(curves) - 1) / 2)
+        x = np.asarray(fractions) + gap * (i - middle)
         marker = MARKERS[i % len(MARKERS)]
         if np.ndim(values) == 0:  # its error bar stands at the right end
             ax.axhline(values, color=colour, linestyle="--", linewidth=1)
@@ -147,20 +148,20 @@ def umap_figure(
 
     points: {space: (n, 2)}. labels: {what: n names}. notes: {(what, space): text below the map}.
     """
-    figure = Figure(figsize=(3.1 * len(points) + 1.3, 3.3 * len(labels)), layout="constrained")
+    figure = Figure(figsize=(2.7 * len(points) + 1.2, 2.95 * len(labels)), layout="constrained")
     grid = figure.subplots(len(labels), len(points), squeeze=False)
     for axes, (what, names) in zip(grid, labels.items(), strict=True):
         names = np.asarray(names)
         for ax, (space, xy) in zip(axes, points.items(), strict=True):
             for name, colour, marker in zip(dict.fromkeys(names), COLOURS, MARKERS, strict=False):
                 ax.scatter(
-                    *xy[names == name].T, s=16, color=colour, marker=marker, alpha=0.75,
+                    *xy[names == name].T, s=14, color=colour, marker=marker, alpha=0.75,
                     linewidth=0, label=name,
                 )  # fmt: skip
             ax.set_xticks([])
             ax.set_yticks([])
             ax.spines[:].set_color(HAIRLINE)
-            ax.set_xlabel(notes[what, space], fontsize=9, color=MUTED)
+            ax.set_xlabel(notes[what, space], fontsize=8, color=MUTED)
         axes[-1].legend(
             title=what, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), markerscale=1.4
         )
@@ -175,23 +176,26 @@ def curves_figure(
     ylabel: str,
     chance: Mapping[str, float] | None = None,
     marks: Sequence[float] = (),
-    yscale: str = "linear",
+    log: bool = False,
 ) -> Figure:
     """Curves over t in one panel per title, with one legend: {title: {label: (values, error)}}.
 
     values: one per t, or one number for what does not depend on t. error: as for matplotlib's
-    `errorbar`. chance: {title: level of guessing}. marks: places on the t axis to mark.
+    `errorbar`; both are shares of 1. chance: {title: level of guessing}. marks: places on the t
+    axis to mark. log: a logarithmic scale.
     """
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(9.5, 3.2 * rows + 0.6), layout="constrained")
+    figure = Figure(figsize=(9, 2.9 * rows + 0.6), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for ax, (title, curves) in zip(axes, panels.items(), strict=True):
         _curves(ax, fractions, curves)
         ax.set_title(title, fontsize=10, color=INK)
-        ax.set_yscale(yscale)
-        if yscale == "linear":
+        if log:
+            ax.set_yscale("log")
+        else:
             ax.set_ylim(0, None)
+        ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
         if chance is not None:
             ax.axhline(chance[title], color=MUTED, linestyle=":", label="guessing")
         for mark in marks:

@@ -256,7 +256,7 @@ checks.map_to_grid(map_to_grid)
 # %% [markdown]
 # `unet_features` in `dte_lab/features.py` does this with every map and stacks their channels. Here
 # are the maps of our example pictures at six noise levels. The first row is the noisy latent,
-# decoded; in the other rows each layer has a PCA of its own, over all pictures and all `t`, so a
+# decoded; in the other rows each layer has a PCA of its own, over these pictures and all `t`, so a
 # colour means the same in all columns of a row.
 #
 # Read each row from left to right. Up to which `t` can you still find the thing, or its outline?
@@ -533,8 +533,8 @@ show(
 # %% [markdown]
 # How to read it:
 #
-# - A UNet curve that **falls** with `t` is about something that noise destroys. The one for the
-#   scene says how long large areas of colour survive; fine outlines are gone much sooner.
+# - A UNet curve that **falls** with `t` is about something that noise destroys. A scene is made of
+#   large areas of colour, a thing of outlines and details: which of the two curves falls first?
 # - At the last step the latent is pure noise, and every UNet curve should be at the level of
 #   guessing. If one were not, we would have made a mistake: this is the experiment's own test.
 # - A UNet curve **above** that of the noisy latents is knowledge that the UNet adds. One beside it
@@ -679,7 +679,7 @@ for fraction, step in zip(tqdm(FRACTIONS, desc="noise levels"), STEPS, strict=Tr
     words_at[fraction] = old.v_star
     for name, prediction in zip(changes, new, strict=True):
         for part, shares in zip(moved, change(old, prediction), strict=True):
-            moved[part][name].append(100 * shares)
+            moved[part][name].append(shares)
 
 
 # %%
@@ -697,9 +697,9 @@ used = encoder.dte.feature_timesteps
 for part, by_change in curves.items():
     print(f"change of the {part}, median over n = {len(clean)} pictures, smallest and largest t:")
     for name, (median, _) in by_change.items():
-        print(f"    {name}: {median[0]:.1f} %, {median[-1]:.1f} %")
+        print(f"    {name}: {median[0]:.1%}, {median[-1]:.1%}")
 show(
-    curves_figure(FRACTIONS, curves, "change of the prediction, %", marks=used, yscale="log"),
+    curves_figure(FRACTIONS, curves, "change of the prediction", marks=used, log=True),
     f"Change of v* and of the offsets against t for three changed inputs, n = {len(clean)} "
     f"pictures, medians and quartiles; t = {', '.join(f'{f:g} T' for f in used)} marked.",
 )
