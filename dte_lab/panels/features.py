@@ -85,7 +85,7 @@ def similarity_figure(
 
     fractions: t as fractions of T. between: (n, n). curves: as in `curves_figure`.
     """
-    figure = Figure(figsize=(9.5, 3.9), layout="constrained")
+    figure = Figure(figsize=(8.6, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.35))
     left.imshow(between, cmap="viridis", vmin=0, vmax=1)
     for (i, j), value in np.ndenumerate(between):
@@ -148,14 +148,14 @@ def umap_figure(
 
     points: {space: (n, 2)}. labels: {what: n names}. notes: {(what, space): text below the map}.
     """
-    figure = Figure(figsize=(2.7 * len(points) + 1.2, 2.95 * len(labels)), layout="constrained")
+    figure = Figure(figsize=(2.4 * len(points) + 1.1, 2.7 * len(labels)), layout="constrained")
     grid = figure.subplots(len(labels), len(points), squeeze=False)
     for axes, (what, names) in zip(grid, labels.items(), strict=True):
         names = np.asarray(names)
         for ax, (space, xy) in zip(axes, points.items(), strict=True):
             for name, colour, marker in zip(dict.fromkeys(names), COLOURS, MARKERS, strict=False):
                 ax.scatter(
-                    *xy[names == name].T, s=14, color=colour, marker=marker, alpha=0.75,
+                    *xy[names == name].T, s=12, color=colour, marker=marker, alpha=0.75,
                     linewidth=0, label=name,
                 )  # fmt: skip
             ax.set_xticks([])
@@ -186,7 +186,7 @@ def curves_figure(
     """
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(9, 2.9 * rows + 0.6), layout="constrained")
+    figure = Figure(figsize=(8, 2.7 * rows + 0.6), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for ax, (title, curves) in zip(axes, panels.items(), strict=True):
         _curves(ax, fractions, curves)

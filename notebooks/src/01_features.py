@@ -42,7 +42,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dte_lab import DTEPipeline, checks
+from dte_lab import checks
 from dte_lab.cli import quiet_libraries
 from dte_lab.panels import describe_machine, show
 
@@ -50,6 +50,9 @@ quiet_libraries()
 device = "cuda" if torch.cuda.is_available() else "cpu"
 print(describe_machine(device))
 print("backbone: small, since it comes with the package, needs no download and runs on a CPU")
+
+# %%
+from dte_lab import DTEPipeline
 
 pipe = DTEPipeline.from_pretrained("small", device=device)
 backbone, encoder = pipe.backbone, pipe.encoder
