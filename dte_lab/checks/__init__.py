@@ -6,6 +6,7 @@ NotImplementedError of a part not yet written goes through.
 """
 
 from dte_lab.checks.dual_path import alpha_schedule, dual_output, soft_attention
+from dte_lab.checks.features import fuse, map_to_grid, noisy_latent
 from dte_lab.checks.quickstart import blend, low_rank_offset, nearest_words
 from dte_lab.checks.tuning import steps_needed, tuning_bytes, velocity_target
 
@@ -13,8 +14,11 @@ __all__ = [
     "alpha_schedule",
     "blend",
     "dual_output",
+    "fuse",
     "low_rank_offset",
+    "map_to_grid",
     "nearest_words",
+    "noisy_latent",
     "soft_attention",
     "steps_needed",
     "tuning_bytes",
