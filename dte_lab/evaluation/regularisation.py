@@ -169,12 +169,12 @@ def regularisation(
     for kind, run in runs.items():
         encoder = load_encoder(run / "encoder", pipe.backbone)
         pipes[f"own {kind}"] = DTEPipeline(pipe.backbone, encoder)
-    encoders = [p.encoder for p in pipes.values()]
+    prints = {start: fingerprint(p.encoder) for start, p in pipes.items()}
     settings = {
         "split": "val", "concepts": count, "watched": list(SAMPLE_CONCEPTS[:watched]),
-        "runs": list(runs), "tuning": asdict(tuning), "long": long, "seed": seed, "sweep": SWEEP,
+        "encoders": prints, "tuning": asdict(tuning), "long": long, "seed": seed, "sweep": SWEEP,
         "backbone": pipe.backbone.name, "dte": pipe.encoder.config["dte"],
-        "weights": fingerprint(pipe.backbone.unet, pipe.backbone.text_encoder, *encoders),
+        "weights": fingerprint(pipe.backbone.unet, pipe.backbone.text_encoder),
     }  # fmt: skip
     settings = json.loads(json.dumps(settings))
     document, vectors = _earlier(out, settings)

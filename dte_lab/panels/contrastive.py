@@ -1,0 +1,318 @@
+"""Figures and panels of 02_contrastive_regularization; its map is in word_map.py."""
+
+import base64
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from dte_lab.contrastive import contrastive_loss, norm_loss
+from dte_lab.panels.shared import draw, encode, plain
+from dte_lab.plots import INK, MUTED
+
+# Okabe and Ito's blue and vermilion; never the only difference.
+WITH, WITHOUT = "#0072B2", "#D55E00"
+KINDS = {"contrastive": ("with the term", WITH, "o"), "none": ("without", WITHOUT, "s")}
+SETTINGS = ("num_positives", "temperature", "contrastive_weight")
+
+
+def nearness_figure(
+    nearest: np.ndarray, random: np.ndarray, points: Mapping[str, Sequence[float]]
+) -> Figure:
+    """Histograms of the cosine of words to their nearest and to random words, and points below.
+
+    points: {name: cosines of embeddings to their nearest word}.
+    """
+    figure = Figure(figsize=(7.5, 3.4), layout="constrained")
+    ax = figure.add_subplot()
+    bins = np.linspace(min(-0.2, random.min()), 1, 61)
+    for values, label, colour, hatch in (
+        (random, "two words taken at random", MUTED, "...."),
+        (nearest, "a word and its nearest other word", WITH, None),
+    ):
+        share = np.full(len(values), 1 / len(values))
+        ax.hist(
+            values, bins, weights=share, histtype="stepfilled", alpha=0.55, color=colour,
+            hatch=hatch, edgecolor=colour, label=label,
+        )  # fmt: skip
+    top = ax.get_ylim()[1]
+    for i, (name, cosines) in enumerate(points.items()):
+        height = np.full(len(cosines), -(0.08 + 0.1 * i) * top)
+        ax.plot(cosines, height, "D^"[i % 2], color=WITHOUT, ms=6, mec="white", label=name)
+    ax.set_ylim(-(0.06 + 0.1 * len(points)) * top, top)
+    ax.set_yticks([tick for tick in ax.get_yticks() if 0 <= tick <= top])
+    ax.axhline(0, color=MUTED, lw=0.8)
+    ax.set_xlabel("cosine similarity")
+    ax.set_ylabel("share of words")
+    ax.legend(frameon=False, fontsize=9)
+    plain(ax)
+    return figure
+
+
+def neighbours_figure(
+    pictures: Sequence[Image.Image], names: Sequence[str], nearest: Sequence[Sequence[tuple]]
+) -> Figure:
+    """Each picture with its name above and its nearest words, [(word, cosine), ...], below."""
+    n, lines = len(pictures), max(map(len, nearest))
+    figure = Figure(figsize=(1.75 * n, 2.1 + 0.19 * lines), layout="constrained")
+    grid = figure.add_gridspec(2, n, height_ratios=(1.6, 0.19 * lines))
+    for i, (picture, name, words) in enumerate(zip(pictures, names, nearest, strict=True)):
+        ax = figure.add_subplot(grid[0, i])
+        draw(ax, picture)
+        ax.set_title(name, fontsize=10, color=INK)
+        ax = figure.add_subplot(grid[1, i])
+        ax.axis("off")
+        text = "\n".join(f"{cosine:.2f}  {word}" for word, cosine in words)
+        ax.text(0, 1, text, va="top", fontsize=9, color=INK, linespacing=1.35)
+    return figure
+
+
+def field_figure(
+    words: Mapping[str, Sequence[float]], negatives: Sequence[Sequence[float]],
+    num_positives: int, temperature: float, norm_weight: float, ax=None,
+) -> Figure | None:  # fmt: skip
+    """The regulariser in a plane: its value as colour, and the direction downhill as arrows.
+
+    words: {word: (x, y)}. negatives: embeddings of other concepts, (m, 2). The N nearest words are
+    chosen anew at every point, as the loss does. Draws into `ax` where one is given.
+    """
+    figure = None
+    if ax is None:
+        figure = Figure(figsize=(5.4, 5.2), layout="constrained")
+        ax = figure.add_subplot()
+    table = torch.tensor(list(words.values()), dtype=torch.float32)
+    others = torch.tensor(negatives, dtype=torch.float32)
+    value, _, side = _field(table, others, num_positives, temperature, norm_weight, 81)
+    levels = ax.contourf(side, side, value, 24, cmap="cividis")
+    if figure is not None:
+        bar = figure.colorbar(levels, ax=ax, shrink=0.8)
+        bar.set_label("loss")
+        bar.outline.set_visible(False)
+    _, slope, side = _field(table, others, num_positives, temperature, norm_weight, 15)
+    length = np.linalg.norm(slope, axis=-1, keepdims=True)
+    arrows = -slope / (length + 0.15 * np.percentile(length, 90))  # long ones are cut
+    ax.quiver(side, side, *np.moveaxis(arrows, -1, 0), color="white", scale=22, width=0.005)
+    ax.plot(*others.T, "X", color="#D55E00", mec="white", ms=9)
+    ax.plot(*table.T, "o", color="#56B4E9", mec="white", ms=7)
+    for word, (x, y) in words.items():
+        ax.annotate(
+            word, (x, y), (5, 5), textcoords="offset points", fontsize=8 + (figure is not None),
+            color="black", bbox={"fc": "white", "ec": "none", "alpha": 0.75, "pad": 0.8},
+        )  # fmt: skip
+    ax.set_aspect("equal")
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.spines[:].set_visible(False)
+    ax.set_title(f"N = {num_positives}, τ = {temperature:g}, norm weight {norm_weight:g}",
+                 fontsize=9, color=INK)  # fmt: skip
+    return figure
+
+
+def field_grid(words, negatives, settings: Sequence[tuple[int, float, float]]) -> Figure:
+    """`field_figure` for several (num_positives, temperature, norm_weight), three in a row."""
+    rows = -(-len(settings) // 3)
+    figure = Figure(figsize=(9.6, 3.35 * rows), layout="constrained")
+    for ax, setting in zip(figure.subplots(rows, 3).flat, settings, strict=True):
+        field_figure(words, negatives, *setting, ax=ax)
+    return figure
+
+
+def _field(table, others, num_positives, temperature, norm_weight, n):
+    """Loss (n, n) and gradient (n, n, 2) on a square grid, and its side (n,), as arrays."""
+    reach = 1.25 * table.abs().max().item()
+    side = torch.linspace(-reach, reach, n)
+    v = torch.cartesian_prod(side, side).flip(-1)  # rows from the bottom up, x fastest
+    v = (v + 1e-4).requires_grad_()  # no zero vector
+    unit = torch.nn.functional.normalize
+    rows = (unit(v.detach(), dim=-1) @ unit(table, dim=-1).T).topk(num_positives).indices
+    mean_norm = table.norm(dim=-1).mean()
+
+    def loss(v, near):  # of one point
+        term = contrastive_loss(v[None], near[None], others, temperature=temperature)
+        return term + norm_weight * norm_loss(v[None], mean_norm)
+
+    losses = torch.vmap(loss)(v, table[rows])
+    (slope,) = torch.autograd.grad(losses.sum(), v)
+    return losses.detach().view(n, n).numpy(), slope.view(n, n, 2).numpy(), side.numpy()
+
+
+def pulls_figure(pulls: Mapping[str, torch.Tensor]) -> Figure:
+    """Vectors {name: (d,)} as arrows, in the plane of the first and of what is new in the second.
+
+    The others are projected; beside each name stand its length and the share that the plane shows.
+    """
+    first, second = (x.double() for x in list(pulls.values())[:2])
+    x = first / first.norm()
+    y = second - (second @ x) * x
+    y = y / y.norm()
+    figure = Figure(figsize=(6.6, 3.8), layout="constrained")
+    ax = figure.add_subplot()
+    ends = []
+    styles = zip(("#D55E00", "#0072B2", "#009E73", "#1a1a1a"), ("-", "--", ":", "-."), strict=True)
+    for (name, vector), (colour, dash) in zip(pulls.items(), styles, strict=False):
+        vector = vector.double()
+        end = torch.stack([vector @ x, vector @ y]).numpy()
+        shown = np.linalg.norm(end) / vector.norm().item()
+        label = f"{name}: length {vector.norm():.2g}, {shown:.0%} of it in this plane"
+        ax.annotate(
+            "", end, (0, 0),
+            arrowprops={"arrowstyle": "-|>", "color": colour, "linestyle": dash, "lw": 2.2,
+                        "shrinkA": 0, "shrinkB": 0, "mutation_scale": 14},
+        )  # fmt: skip
+        ax.plot([], [], color=colour, ls=dash, lw=2.2, label=label)
+        ends.append(end)
+    ends = np.array([*ends, (0, 0)])
+    low, high = ends.min(0), ends.max(0)
+    pad = 0.12 * (high - low).max()
+    ax.set_xlim(low[0] - pad, high[0] + pad)
+    ax.set_ylim(low[1] - pad, high[1] + pad)
+    ax.set_aspect("equal")
+    ax.plot(0, 0, "o", color=INK)
+    ax.annotate("v*", (0, 0), (-14, -12), textcoords="offset points", color=INK)
+    ax.set_xlabel(f"along: {list(pulls)[0]}")
+    figure.legend(loc="outside lower center", frameon=False, fontsize=9)
+    plain(ax)
+    return figure
+
+
+def comparison_figure(
+    means: Sequence[Mapping], differences: Sequence[Mapping], titles: Mapping[str, str]
+) -> Figure:
+    """Mean with interval before and after tuning, with the term and without; below, the difference.
+
+    means, differences: of evaluation/regularisation.py, of one start. titles: {measure: title}.
+    """
+    figure = Figure(figsize=(2.5 * len(titles), 4.4), layout="constrained")
+    axes = figure.subplots(2, len(titles), height_ratios=(2, 1), squeeze=False)
+    for i, (measure, title) in enumerate(titles.items()):
+        ax = axes[0, i]
+        for k, (kind, (label, colour, marker)) in enumerate(KINDS.items()):
+            lines = [line for line in means if line["regulariser"] == kind]
+            _errorbars(
+                ax, [line["after"] + 0.12 * (k - 0.5) for line in lines],
+                [line[measure] for line in lines], colour, marker, label, ("-", "--")[k],
+            )  # fmt: skip
+        ax.set_xticks([0, 1], ["predicted", "tuned"])
+        ax.set_xlim(-0.4, 1.4)
+        ax.set_title(title, fontsize=10, color=INK)
+        plain(ax)
+        ax = axes[1, i]
+        _errorbars(ax, [line["after"] for line in differences],
+                   [line[measure] for line in differences], INK, "D", "", "none")  # fmt: skip
+        ax.axhline(0, color=MUTED, lw=0.8)
+        ax.set_xticks([0, 1], ["predicted", "tuned"])
+        ax.set_xlim(-0.4, 1.4)
+        plain(ax)
+    axes[1, 0].set_ylabel("with minus without")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def _errorbars(ax, x, values, colour, marker, label, dash):
+    mean, low, high = ([v[k] for v in values] for k in ("mean", "low", "high"))
+    error = [np.subtract(mean, low), np.subtract(high, mean)]
+    ax.errorbar(x, mean, error, color=colour, marker=marker, ls=dash, capsize=3, label=label, ms=5)
+
+
+def sweep_means(rows: Sequence[Mapping], measures: Sequence[str]) -> dict[tuple, dict]:
+    """{(N, temperature, weight): {measure: mean over concepts}} of a sweep's rows.
+
+    At weight 0 the sweep has one row for all N and temperatures; here it stands at each of them.
+    """
+    options = [sorted({row[key] for row in rows}) for key in SETTINGS]
+    table = {}
+    for n in options[0]:
+        for tau in options[1]:
+            for weight in options[2]:
+                wanted = (n, tau, weight) if weight else (options[0][0], options[1][0], 0)
+                cell = [row for row in rows if tuple(row[key] for key in SETTINGS) == wanted]
+                table[n, tau, weight] = {m: float(np.mean([r[m] for r in cell])) for m in measures}
+    return table
+
+
+def sweep_figure(table: Mapping[tuple, Mapping], setting: tuple, titles: Mapping[str, str]):
+    """Every setting of `sweep_means` as a dot, two measures against each other; one in large."""
+    (x_key, x_title), (y_key, y_title) = titles.items()
+    figure = Figure(figsize=(5.6, 4), layout="constrained")
+    ax = figure.add_subplot()
+    weights = sorted({key[2] for key in table})
+    shades = ["#bdbdbd", "#56B4E9", "#0072B2", "#1a1a1a"]
+    for i, weight in enumerate(weights):
+        points = [cell for key, cell in table.items() if key[2] == weight]
+        ax.plot(
+            [p[x_key] for p in points], [p[y_key] for p in points], "os^D"[i % 4], ms=6,
+            color=shades[i % 4], mec="white", label=f"weight {weight:g}",
+        )  # fmt: skip
+    ax.plot(table[setting][x_key], table[setting][y_key], "o", ms=16, mfc="none",
+            mec=WITHOUT, mew=2.5, label="this setting")  # fmt: skip
+    n, tau, weight = setting
+    ax.set_title(f"N = {n}, τ = {tau:g}, weight {weight:g}", fontsize=10, color=INK)
+    ax.set_xlabel(x_title)
+    ax.set_ylabel(y_title)
+    ax.legend(frameon=False, fontsize=8)
+    plain(ax)
+    return figure
+
+
+def sweep_grid(table: Mapping[tuple, Mapping], titles: Mapping[str, str]) -> Figure:
+    """`sweep_means` as heat maps of N and temperature: a row per measure, a column per weight."""
+    counts, taus, weights = (sorted({key[i] for key in table}) for i in range(3))
+    figure = Figure(figsize=(1.0 + 1.75 * len(weights), 1.9 * len(titles)), layout="constrained")
+    axes = figure.subplots(len(titles), len(weights), squeeze=False)
+    for row, (measure, title) in zip(axes, titles.items(), strict=True):
+        found = [cell[measure] for cell in table.values()]
+        low, high = min(found), max(found)
+        for ax, weight in zip(row, weights, strict=True):
+            values = np.array([[table[n, tau, weight][measure] for tau in taus] for n in counts])
+            image = ax.imshow(values, cmap="viridis", vmin=low, vmax=high, aspect="auto")
+            for (i, j), value in np.ndenumerate(values):
+                colour = "white" if value < low + 0.6 * (high - low) else "black"
+                ax.text(j, i, f"{value:.3f}", ha="center", va="center", fontsize=7, color=colour)
+            ax.set_xticks(range(len(taus)), [f"{tau:g}" for tau in taus])
+            ax.set_yticks(
+                range(len(counts)), counts if weight == weights[0] else [""] * len(counts)
+            )
+            ax.tick_params(length=0, labelsize=8)
+            ax.spines[:].set_visible(False)
+            if row is axes[0]:
+                ax.set_title(f"weight {weight:g}", fontsize=10, color=INK)
+            if row is axes[-1]:
+                ax.set_xlabel("temperature", fontsize=9)
+        row[0].set_ylabel("N", fontsize=9)
+        bar = figure.colorbar(image, ax=row, pad=0.02)
+        bar.set_label(title, fontsize=8)
+        bar.ax.tick_params(labelsize=7)
+        bar.outline.set_visible(False)
+    return figure
+
+
+def sliders_panel(options: Mapping[str, Sequence], start: tuple, figure_of, describe):
+    """A slider per name, and the figure `figure_of(*values)` with alt text `describe(*values)`.
+
+    Returns a VBox; its attributes `sliders` (a dict) and `view` are the widgets.
+    """
+    import ipywidgets as widgets
+
+    panel = widgets.VBox()
+    panel.sliders = {
+        name: widgets.SelectionSlider(
+            options=list(values), value=value, description=name, style={"description_width": "9em"},
+            layout={"width": "26em"}, continuous_update=False,
+        )
+        for (name, values), value in zip(options.items(), start, strict=True)
+    }  # fmt: skip
+    panel.view = widgets.HTML()
+
+    def redraw(change=None):
+        values = [slider.value for slider in panel.sliders.values()]
+        data = base64.b64encode(encode(figure_of(*values), "png")).decode()
+        panel.view.value = f'<img alt="{describe(*values)}" src="data:image/png;base64,{data}">'
+
+    for slider in panel.sliders.values():
+        slider.observe(redraw, "value")
+    redraw()
+    panel.children = (*panel.sliders.values(), panel.view)
+    return panel
