@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from dte_lab.panels.contrastive import KINDS
+from dte_lab.panels.regularisation import KINDS
 from dte_lab.panels.shared import plain
 from dte_lab.plots import HAIRLINE, INK, MUTED
 

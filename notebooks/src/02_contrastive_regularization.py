@@ -94,7 +94,6 @@ for word in [word for word in known if word in table.words]:
 # words. Below each picture stand the words nearest to its `v*`, with their cosines.
 
 # %%
-from dte_lab.pipeline import to_pil
 from dte_lab.training_cli import SAMPLE_CONCEPTS
 from dte_lab.world import render_image
 
@@ -139,8 +138,9 @@ print(
 )
 show(
     nearness_figure(of_nearest, at_random, marks),
-    f"Histograms of cosines: a word and its nearest other word, median {np.median(of_nearest):.2f}; "
-    f"two random words, median {np.median(at_random):.2f}; and the predictions below the axis.",
+    f"Histograms of cosines: of words to their nearest other word, median "
+    f"{np.median(of_nearest):.2f}; of two random words, median {np.median(at_random):.2f}; and the "
+    "predictions as marks below the axis.",
 )
 
 # %% [markdown]
@@ -194,7 +194,8 @@ for label, v_star in moved.items():
 for label, v_star in moved.items():
     word, cosine = pipe.nearest_words(v_star, 1)[0]
     print(
-        f"{label:12} right settings {right[label]:4.0%} of {len(scenes)}, nearest {word} {cosine:.2f}"
+        f"{label:12} right settings {right[label]:4.0%} of {len(scenes)}; "
+        f"nearest word {word} {cosine:.2f}"
     )
 show(
     picture_grid([drawn[label] for label in moved], list(scenes), list(moved)),
@@ -477,7 +478,7 @@ for name in list(dict.fromkeys(row["concept"] for row in rows))[:6]:
 # anything to that measure.
 
 # %%
-from dte_lab.panels.contrastive import comparison_figure
+from dte_lab.panels.regularisation import comparison_figure
 
 
 def said(v, digits=3):
@@ -636,7 +637,7 @@ display(HTML(hover_view(positions, table.words, paths, notes)))
 # down, it fits the picture better. The circle marks the setting of the sliders.
 
 # %%
-from dte_lab.panels.contrastive import sweep_figure, sweep_means
+from dte_lab.panels.regularisation import sweep_figure, sweep_means
 
 sweep = experiment["sweep"]
 axes = {"nearest_cosine": "cosine of v* to its nearest word", "diffusion": "diffusion loss"}
@@ -666,7 +667,7 @@ display(
 # The same for a page without sliders: all settings, and the three measures as numbers.
 
 # %%
-from dte_lab.panels.contrastive import sweep_grid
+from dte_lab.panels.regularisation import sweep_grid
 
 measures = {"nearest_cosine": "cosine to the nearest word", "diffusion": "diffusion loss"}
 show(
