@@ -30,8 +30,8 @@ def nearness_figure(
     ax = figure.add_subplot()
     bins = np.linspace(min(-0.2, random.min()), 1, 61)
     for values, label, colour, hatch in (
-        (random, "two words taken at random", MUTED, "...."),
-        (nearest, "a word and its nearest other word", WITH, None),
+        (random, "two random words", MUTED, "...."),
+        (nearest, "a word and its nearest", WITH, None),
     ):
         share = np.full(len(values), 1 / len(values))
         ax.hist(
@@ -152,7 +152,8 @@ def pulls_figure(pulls: Mapping[str, torch.Tensor]) -> Figure:
     x = first / first.norm()
     y = second - (second @ x) * x
     y = y / y.norm()
-    figure = Figure(figsize=(6.6, 4.2), layout="constrained")
+    figure = Figure(figsize=(6.6, 4.4))
+    figure.set_layout_engine("constrained", h_pad=0.12)
     ax = figure.add_subplot()
     ends = []
     styles = zip(("#D55E00", "#0072B2", "#009E73", "#1a1a1a"), ("-", "--", ":", "-."), strict=True)
@@ -173,7 +174,7 @@ def pulls_figure(pulls: Mapping[str, torch.Tensor]) -> Figure:
     pad = 0.12 * (high - low).max()
     ax.set_xlim(low[0] - pad, high[0] + pad)
     ax.set_ylim(low[1] - pad, high[1] + pad)
-    ax.set_aspect("equal", adjustable="datalim")
+    ax.set_aspect("equal")
     ax.plot(0, 0, "o", color=INK)
     ax.annotate("v*", (0, 0), (-14, -12), textcoords="offset points", color=INK)
     ax.set_xlabel(f"along: {list(pulls)[0]}")

@@ -130,11 +130,11 @@ of_nearest = cosines.max(dim=1).values.numpy()
 generator = np.random.default_rng(0)
 pairs = generator.integers(n, size=(2, 5000))
 at_random = cosines[pairs[0], pairs[1]].numpy()[pairs[0] != pairs[1]]
-marks = {"predicted v*, to its nearest word": [words[0][1] for words in nearest]}
+marks = {"v* and its nearest word": [words[0][1] for words in nearest]}
 print(
     f"nearest other word: median {np.median(of_nearest):.2f} (n = {n:,}); random pairs: "
     f"{np.median(at_random):.2f} (n = {len(at_random):,}); "
-    f"v*: {', '.join(f'{c:.2f}' for c in marks['predicted v*, to its nearest word'])}"
+    f"v*: {', '.join(f'{c:.2f}' for words in nearest for _, c in words[:1])}"
 )
 show(
     nearness_figure(of_nearest, at_random, marks),
@@ -149,13 +149,16 @@ show(
 # Why should we care where `v*` lies, as long as it draws the thing? We take one prediction away
 # from the words in two ways and ask for five settings each time:
 #
-# - **longer**: the same direction, multiplied by 1, 2, 4, …
+# - **longer**: the same direction, multiplied by 8 and by 64;
 # - **turned**: the same length, turned by an angle into a random direction, in which no word lies.
 #
 # Only the soft path draws (`alpha_blend=1`, no weight change), so nothing but the embedding speaks.
-# The background of the small world can be read exactly from the pixels, so "share of right
-# settings" needs no judge. Watch which of the two hurts the *other* words of the prompt, and from
-# where on.
+# We measure two things. The text encoder turns the prompt into one vector per token, and what
+# stands at `S*` leaves its mark on the *other* tokens too. Different real words there make them
+# scatter around a mean. How far from that mean does our vector take them? Call it **influence**,
+# with 1 for a real word: above 1 it shouts the others down, below 1 it says less than a word does.
+# And does the picture obey? The background of the small world can be read exactly from the pixels,
+# so the share of right settings needs no judge.
 
 # %%
 from dte_lab.evaluation.edits import SCENE_EDITS
@@ -164,6 +167,7 @@ from dte_lab.world.evaluate import classify_scene
 from dte_lab.world.scenes import SCENES
 
 scenes = SCENE_EDITS[:5]
+prompts = [caption("S*", None, scene) for scene in scenes]
 concept = predicted[SAMPLE_CONCEPTS.index("cupcake")]
 alone = replace(concept, offsets={k: (a, 0 * b) for k, (a, b) in concept.offsets.items()})
 generator = torch.Generator().manual_seed(0)
@@ -177,9 +181,29 @@ def turned(degrees):
     return angle.cos() * concept.v_star + angle.sin() * aside
 
 
-moved = {f"length × {factor}": factor * concept.v_star for factor in (1, 2, 4, 8)}
-moved |= {f"turned {degrees}°": turned(float(degrees)) for degrees in (30, 60, 90)}
-prompts = [caption("S*", None, scene) for scene in scenes]
+moved = {f"length × {factor}": factor * concept.v_star for factor in (1, 8, 64)}
+moved |= {f"turned {degrees}°": turned(float(degrees)) for degrees in (45, 90)}
+
+
+@torch.no_grad()
+def other_tokens(v):
+    """What the encoder makes of the prompts' tokens other than S*: (prompts * tokens, d)."""
+    slots = pipe.prompt_encoder.tokenize(prompts)[1]  # (prompts, L), -1 at other tokens
+    return pipe.prompt_encoder(prompts, v)[slots < 0]
+
+
+some = torch.randperm(n, generator=generator)[:40]
+with_words = torch.stack([other_tokens(table.embeddings[[i]]) for i in some.tolist()])
+centre = with_words.mean(0)
+scatter = (with_words - centre).square().mean().sqrt()
+
+
+def influence(v):
+    """How far v at S* takes the other tokens from their mean over real words; 1 for a word."""
+    return ((other_tokens(v) - centre).square().mean().sqrt() / scatter).item()
+
+
+# %%
 drawn, right = {}, {}
 for label, v_star in moved.items():
     images = pipe.generate(
@@ -189,14 +213,13 @@ for label, v_star in moved.items():
     drawn[label] = [row[0] for row in images]
     found = classify_scene(pipe.pixels(drawn[label]))
     right[label] = np.mean(found == [SCENES.index(scene) for scene in scenes])
-
-# %%
-for label, v_star in moved.items():
     word, cosine = pipe.nearest_words(v_star, 1)[0]
     print(
-        f"{label:12} right settings {right[label]:4.0%} of {len(scenes)}; "
-        f"nearest word {word} {cosine:.2f}"
+        f"{label:12} influence {influence(v_star):4.1f}; right settings {right[label]:4.0%} "
+        f"of {len(scenes)}; nearest word {word} {cosine:.2f}"
     )
+of_words = [influence(row[None]) for row in table.embeddings[some]]
+print(f"{len(some)} real words: influence from {min(of_words):.1f} to {max(of_words):.1f}")
 show(
     picture_grid([drawn[label] for label in moved], list(scenes), list(moved)),
     "A grid of drawings: rows are the prediction at several lengths and turned by several angles, "
@@ -204,10 +227,17 @@ show(
 )
 
 # %% [markdown]
-# Five settings with one seed are few: take from this the direction, not the number. What a long or
-# strange vector does to a prompt depends on the text encoder. Ours normalises its inputs in every
-# layer, and so does CLIP in Stable Diffusion, which makes it forgiving of length up to a point;
-# a vector that outweighs all others still draws the attention of every layer to itself.
+# A vector can fail in two ways. If its influence lies beyond that of every real word, it pushes the
+# other tokens where the model was never trained, and settings are lost. If its influence falls
+# below that of real words, nobody is shouted down, but `S*` has stopped saying anything: the
+# settings are right and the *thing* dissolves. Which of the two do you see, and in which rows?
+# Settings fill the whole background of this world and are about the easiest thing that a prompt can
+# ask for, so do not expect them to break first.
+#
+# Length matters less than one may think, because the text encoder normalises its inputs in every
+# layer (CLIP in Stable Diffusion does so too). What length does is to drown the position code that
+# is added to every token. Five settings with one seed are few: take the direction from this table,
+# not the number.
 #
 # ## The loss
 #
