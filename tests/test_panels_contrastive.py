@@ -144,7 +144,7 @@ def test_sliders_redraw_the_figure():
 
 
 WORDS = ["cat", "a<b&\"'"]
-POSITIONS = np.array([[0.0, 0.0], [1.0, 1.0]])
+POSITIONS = np.array([[0.1, 0.1], [0.9, 0.9]])
 
 
 @pytest.fixture
@@ -161,22 +161,28 @@ def curves_in(ax):
     return [line.get_xydata().tolist() for line in ax.get_lines() if len(line.get_xdata()) > 1]
 
 
-def test_map_shows_each_path_on_its_side(paths):
-    figure = word_map.map_figure(POSITIONS, WORDS, paths, labels=1)
+def test_map_shows_each_path_on_its_side_and_the_named_words(paths):
+    figure = word_map.map_figure(POSITIONS, WORDS, paths, named=[0])
     for ax, kind in zip(figure.axes, KINDS, strict=True):
         expected = [path.tolist() for key, path in paths.items() if key[1] == kind]
         assert curves_in(ax) == expected
-        assert {text.get_text() for text in ax.texts} <= set(WORDS)
+        assert [text.get_text() for text in ax.texts] == ["cat"]
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert names[:4] == ["cup", "bus", "pretraining", "tuning"]
 
 
 def test_zoom_shows_one_phase_and_one_scale_per_concept(paths):
-    figure = word_map.zoom_figure(POSITIONS, WORDS, paths, "tuning")
+    figure = word_map.zoom_figure(POSITIONS, WORDS, paths, "tuning", named=[])
     cup, bus, cup_without, _ = figure.axes
     assert [cup.get_title(), bus.get_title()] == ["cup", "bus"]
     assert curves_in(bus) == [paths["tuning", "contrastive", "bus"].tolist()]
     assert cup.get_xlim() == cup_without.get_xlim() and cup.get_ylim() == cup_without.get_ylim()
+
+
+def test_labels_do_not_cover_each_other(paths):
+    positions = np.array([[0.3, 0.5], [0.31, 0.505], [0.3, 0.7]])
+    figure = word_map.map_figure(positions, ["first", "hidden", "apart"], paths, named=[0, 1, 2])
+    assert [text.get_text() for text in figure.axes[0].texts] == ["first", "apart"]
 
 
 def test_curves_have_a_column_per_concept():

@@ -178,6 +178,7 @@ def pulls_figure(pulls: Mapping[str, torch.Tensor]) -> Figure:
     ax.plot(0, 0, "o", color=INK)
     ax.annotate("v*", (0, 0), (-14, -12), textcoords="offset points", color=INK)
     ax.set_xlabel(f"along: {list(pulls)[0]}")
+    ax.set_ylabel("across")
     figure.legend(loc="outside lower center", frameon=False, fontsize=9)
     plain(ax)
     return figure

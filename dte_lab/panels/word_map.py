@@ -16,24 +16,26 @@ PHASES = {"pretraining": (":", 1.4), "tuning": ("-", 2.0)}
 Paths = Mapping[tuple[str, str, str], np.ndarray]  # {(phase, kind, concept): places (n, 2)}
 
 
-def map_figure(positions: np.ndarray, words: Sequence[str], paths: Paths, labels: int = 3):
-    """The whole map twice, with the contrastive term and without; the words near a path's ends."""
+def map_figure(
+    positions: np.ndarray, words: Sequence[str], paths: Paths, named: Sequence[int]
+) -> Figure:
+    """The whole map twice, with the contrastive term and without; `named`: words to label."""
     figure = Figure(figsize=(10.5, 5.6), layout="constrained")
     for ax, kind in zip(figure.subplots(1, 2), KINDS, strict=True):
         _words(ax, positions)
-        chosen = {key: path for key, path in paths.items() if key[1] == kind}
-        _paths(ax, chosen)
-        ends = [point for path in chosen.values() for point in (path[0], path[-1])]
-        _label(ax, positions, words, ends, labels)
+        _paths(ax, {key: path for key, path in paths.items() if key[1] == kind})
+        _label(ax, positions, words, named, reach=0.5)
         ax.set_title(f"{kind}: {KINDS[kind][0]}", fontsize=11, color=INK)
         ax.set_xlim(-0.03, 1.03)
         ax.set_ylim(-0.03, 1.03)
     handles, names = _legend(paths)
-    figure.legend(handles, names, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    figure.legend(handles, names, loc="outside lower center", ncols=7, frameon=False, fontsize=9)
     return figure
 
 
-def zoom_figure(positions: np.ndarray, words: Sequence[str], paths: Paths, phase: str) -> Figure:
+def zoom_figure(
+    positions: np.ndarray, words: Sequence[str], paths: Paths, phase: str, named: Sequence[int]
+) -> Figure:
     """Each concept's paths of one phase from close by, a row per regulariser."""
     concepts = list(dict.fromkeys(key[2] for key in paths if key[0] == phase))
     figure = Figure(figsize=(0.4 + 2.6 * len(concepts), 5.4), layout="constrained")
@@ -42,15 +44,13 @@ def zoom_figure(positions: np.ndarray, words: Sequence[str], paths: Paths, phase
         both = np.concatenate([paths[phase, kind, concept] for kind in KINDS])
         centre = (both.min(0) + both.max(0)) / 2
         reach = max(0.03, 0.75 * np.ptp(both, axis=0).max())
+        near = np.argsort(np.linalg.norm(positions - centre, axis=1))[:12].tolist()
         for i, kind in enumerate(KINDS):
             ax = axes[i, j]
             _words(ax, positions, 8)
             shown = {key: path for key, path in paths.items() if key == (phase, kind, concept)}
             _paths(ax, shown, concepts)
-            inside = np.abs(positions - centre).max(1) < 0.97 * reach
-            nearest = np.argsort(np.linalg.norm(positions - centre, axis=1))
-            for row in [row for row in nearest if inside[row]][:9]:
-                _word(ax, positions[row], words[row])
+            _label(ax, positions, words, [*named, *near], reach, centre)
             ax.set_xlim(centre[0] - reach, centre[0] + reach)
             ax.set_ylim(centre[1] - reach, centre[1] + reach)
             if i == 0:
@@ -186,18 +186,19 @@ def _legend(paths: Paths):
     return handles, [*concepts, *phases, "start (filled: end)"]
 
 
-def _label(ax, positions, words, points, count):
-    """Name the words nearest on the map to the points, each once."""
-    rows = {}
-    for point in points:
-        for row in np.argsort(np.linalg.norm(positions - point, axis=1))[:count]:
-            rows[int(row)] = None
-    for row in rows:
-        _word(ax, positions[row], words[row])
+def _label(ax, positions, words, rows, reach, centre=(0.5, 0.5)):
+    """Name words in the square of half side `reach`; a label that would cover another is left out.
 
-
-def _word(ax, place, word):
-    ax.annotate(
-        word, place, (3, 3), textcoords="offset points", fontsize=7.5, color=INK, zorder=6,
-        bbox={"fc": "white", "ec": "none", "alpha": 0.65, "pad": 0.4},
-    )  # fmt: skip
+    The first of the rows are named first.
+    """
+    taken = []
+    for row in dict.fromkeys(rows):
+        x, y = place = positions[row]
+        inside = np.abs(place - centre).max() < 0.95 * reach
+        if inside and all(abs(x - a) > 0.45 * reach or abs(y - b) > 0.09 * reach for a, b in taken):
+            taken.append(place)
+            ax.plot(x, y, "o", color=MUTED, ms=3, zorder=6)
+            ax.annotate(
+                words[row], place, (3, 3), textcoords="offset points", fontsize=7.5, color=INK,
+                bbox={"fc": "white", "ec": "none", "alpha": 0.65, "pad": 0.4}, zorder=6,
+            )  # fmt: skip

@@ -343,8 +343,9 @@ for name, v in [*zip(SAMPLE_CONCEPTS, v_stars, strict=True), ("random", aside[0]
 # ## The gradient as arrows
 #
 # A loss acts through its gradient. In a plane we can see all of it. The blue dots are words with
-# made-up places, the orange crosses other concepts. Colour shows the loss, arrows the way downhill:
-# where `v*` is pushed from there.
+# made-up places, the orange crosses other concepts, the white plus is the origin. Colour shows the
+# loss, from dark (low) to yellow (high) on a scale of its own in each map; arrows show the way
+# downhill: where `v*` is pushed from there.
 #
 # - With norm weight 0 every arrow is perpendicular to the line from the origin: a cosine does not
 #   see length, so the contrastive term only *turns* `v*`. Nothing keeps it from growing.
@@ -528,6 +529,10 @@ begins |= {"own": "each from an encoder pre-trained that way"} if own else {}
 scale = experiment["scale"]
 print(f"MiniLM similarity of a name to random words {said(scale['random'])}, ", end="")
 print(f"to the words that it likes best {said(scale['best'])} (n = {scale['best']['n']})")
+low, high = scale["random"]["mean"], scale["best"]["mean"]
+found = experiment["means"][0]["word_similarity"]
+print(f"the words nearest to the predictions {said(found)}: ", end="")
+print(f"{(found['mean'] - low) / (high - low):.0%} of the way from random to best")
 for start, label in begins.items():
     means, differences = (
         [line for line in experiment[key] if line["start"] == start]
@@ -537,7 +542,13 @@ for start, label in begins.items():
     print(f"\n{label}; with minus without, after {steps} steps (n = {after['norm']['n']}):")
     for measure in titles:
         low, high = after[measure]["low"], after[measure]["high"]
-        verdict = "larger with the term" if low > 0 else "smaller" if high < 0 else "undecided"
+        verdict = (
+            "larger with the term"
+            if low > 0
+            else "smaller with the term"
+            if high < 0
+            else "undecided"
+        )
         print(f"  {measure:16} {said(after[measure])}  {verdict}")
     show(
         comparison_figure(means, differences, titles),
@@ -562,7 +573,8 @@ for start, label in begins.items():
 # when whole paths take part in the fit, each becomes an island, because the steps of a path are
 # each other's nearest neighbours. So the map is made of words alone, and each `v*` stands at the
 # weighted mean of its eight nearest words, with weights from a softmax of cosines
-# (`dte_lab/word_map.py`).
+# (`dte_lab/word_map.py`). Words whose nearest word is no nearer than random pairs get are left out:
+# they have no neighbourhood that a map could show.
 #
 # What a map like this **cannot show**:
 #
@@ -577,19 +589,25 @@ for start, label in begins.items():
 from dte_lab.evaluation.regularisation import read_paths
 from dte_lab.word_map import neighbours_kept, place, word_positions
 
-embeddings = table.embeddings.cpu()
+has_neighbours = np.flatnonzero(of_nearest > np.quantile(at_random, 0.995))
+words = [table.words[i] for i in has_neighbours]
+embeddings = table.embeddings[has_neighbours].cpu()
 positions = word_positions(embeddings)
+
 stored = read_paths(results / "regularisation.safetensors")
-vectors = {tuple(key.split(".")): (steps, v) for key, (steps, v) in stored.items()}
+vectors = {tuple(key.split(".")): path for key, path in stored.items()}
 watched = made_with["watched"]
-vectors = {key: value for key, value in vectors.items() if key[2] in watched}
+vectors = dict(sorted(vectors.items(), key=lambda item: SAMPLE_CONCEPTS.index(item[0][2])))
+vectors = {key: path for key, path in vectors.items() if key[2] in watched}
 paths = {key: place(v, embeddings, positions) for key, (_, v) in vectors.items()}
 everything = torch.cat([v for _, v in vectors.values()])
+ends = F.normalize(torch.cat([v[[0, -1]] for _, v in vectors.values()]), dim=-1)
+named = (ends @ F.normalize(embeddings, dim=-1).T).topk(3).indices.flatten().tolist()
 kept = neighbours_kept(embeddings, positions, embeddings, positions)
 kept_of_paths = neighbours_kept(
     everything, np.concatenate(list(paths.values())), embeddings, positions
 )
-print(f"{len(embeddings):,} words; {len(paths)} paths with {len(everything)} points")
+print(f"{len(embeddings):,} of {n:,} words; {len(paths)} paths with {len(everything)} points")
 print(f"of ten nearest words the map keeps {kept:.0%} for words, {kept_of_paths:.0%} on the paths")
 
 # %%
@@ -597,21 +615,22 @@ from dte_lab.panels.word_map import curves_figure, hover_view, map_figure, zoom_
 
 phases = sorted({phase for phase, _, _ in paths})
 show(
-    map_figure(positions, table.words, paths),
+    map_figure(positions, words, paths, named),
     f"Two maps of {len(embeddings)} words as grey dots with the paths of {len(watched)} predicted "
-    f"embeddings ({', '.join(phases)}), left with the contrastive term, right without. Words near "
-    "the ends of the paths are named.",
+    f"embeddings ({', '.join(phases)}), left with the contrastive term, right without. The words "
+    "nearest to the ends of the paths are named.",
 )
 
 # %% [markdown]
 # Each path begins at the open mark and ends at the filled one. Dotted lines are pre-training, where
 # the encoder learns and its prediction for these held-out pictures moves; solid lines are tuning,
-# which goes on here for more steps than the usual twelve so that there is something to see. From
-# close by, tuning alone:
+# which goes on here for more steps than the usual twelve so that there is something to see. Named
+# are the words that are truly nearest to the ends of the paths; they are where the map put them,
+# and that need not be beside the mark. From close by, tuning alone, with some more words:
 
 # %%
 show(
-    zoom_figure(positions, table.words, paths, "tuning"),
+    zoom_figure(positions, words, paths, "tuning", named),
     f"The paths of {', '.join(watched)} during tuning from close by, above with the contrastive "
     "term and below without, among the words around them.",
 )
@@ -628,7 +647,7 @@ for phase in phases:
             cosine = table.nearest_rows(v.to(device))[0][:, 0].cpu()
             norm = v.norm(dim=-1) / table.mean_norm
             curves[kind, name] = at, {"cosine": cosine.tolist(), "norm": norm.tolist()}
-    ends = {key: values["cosine"][-1] for key, (_, values) in curves.items()}
+    last = {key: values["cosine"][-1] for key, (_, values) in curves.items()}
     show(
         curves_figure(
             curves,
@@ -637,7 +656,7 @@ for phase in phases:
         ),
         f"Cosine to the nearest word and norm of v* over {phase}, with the term and without. At "
         f"the end the cosine is "
-        + ", ".join(f"{cosine:.2f} ({name}, {kind})" for (kind, name), cosine in ends.items())
+        + ", ".join(f"{cosine:.2f} ({name}, {kind})" for (kind, name), cosine in last.items())
         + ".",
     )
 
@@ -653,10 +672,10 @@ notes = {}
 for (phase, kind, name), (at, v) in vectors.items():
     _, near, cosine = table.nearest(v.to(device), 3)
     notes[phase, kind, name] = [
-        f"{name}, {phase} step {step}: {', '.join(words)} ({best:.2f})"
-        for step, words, best in zip(at, near, cosine[:, 0].tolist(), strict=True)
+        f"{name}, {phase} step {step}: {', '.join(names)} ({best:.2f})"
+        for step, names, best in zip(at, near, cosine[:, 0].tolist(), strict=True)
     ]
-display(HTML(hover_view(positions, table.words, paths, notes)))
+display(HTML(hover_view(positions, words, paths, notes)))
 
 # %% [markdown]
 # ## N, temperature and weight, for real
