@@ -5,6 +5,7 @@ a sentence that says where to look: the known mistakes are recognised by what th
 NotImplementedError of a part not yet written goes through.
 """
 
+from dte_lab.checks.contrastive import contrastive_loss, cosine_gradient, negatives_mask
 from dte_lab.checks.dual_path import alpha_schedule, dual_output, soft_attention
 from dte_lab.checks.features import fuse, map_to_grid, noisy_latent
 from dte_lab.checks.quickstart import blend, low_rank_offset, nearest_words
@@ -13,11 +14,14 @@ from dte_lab.checks.tuning import steps_needed, tuning_bytes, velocity_target
 __all__ = [
     "alpha_schedule",
     "blend",
+    "contrastive_loss",
+    "cosine_gradient",
     "dual_output",
     "fuse",
     "low_rank_offset",
     "map_to_grid",
     "nearest_words",
+    "negatives_mask",
     "noisy_latent",
     "soft_attention",
     "steps_needed",

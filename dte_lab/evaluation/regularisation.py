@@ -1,0 +1,301 @@
+"""Experiment 1: v* tuned with the contrastive term and without, on the same pictures and seeds.
+
+    python -m dte_lab.evaluation.regularisation --out results/regularisation.json [--concepts N]
+
+Every val concept is tuned from one prediction once per regulariser. With --contrastive-run and
+--none-run, two folders that `dte pretrain` wrote, it is also tuned from the encoders that were
+trained with and without the term, each with its own regulariser ("own" start).
+
+The file holds the settings, the versions, `means` and `differences` (contrastive minus none, paired
+by concept) with bootstrap intervals, `scale` (what the word similarity is for words taken at
+random, and for the words that the judge itself would choose) and `rows`, one per concept, start,
+regulariser and number of steps. `sweep` has the settings of SWEEP on a few watched pictures. The
+safetensors file beside it holds paths of v* (`read_paths`): of the watched pictures, in tuning for
+LONG steps and in the pre-training runs. A run that was cut off goes on where it stopped.
+"""
+
+import json
+from dataclasses import asdict, replace
+from itertools import product
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from safetensors.torch import load_file, save
+from tqdm.auto import tqdm
+
+from dte_lab.encoder import EncoderPrediction, load_encoder
+from dte_lab.evaluation.edits import items
+from dte_lab.evaluation.run import fingerprint, versions
+from dte_lab.files import write_atomically
+from dte_lab.judges import SentenceJudge
+from dte_lab.objective import objective
+from dte_lab.pipeline import DTEPipeline, to_pil
+from dte_lab.predictions import read_predictions
+from dte_lab.training_cli import SAMPLE_CONCEPTS
+from dte_lab.tuning import TuneConfig, noise_levels
+from dte_lab.world.evaluate import interval
+from dte_lab.world.scenes import render_image
+
+KINDS = ("contrastive", "none")
+MEASURES = {
+    "word_similarity": "mean cosine, by all-MiniLM-L6-v2, of the concept's name to the words",
+    "nearest_cosine": "cosine of v* to its nearest word",
+    "norm": "norm of v*, in mean norms of a word",
+    "words_kept": "share of the nearest words that were so before tuning",
+    "diffusion": "diffusion loss on noise that is the same for all",
+}
+WORDS = 5
+LONG = 100
+SWEEP = {
+    "num_positives": (1, 5, 20),
+    "temperature": (0.05, 0.1, 0.5),
+    "contrastive_weight": (0, 0.01, 0.1, 1),
+}
+MOST_POINTS = 40  # of a path in pre-training
+
+
+class Experiment:
+    """What every measurement needs: the pipelines, the judge's view of all words, the tuning."""
+
+    def __init__(self, pipes: dict[str, DTEPipeline], judge, tuning: TuneConfig, seed: int):
+        """pipes: by start; that of "own none" has the encoder trained without regulariser."""
+        self.pipes, self.judge, self.tuning, self.seed = pipes, judge, tuning, seed
+        self.table = next(iter(pipes.values())).prompt_encoder.table
+        words = self.table.words
+        parts = [judge.embed(words[i : i + 256]) for i in range(0, len(words), 256)]
+        self.judged = torch.cat(parts)  # (n, 384)
+
+    def tune(self, pipe, picture, dte, num_steps, callback=None):
+        return pipe.personalize(
+            picture, num_steps, self.seed, callback, progress=False, config=self.tuning, dte=dte
+        )
+
+    def measure(self, pipe, picture, name, concept, before=None) -> dict:
+        """MEASURES and the nearest words of a tuned concept; before: its words before tuning."""
+        cosines, rows = self.table.nearest_rows(concept.v_star, WORDS)
+        words = [self.table.words[i] for i in rows[0].tolist()]
+        similar = self.judged[rows[0].cpu()] @ self.judge.embed([name])[0]
+        values = {
+            "word_similarity": similar.mean().item(),
+            "nearest_cosine": cosines[0, 0].item(),
+            "norm": concept.v_star.norm().item() / self.table.mean_norm,
+            "words_kept": len(set(words) & set(before or words)) / len(words),
+            "diffusion": self.fixed_loss(pipe, picture, concept),
+        }
+        return {key: float(f"{value:.5g}") for key, value in values.items()} | {"words": words}
+
+    @torch.no_grad()
+    def fixed_loss(self, pipe, picture, concept, count=16) -> float:
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        backbone, T = pipe.backbone, len(pipe.backbone.alphas_cumprod)
+        latents = backbone.encode_images(pipe.pixels([picture])).float()
+        sample = noise_levels(latents, 0, count, T, generator)
+        prediction = EncoderPrediction(concept.v_star, concept.offsets)
+        prompts = ["a picture of S*"] * count
+        with objective(
+            backbone, pipe.prompt_encoder, prediction, prompts, *sample, concept.config
+        ) as terms:
+            return terms["diffusion"].item()
+
+    def concept_rows(self, item) -> list[dict]:
+        """Rows of one concept: each start before tuning, and after it with each regulariser."""
+        [picture], rows = to_pil(item.picture()), []
+        for start, pipe in self.pipes.items():
+            names = {"concept": item.name, "group": item.group, "start": start.split()[0]}
+            predicted = self.tune(pipe, picture, pipe.encoder.dte, 0)
+            before = self.measure(pipe, picture, item.name, predicted)
+            for kind in (k for k in KINDS if start in ("shipped", f"own {k}")):
+                dte = replace(pipe.encoder.dte, regulariser=kind)
+                tuned = self.tune(pipe, picture, dte, self.tuning.num_steps)
+                after = self.measure(pipe, picture, item.name, tuned, before["words"])
+                for steps, values in ((0, before), (self.tuning.num_steps, after)):
+                    rows.append(names | {"regulariser": kind, "steps": steps} | values)
+        return rows
+
+    def sweep_rows(self, name, picture) -> list[dict]:
+        """Rows of SWEEP; where the weight is 0 nothing else matters, and there is one row."""
+        pipe, rows = self.pipes["shipped"], []
+        for values in product(*SWEEP.values()):
+            setting = dict(zip(SWEEP, values, strict=True))
+            if not setting["contrastive_weight"] and any(setting[k] != SWEEP[k][0] for k in SWEEP):
+                continue
+            dte = replace(pipe.encoder.dte, regulariser="contrastive", **setting)
+            tuned = self.tune(pipe, picture, dte, self.tuning.num_steps)
+            rows.append({"concept": name} | setting | self.measure(pipe, picture, name, tuned))
+        return rows
+
+    def tuning_paths(self, name, picture, num_steps) -> dict[str, tuple[list[int], torch.Tensor]]:
+        """{"tuning.REGULARISER.NAME": (steps, v* (n, d))}, from the shipped encoder's start."""
+        pipe, paths = self.pipes["shipped"], {}
+        for kind in KINDS:
+            seen = []
+            dte = replace(pipe.encoder.dte, regulariser=kind)
+            tuned = self.tune(
+                pipe, picture, dte, num_steps, lambda state, seen=seen: seen.append(state["v_star"])
+            )
+            v_star = torch.cat([*seen, tuned.v_star])  # (num_steps + 1, d)
+            steps = [s for s in range(len(v_star)) if s <= 12 or s % 4 == 0]
+            paths[f"tuning.{kind}.{name}"] = steps, v_star[steps]
+        return paths
+
+
+def pretraining_paths(runs: dict[str, Path]) -> dict[str, tuple[list[int], torch.Tensor]]:
+    """{"pretraining.REGULARISER.NAME": (steps, v* (n, d))} of runs by regulariser."""
+    paths = {}
+    for kind, run in runs.items():
+        steps, v_star = read_predictions(run / "predictions.jsonl")  # (n,), (n, B, d)
+        chosen = np.unique(np.linspace(0, len(steps) - 1, MOST_POINTS).round().astype(int))
+        for i, name in enumerate(SAMPLE_CONCEPTS):
+            vectors = torch.from_numpy(v_star[chosen, i])  # (n, d)
+            paths[f"pretraining.{kind}.{name}"] = steps[chosen].tolist(), vectors
+    return paths
+
+
+def regularisation(
+    out: Path, pipe: DTEPipeline, count: int = 60, watched: int = 4, runs: dict | None = None,
+    long: int = LONG, tuning: TuneConfig | None = None, judge=None, seed: int = 0,
+    progress: bool = True,
+) -> dict:  # fmt: skip
+    """Run experiment 1 on `count` val concepts; write `out` and return its content.
+
+    watched: of SAMPLE_CONCEPTS, for the sweep and the paths. runs: {regulariser: folder} of
+    pre-training. judge: with `embed`, by default the SentenceJudge.
+    Raises ValueError when `out` holds a run with other settings.
+    """
+    runs, tuning, pipes = runs or {}, tuning or TuneConfig(), {"shipped": pipe}
+    for kind, run in runs.items():
+        encoder = load_encoder(run / "encoder", pipe.backbone)
+        pipes[f"own {kind}"] = DTEPipeline(pipe.backbone, encoder)
+    prints = {start: fingerprint(p.encoder) for start, p in pipes.items()}
+    settings = {
+        "split": "val", "concepts": count, "watched": list(SAMPLE_CONCEPTS[:watched]),
+        "encoders": prints, "tuning": asdict(tuning), "long": long, "seed": seed, "sweep": SWEEP,
+        "backbone": pipe.backbone.name, "dte": pipe.encoder.config["dte"],
+        "weights": fingerprint(pipe.backbone.unet, pipe.backbone.text_encoder),
+    }  # fmt: skip
+    settings = json.loads(json.dumps(settings))
+    document, vectors = _earlier(out, settings)
+    experiment = Experiment(pipes, judge or SentenceJudge(), tuning, seed)
+    chosen = items(count, "val")
+
+    def write():
+        document.update(summary(document["rows"]), scale=scale(experiment, chosen))
+        write_atomically(out.with_suffix(".safetensors"), save(vectors))
+        _write(out, document)
+
+    def keep(paths):
+        for key, (steps, v_star) in paths.items():
+            vectors[f"{key}.steps"] = torch.tensor(steps)
+            vectors[f"{key}.v_star"] = v_star.half().cpu().contiguous()
+
+    keep(pretraining_paths(runs))
+    done = {row["concept"] for row in document["rows"]}
+    for item in tqdm(chosen, desc="concepts", disable=not progress):
+        if item.name not in done:
+            document["rows"] += experiment.concept_rows(item)
+            write()
+    done = {row["concept"] for row in document["sweep"]}
+    for name in tqdm(SAMPLE_CONCEPTS[:watched], desc="watched", disable=not progress):
+        if name not in done:
+            picture = render_image(name, "fluent", "white")
+            keep(experiment.tuning_paths(name, picture, long))
+            document["sweep"] += experiment.sweep_rows(name, picture)
+            write()
+    return document
+
+
+def values(rows, measure, start, regulariser, after) -> np.ndarray:
+    """One value per concept, in the order of the rows; after: tuning, else before it."""
+    wanted, keys = (start, regulariser, after), ("start", "regulariser")
+    of = [row for row in rows if (*(row[k] for k in keys), row["steps"] > 0) == wanted]
+    return np.array([row[measure] for row in of])
+
+
+def summary(rows) -> dict:
+    """`means` and `differences`: lists of dicts with {mean, low, high, n} of each measure."""
+    means, differences = [], []
+    for start in dict.fromkeys(row["start"] for row in rows):
+        for after in (False, True):
+            cells = {k: {m: values(rows, m, start, k, after) for m in MEASURES} for k in KINDS}
+            for kind, cell in cells.items():
+                if len(cell["norm"]):
+                    names = {"start": start, "regulariser": kind, "after": after}
+                    means.append(names | {m: interval(v) for m, v in cell.items()})
+            if all(len(cell["norm"]) for cell in cells.values()):
+                ours, none = cells.values()
+                paired = {m: interval(ours[m] - none[m]) for m in MEASURES}
+                differences.append({"start": start, "after": after} | paired)
+    return {"means": means, "differences": differences}
+
+
+def scale(experiment: Experiment, chosen) -> dict:
+    """Word similarity of a name to all words, and to those that the judge finds most alike."""
+    names = experiment.judge.embed([item.name for item in chosen])
+    similarity = names @ experiment.judged.T  # (concepts, words)
+    best = similarity.topk(min(WORDS, similarity.shape[1])).values
+    return {"random": interval(similarity.mean(1)), "best": interval(best.mean(1))}
+
+
+def read_paths(file: Path) -> dict[str, tuple[list[int], torch.Tensor]]:
+    """{"PHASE.REGULARISER.NAME": (steps, v* (n, d))} of `out` with the suffix .safetensors."""
+    vectors = load_file(file)
+    keys = [key.removesuffix(".steps") for key in vectors if key.endswith(".steps")]
+    return {k: (vectors[f"{k}.steps"].tolist(), vectors[f"{k}.v_star"].float()) for k in keys}
+
+
+def _earlier(out: Path, settings):
+    """The document and vectors of an earlier call with the same settings, or empty ones."""
+    if not out.is_file():
+        return {"settings": settings, "versions": versions(), "rows": [], "sweep": []}, {}
+    document = json.loads(out.read_text())
+    before = document["settings"]
+    if changed := [key for key in settings if settings[key] != before.get(key)]:
+        raise ValueError(
+            f"{out} holds a run with other settings ({', '.join(changed)}): use another file."
+        )
+    return document, load_file(out.with_suffix(".safetensors"))
+
+
+def _write(out: Path, document) -> None:
+    """JSON with one line per row."""
+    lists = ("rows", "sweep")
+    head = {key: value for key, value in document.items() if key not in lists}
+    text = json.dumps(head, indent=1).removesuffix("\n}")
+    for key in lists:
+        lines = ",\n".join(f"  {json.dumps(row)}" for row in document[key])
+        text += f',\n "{key}": [\n{lines}\n ]'
+    write_atomically(out, (text + "\n}\n").encode())
+
+
+Run = Annotated[Path | None, typer.Option(help="OUT of a `dte pretrain` with that regulariser.")]
+
+
+def main(
+    out: Annotated[Path, typer.Option("--out", help="The JSON file.")],
+    concepts: Annotated[int, typer.Option(min=2, max=60, help="How many of val.")] = 60,
+    watched: Annotated[int, typer.Option(min=1, max=4, help="For sweep and paths.")] = 4,
+    contrastive_run: Run = None,
+    none_run: Run = None,
+    backbone: str = "small",
+    device: str = "cpu",
+) -> None:
+    """Experiment 1: v* tuned with the contrastive term and without; goes on where it stopped."""
+    pipe = DTEPipeline.from_pretrained(backbone, device=device)
+    given = zip(KINDS, (contrastive_run, none_run), strict=True)
+    runs = {kind: run for kind, run in given if run is not None}
+    document = regularisation(out, pipe, concepts, watched, runs)
+    for line in document["differences"]:
+        when = "after" if line["after"] else "before"
+        typer.echo(f"contrastive minus none, {line['start']} start, {when} tuning")
+        for name, v in ((name, line[name]) for name in MEASURES):
+            typer.echo(f"  {name:16} {v['mean']:+.4f} [{v['low']:+.4f}, {v['high']:+.4f}]")
+
+
+if __name__ == "__main__":
+    from dte_lab.cli import quiet_libraries
+
+    quiet_libraries()
+    typer.run(main)

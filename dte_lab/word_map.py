@@ -1,0 +1,52 @@
+"""A map of words: embeddings in the plane, and where other embeddings stand among them.
+
+UMAP lays out the words alone. `UMAP.transform` places new points badly once they leave the cloud,
+and a fit together with whole paths makes each path its own island, since its points are each
+other's nearest neighbours. So `place` puts an embedding at the weighted mean of its nearest words'
+places: what it says is "between these words", and never "far from all of them". ("ours")
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+def word_positions(embeddings, seed=0):
+    """UMAP of embeddings (n, d) by cosine, scaled to the unit square: array (n, 2).
+
+    The same seed gives the same map on the same machine.
+    """
+    from umap import UMAP
+
+    layout = UMAP(n_neighbors=15, min_dist=0.3, metric="cosine", random_state=seed, n_jobs=1)
+    plane = layout.fit_transform(np.asarray(embeddings, dtype=np.float32))
+    low, high = plane.min(axis=0), plane.max(axis=0)
+    return (plane - low) / (high - low)
+
+
+def place(v, embeddings, positions, k=8, temperature=0.05):
+    """Where embeddings v (m, d) stand on a map of words: array (m, 2).
+
+    embeddings: the words', (n, d). positions: their places (n, 2). The weights of the k nearest
+    words are a softmax of cosine / temperature, so that a small step of v is a small step here.
+    """
+    cosine, rows = _cosines(v, embeddings).topk(min(k, len(embeddings)), dim=-1)  # (m, k)
+    weight = (cosine / temperature).softmax(dim=-1)[..., None]
+    return (weight * torch.as_tensor(positions)[rows]).sum(dim=1).numpy()
+
+
+def neighbours_kept(v, at, embeddings, positions, k=10):
+    """Mean share of the k nearest words of v (m, d) that are the k nearest to `at` (m, 2) as well.
+
+    Where v are the words themselves (the same tensor as `embeddings`), no word counts as its own
+    neighbour.
+    """
+    own = int(v is embeddings)
+    near = _cosines(v, embeddings).topk(k + own, dim=-1).indices[:, own:]
+    at, positions = (torch.as_tensor(x, dtype=torch.float32) for x in (at, positions))
+    seen = torch.cdist(at, positions).topk(k + own, dim=-1, largest=False).indices[:, own:]
+    return (near[:, :, None] == seen[:, None]).any(dim=-1).float().mean().item()
+
+
+def _cosines(v, embeddings):
+    return F.normalize(v, dim=-1) @ F.normalize(embeddings, dim=-1).T  # (m, n)
