@@ -5,6 +5,14 @@ a sentence that says where to look: the known mistakes are recognised by what th
 NotImplementedError of a part not yet written goes through.
 """
 
+from dte_lab.checks.hypernetwork import largest_useful_rank, low_rank_norm, offset_cosine
 from dte_lab.checks.quickstart import blend, low_rank_offset, nearest_words
 
-__all__ = ["blend", "low_rank_offset", "nearest_words"]
+__all__ = [
+    "blend",
+    "largest_useful_rank",
+    "low_rank_norm",
+    "low_rank_offset",
+    "nearest_words",
+    "offset_cosine",
+]
