@@ -224,6 +224,21 @@ def effective_rank(values):
 
 
 @torch.no_grad()
+def inner_products(offsets):
+    """Frobenius inner products of the samples' A B, summed over all keys: (B, B).
+
+    <A1 B1, A2 B2> = tr((A1 B1)^T A2 B2) is the sum over the entries of (A1^T A2) * (B1 B2^T), two
+    r x r matrices: no product A B is formed.
+    """
+    total = 0
+    for a, b in offsets.values():
+        left = torch.einsum("mir,nis->mnrs", a.float(), a.float())  # (B, B, r, r)
+        right = torch.einsum("mro,nso->mnrs", b.float(), b.float())  # (B, B, r, r)
+        total = total + (left * right).sum(dim=(-2, -1))  # (B, B)
+    return total
+
+
+@torch.no_grad()
 def truncate(offsets, rank):
     """Offsets with the best approximation of A B of a lower rank (Eckart and Young).
 

@@ -10,6 +10,7 @@ from dte_lab.hypernetwork import (
     TokenHead,
     count_parameters,
     effective_rank,
+    inner_products,
     singular_values,
     truncate,
 )
@@ -153,3 +154,9 @@ def test_effective_rank():
     p = np.array([0.75, 0.25])
     expected = torch.tensor([4.0, 1.0, float(np.exp(-(p * np.log(p)).sum())), 0.0])
     torch.testing.assert_close(effective_rank(values), expected)
+
+
+def test_inner_products_against_whole_matrices(tiny_offsets):
+    offsets = tiny_offsets(3)
+    whole = torch.cat([(a @ b).flatten(1) for a, b in offsets.values()], dim=1)
+    torch.testing.assert_close(inner_products(offsets), whole @ whole.T, rtol=1e-4, atol=1e-4)

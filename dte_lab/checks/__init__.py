@@ -8,6 +8,7 @@ NotImplementedError of a part not yet written goes through.
 from dte_lab.checks.contrastive import contrastive_loss, cosine_gradient, negatives_mask
 from dte_lab.checks.dual_path import alpha_schedule, dual_output, soft_attention
 from dte_lab.checks.features import fuse, map_to_grid, noisy_latent
+from dte_lab.checks.hypernetwork import largest_useful_rank, low_rank_norm, offset_cosine
 from dte_lab.checks.quickstart import blend, low_rank_offset, nearest_words
 from dte_lab.checks.tuning import steps_needed, tuning_bytes, velocity_target
 
@@ -18,11 +19,14 @@ __all__ = [
     "cosine_gradient",
     "dual_output",
     "fuse",
+    "largest_useful_rank",
+    "low_rank_norm",
     "low_rank_offset",
     "map_to_grid",
     "nearest_words",
     "negatives_mask",
     "noisy_latent",
+    "offset_cosine",
     "soft_attention",
     "steps_needed",
     "tuning_bytes",

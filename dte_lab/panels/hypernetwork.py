@@ -1,0 +1,207 @@
+"""Figures of 03_lora_hypernetwork: counts, heads, spectra, and which changes are alike.
+
+The rank sweep's figures and its panel are in ranks.py.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+
+from dte_lab.dual_path import PROJECTIONS
+from dte_lab.panels.shared import AFTER, BEFORE, layer_label, plain
+from dte_lab.plots import INK, MUTED
+
+KINDS = [(branch, p) for branch in ("attn1", "attn2") for p in PROJECTIONS]
+
+
+def fit_figure(ranks: Sequence[int], left: Sequence[float], bound: Sequence[float]) -> Figure:
+    """Share of a weight change that A B misses, by rank: as trained, and the best possible."""
+    figure = Figure(figsize=(5.2, 3), layout="constrained")
+    ax = figure.add_subplot()
+    ax.plot(ranks, bound, "-", color=BEFORE, label="the best possible at this rank")
+    ax.plot(ranks, left, "o", color=AFTER, markersize=6, label="A and B trained")
+    ax.set_xticks(ranks)
+    ax.set_xlabel("rank r")
+    ax.set_ylabel("part that is missed\n(share of the norm)")
+    ax.set_ylim(0, 1.05)
+    ax.legend(frameon=False)
+    plain(ax)
+    return figure
+
+
+def counts_figure(counts: Mapping[str, Mapping[str, int]], reference: Mapping[str, int]) -> Figure:
+    """Parameters of hypernetworks as bars on a log scale, one column per backbone.
+
+    counts: {backbone: {rank: parameters}}. reference: {backbone: parameters of its UNet}, a line.
+    """
+    figure = Figure(figsize=(8, 2.6), layout="constrained")
+    axes = figure.subplots(1, len(counts), squeeze=False)[0]
+    for ax, (name, values) in zip(axes, counts.items(), strict=True):
+        whole = [rank == "full" for rank in values]
+        bars = ax.barh(
+            [f"rank {r}" if r != "full" else "whole matrices" for r in values],
+            list(values.values()), color=[BEFORE if w else AFTER for w in whole],
+            hatch=["///" if w else "" for w in whole], edgecolor="white", linewidth=0,
+        )  # fmt: skip
+        ax.bar_label(bars, [short_number(v) for v in values.values()], padding=3, fontsize=8)
+        ax.axvline(reference[name], color=INK, linestyle="--", linewidth=1)
+        ax.set_xscale("log")
+        low = min(*values.values(), reference[name])
+        ax.set_xlim(low / 3, 12 * max(*values.values(), reference[name]))
+        ax.invert_yaxis()
+        ax.set_title(
+            f"{name}  (dashed: its whole UNet, {short_number(reference[name])})",
+            fontsize=10, color=INK,
+        )  # fmt: skip
+        ax.set_xlabel("parameters of the hypernetwork")
+        plain(ax)
+    return figure
+
+
+def short_number(n: float) -> str:
+    """12345678 -> '12.3 M'."""
+    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if n >= size:
+            return f"{n / size:.3g}{unit}"
+    return f"{n:.3g}"
+
+
+def heads_figure(net, num_tokens: int) -> Figure:
+    """How a LoRAHypernetwork makes its matrices: tokens, queries, and one head per shape."""
+    heads, width = list(net.groups.items()), net.queries.shape[1]
+    figure = Figure(figsize=(9, 0.9 + 0.62 * max(4, len(heads))), layout="constrained")
+    ax = figure.add_subplot()
+    top = len(heads)
+    middle = top / 2
+
+    def box(x, y, w, h, text, colour, hatch=""):
+        ax.add_patch(
+            FancyBboxPatch(
+                (x, y - h / 2), w, h, boxstyle="round,pad=0.02,rounding_size=0.08",
+                facecolor="white", edgecolor=colour, linewidth=2, hatch=hatch,
+            )
+        )  # fmt: skip
+        ax.text(
+            x + w / 2, y, text, ha="center", va="center", fontsize=9, color=INK,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
+        )  # fmt: skip
+
+    def arrow(start, end, weight=1.5):
+        ax.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": MUTED, "lw": weight})
+
+    number = len(net.queries)
+    box(0, middle + 0.9, 2.2, 1.1, f"picture's tokens\n{num_tokens} × {width}", MUTED)
+    box(0, middle - 0.9, 2.2, 1.1, f"learned queries\n{number} × {width}", MUTED)
+    box(3, middle, 2.2, 2.0, f"queries read tokens\n{len(net.blocks)} blocks\n\nanswers\n"
+        f"{number} × {width}", INK)  # fmt: skip
+    arrow((2.25, middle + 0.9), (2.95, middle + 0.5))
+    arrow((2.25, middle - 0.9), (2.95, middle - 0.5))
+    for i, (name, index) in enumerate(heads):
+        y, dim = top - 0.5 - i, int(name[1:])
+        colour, hatch = (AFTER, "") if name[0] == "A" else (BEFORE, "///")
+        arrow((5.25, middle), (6.55, y))
+        shape = f"{dim} × {net.rank}" if name[0] == "A" else f"{net.rank} × {dim}"
+        box(6.6, y, 2.2, 0.66, f"head {name}: {width} → {dim * net.rank}", colour, hatch)
+        arrow((8.85, y), (9.35, y))
+        ax.text(9.45, y, f"{len(index)} matrices {name[0]},\neach {shape}", va="center", fontsize=9)
+    ax.set_xlim(-0.1, 11.4)
+    ax.set_ylim(min(0, middle - 1.6), max(top, middle + 1.6))
+    ax.axis("off")
+    return figure
+
+
+def by_kind(values: Mapping[str, np.ndarray]) -> dict[tuple[str, str], np.ndarray]:
+    """{"layer.projection": (n, ...)} -> {("attn1" or "attn2", projection): (layers, n, ...)}."""
+    grouped = {}
+    for branch, projection in KINDS:
+        chosen = [v for key, v in values.items() if key.endswith(f"{branch}.{projection}")]
+        grouped[branch, projection] = np.stack(chosen)
+    return grouped
+
+
+def spectra_figure(spectra: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
+    """Singular values by their number, one small chart for each kind of projection.
+
+    spectra: {name: {"layer.projection": (n concepts, r)}}. Markers: means over layers and concepts;
+    bars: standard deviation between concepts, each the mean over its layers.
+    """
+    figure = Figure(figsize=(8.5, 4.2), layout="constrained")
+    axes = figure.subplots(2, len(PROJECTIONS), sharex=True, sharey=True)
+    styles = zip((BEFORE, AFTER), ("s", "o"), ("--", "-"), (-0.06, 0.06), strict=True)
+    for (name, values), (colour, marker, line, shift) in zip(spectra.items(), styles, strict=False):
+        for ax, (kind, array) in zip(axes.flat, by_kind(values).items(), strict=True):
+            concept = array.mean(axis=0)  # (n, r)
+            x = np.arange(1, concept.shape[1] + 1)
+            ax.errorbar(
+                x + shift, concept.mean(axis=0), concept.std(axis=0, ddof=1), color=colour,
+                marker=marker, linestyle=line, markersize=4, capsize=2, label=name,
+            )  # fmt: skip
+            branch = "self" if kind[0] == "attn1" else "cross"
+            ax.set_title(f"{branch} {kind[1]}", fontsize=10, color=INK)
+            ax.set_xticks(x)
+            plain(ax)
+    axes[0, 0].set_ylim(bottom=0)
+    axes[0, -1].legend(frameon=False, fontsize=9)
+    figure.supxlabel("number of the singular value", fontsize=10)
+    figure.supylabel("size, % of the weight's largest", fontsize=10)
+    return figure
+
+
+def effective_rank_figure(ranks: Mapping[str, Mapping[str, float]], rank: int) -> Figure:
+    """Heat maps of the effective rank, layers by projections, one per named set of offsets."""
+    layers = sorted({key.rsplit(".", 1)[0] for key in next(iter(ranks.values()))})
+    figure = Figure(
+        figsize=(2.2 + 3.1 * len(ranks), 0.8 + 0.32 * len(layers)), layout="constrained"
+    )
+    axes = figure.subplots(1, len(ranks), sharey=True, squeeze=False)[0]
+    for ax, (name, values) in zip(axes, ranks.items(), strict=True):
+        array = np.array([[values[f"{layer}.{p}"] for p in PROJECTIONS] for layer in layers])
+        image = ax.imshow(array, cmap="viridis", vmin=1, vmax=rank, aspect="auto")
+        for (i, j), value in np.ndenumerate(array):
+            colour = "white" if value < 1 + 0.6 * (rank - 1) else "black"
+            ax.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
+        ax.set_xticks(range(len(PROJECTIONS)), PROJECTIONS)
+        ax.set_title(name, fontsize=10, color=INK)
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+    axes[0].set_yticks(range(len(layers)), [layer_label(layer) for layer in layers])
+    bar = figure.colorbar(image, ax=axes, pad=0.02)
+    bar.set_label(f"effective rank (1 to {rank})")
+    bar.outline.set_visible(False)
+    return figure
+
+
+def centred(gram: np.ndarray) -> np.ndarray:
+    """Inner products (n, n) of vectors -> those after their mean is taken off each."""
+    return gram - gram.mean(axis=0) - gram.mean(axis=1, keepdims=True) + gram.mean()
+
+
+def cosines(gram: np.ndarray) -> np.ndarray:
+    """Inner products (n, n) -> cosines (n, n)."""
+    norm = np.sqrt(np.diag(gram))
+    return gram / norm / norm[:, None]
+
+
+def similarity_figure(matrices: Mapping[str, np.ndarray], names: Sequence[str]) -> Figure:
+    """Cosines (n, n) as maps with one scale; the n rows are equal runs, one per name."""
+    n = len(next(iter(matrices.values())))
+    run = n // len(names)
+    figure = Figure(figsize=(1.6 + 3.9 * len(matrices), 4.4), layout="constrained")
+    axes = figure.subplots(1, len(matrices), sharey=True, squeeze=False)[0]
+    centres = np.arange(len(names)) * run + (run - 1) / 2
+    for ax, (title, matrix) in zip(axes, matrices.items(), strict=True):
+        image = ax.imshow(matrix, cmap="viridis", vmin=-1, vmax=1)
+        for edge in np.arange(1, len(names)) * run - 0.5:
+            ax.axhline(edge, color="white", linewidth=0.6)
+            ax.axvline(edge, color="white", linewidth=0.6)
+        ax.set_title(title, fontsize=10, color=INK)
+        ax.set_xticks(centres, names, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+    axes[0].set_yticks(centres, names, fontsize=8)
+    bar = figure.colorbar(image, ax=axes, pad=0.02, shrink=0.8)
+    bar.set_label("cosine of the weight changes")
+    bar.outline.set_visible(False)
+    return figure

@@ -1,0 +1,123 @@
+"""Pairs of weight changes, and the rank sweep with its panel, of 03_lora_hypernetwork."""
+
+import base64
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from dte_lab.panels.shared import AFTER, BEFORE, draw, encode, plain
+from dte_lab.plots import HAIRLINE, INK, MUTED
+
+GREEN = "#009E73"  # Okabe and Ito's
+
+
+def pairs_figure(groups: Mapping[str, Sequence[float]], intervals: Mapping[str, Mapping]) -> Figure:
+    """One point per concept in each group, and the mean with its interval as a diamond beside.
+
+    groups: {label: one number per concept}. intervals: {label: {mean, low, high}}.
+    """
+    figure = Figure(figsize=(7, 0.9 + 0.55 * len(groups)), layout="constrained")
+    ax = figure.add_subplot()
+    colours = (AFTER, BEFORE, GREEN)
+    for i, (label, values) in enumerate(groups.items()):
+        colour, low = colours[i % 3], intervals[label]
+        jitter = 0.12 * np.sin(np.arange(len(values)) * 2.4)  # fixed, so that points come apart
+        ax.plot(values, i + jitter, "o", color=colour, alpha=0.6, markersize=4)
+        mean = low["mean"]
+        error = [[mean - low["low"]], [low["high"] - mean]]
+        ax.errorbar(mean, i + 0.3, xerr=error, fmt="D", color=INK, markersize=5, capsize=3)
+    ax.set_yticks(range(len(groups)), list(groups))
+    ax.set_ylim(len(groups) - 0.4, -0.5)
+    ax.axvline(0, color=HAIRLINE, zorder=0)
+    ax.set_xlabel("cosine of the weight changes (points: concepts; diamonds: mean, 95 % interval)")
+    plain(ax)
+    return figure
+
+
+def distances_figure(distances: Mapping[str, Sequence[float]], floor: float) -> Figure:
+    """Distance to the input by rank: one thin line per concept, their mean with its spread.
+
+    distances: {concept: one number per rank from 0}. floor: distance of the input to itself after
+    the autoencoder, mean over concepts.
+    """
+    figure = Figure(figsize=(6, 3.1), layout="constrained")
+    ax = figure.add_subplot()
+    array = np.array(list(distances.values()))  # (n, ranks)
+    x = np.arange(array.shape[1])
+    for values in array:
+        ax.plot(x, values, color=MUTED, linewidth=0.8, alpha=0.7)
+    ax.errorbar(
+        x, array.mean(axis=0), array.std(axis=0, ddof=1), color=AFTER, marker="o", capsize=3,
+        label=f"mean and standard deviation (n = {len(array)})",
+    )  # fmt: skip
+    ax.axhline(floor, color=BEFORE, linestyle="--", label="the autoencoder alone")
+    ax.set_ylim(0, 1.35 * max(array.max(), floor))
+    ax.set_xticks(x, ["0: v* alone", *(str(r) for r in x[1:])])
+    ax.set_xlabel("rank that is kept")
+    ax.set_ylabel("distance to the input (RMSE)")
+    ax.legend(frameon=False, fontsize=9, loc="upper right")
+    plain(ax)
+    return figure
+
+
+def rank_figure(
+    picture: Image.Image, drawn: Image.Image, spectrum: Sequence[float], rank: int, distance: float
+) -> Figure:
+    """The input, what is drawn with `rank` kept, and which of the singular values those are."""
+    figure = Figure(figsize=(8, 2.9), layout="constrained")
+    axes = figure.subplots(1, 3, width_ratios=(1, 1, 1.2))
+    draw(axes[0], picture)
+    axes[0].set_title("the input", fontsize=10, color=INK)
+    draw(axes[1], drawn)
+    axes[1].set_title(f"rank {rank}, distance {distance:.3f}", fontsize=10, color=INK)
+    numbers = np.arange(1, len(spectrum) + 1)
+    for chosen, colour, hatch, label in (
+        (numbers <= rank, AFTER, "", "kept"),
+        (numbers > rank, HAIRLINE, "///", "cut off"),
+    ):
+        axes[2].bar(
+            numbers[chosen], np.asarray(spectrum)[chosen], color=colour, hatch=hatch,
+            edgecolor="white", linewidth=0, label=label,
+        )  # fmt: skip
+    axes[2].set_xticks(numbers)
+    axes[2].set_ylim(0, 1.3 * max(spectrum))
+    axes[2].set_xlabel("singular value (mean over layers)")
+    axes[2].legend(frameon=False, fontsize=9, ncols=2, loc="upper right")
+    plain(axes[2])
+    return figure
+
+
+def rank_panel(
+    pictures: Mapping[str, Image.Image],
+    drawn: Mapping[tuple[str, int], Image.Image],
+    spectra: Mapping[str, Sequence[float]],
+    distances: Mapping[str, Sequence[float]],
+):
+    """A list of concepts and a slider for the rank over `rank_figure`.
+
+    pictures, spectra, distances: by concept; drawn: by (concept, rank), with ranks from 0.
+    Returns a VBox; its attributes `concept`, `rank` and `view` are the widgets.
+    """
+    import ipywidgets as widgets
+
+    panel = widgets.VBox()
+    panel.concept = widgets.ToggleButtons(options=list(pictures), description="concept")
+    ranks = sorted({rank for _, rank in drawn})
+    panel.rank = widgets.SelectionSlider(options=ranks, value=ranks[-1], description="rank")
+    panel.view = widgets.HTML()
+
+    def redraw(change=None):
+        name, rank = panel.concept.value, panel.rank.value
+        distance = distances[name][rank]
+        figure = rank_figure(pictures[name], drawn[name, rank], spectra[name], rank, distance)
+        data = base64.b64encode(encode(figure, "png")).decode()
+        alt = f"The {name}, and its drawing with rank {rank}: distance {distance:.3f}"
+        panel.view.value = f'<img alt="{alt}" src="data:image/png;base64,{data}">'
+
+    panel.concept.observe(redraw, "value")
+    panel.rank.observe(redraw, "value")
+    redraw()
+    panel.children = (panel.concept, panel.rank, panel.view)
+    return panel

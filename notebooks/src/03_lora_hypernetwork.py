@@ -1,0 +1,773 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   dte_lab:
+#     title: The hypernetwork
+#     promise: a network that looks at a picture and predicts a change of another network's weights
+#     minutes: 75
+# ---
+
+# %% [markdown]
+# # The hypernetwork: a weight change predicted from a picture
+#
+# *A network that looks at a picture and predicts a change of another network's weights.*
+#
+# A word embedding alone holds too little to draw one particular thing. The encoder of
+# [Arar et al. 2023](https://arxiv.org/abs/2307.06925) therefore has a second head, a
+# **hypernetwork**: its output is a change of the weights of every attention layer of the
+# text-to-image model. Such a change has as many numbers as the layers themselves, unless it is
+# written as a product of two thin matrices, as in
+# [LoRA](https://arxiv.org/abs/2106.09685) (low-rank adaptation).
+#
+# After this notebook you can
+#
+# - write a layer with a low-rank change by hand, and train it;
+# - say by counting why the hypernetwork does not predict whole matrices;
+# - follow the numbers from the picture's tokens through queries and heads to `A` and `B`;
+# - read the singular values of a change, and its effective rank, and say what they do not tell;
+# - compare two changes without ever forming them;
+# - cut a change to a lower rank and judge what is lost;
+# - take a concept to other software as a LoRA file.
+
+# %% [markdown]
+# ## Set up
+#
+# The cell installs the package where it is missing, and leaves an installed PyTorch as it is.
+
+# %% tags=["setup"]
+# Filled in by tools/notebooks.py: installs dte_lab where it is missing.
+
+# %%
+import torch
+import torch.nn.functional as F
+
+from dte_lab import DTEPipeline, checks
+from dte_lab.cli import quiet_libraries
+from dte_lab.panels import describe_machine, picture_grid, show
+
+quiet_libraries()
+torch.manual_seed(0)
+device = "cuda" if torch.cuda.is_available() else "cpu"
+pipe = DTEPipeline.from_pretrained("small", device=device)
+encoder, unet = pipe.encoder, pipe.backbone.unet
+print(describe_machine(device))
+print("backbone: small, since it comes with the package, needs no download and runs on a CPU")
+
+# %% [markdown]
+# ## 1. LoRA by hand, on one layer
+#
+# Take one linear layer with weights `W`, and leave them as they are. Beside it put two thin
+# matrices, `A` with `Din × r` numbers and `B` with `r × Dout`. The layer then computes
+# `x W + x A B`, as if its weights were `W + A B`. Only `A` and `B` are trained; `r` is the **rank**.
+#
+# At first `A` is random and `B` is zero, so the layer does exactly what it did before.
+
+
+# %%
+from dte_lab.dual_path import attention_layers, projection_layer, projection_shapes
+
+layers = attention_layers(unet)
+name = next(name for name in layers if name.endswith("attn2"))  # the first that reads the prompt
+linear = projection_layer(layers[name], "to_q").cpu()
+Din, Dout = linear.in_features, linear.out_features
+
+
+class LoRALinear(torch.nn.Module):
+    """A frozen linear layer and a trainable change A B of its weights."""
+
+    def __init__(self, linear, rank):
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.A = torch.nn.Parameter(
+            torch.randn(linear.in_features, rank) * linear.in_features**-0.5
+        )
+        self.B = torch.nn.Parameter(torch.zeros(rank, linear.out_features))
+
+    def forward(self, x):  # (T, Din) -> (T, Dout)
+        return self.linear(x) + x @ self.A @ self.B
+
+
+x = torch.randn(5, Din)
+layer = LoRALinear(linear, rank=4)
+assert torch.equal(layer(x), linear(x))
+layer(x).square().sum().backward()
+print(f"layer: {name}.to_q, Din = {Din}, Dout = {Dout}")
+print(f"numbers in W: {Din * Dout:,}; in A and B of rank 4: {4 * (Din + Dout):,}")
+print(f"first gradient: of A {layer.A.grad.norm():.2f}, of B {layer.B.grad.norm():.2f}")
+
+# %% [markdown]
+# The first gradient of `A` is zero, because `A` acts through `B`, and `B` is zero. That of `B` is
+# not, so the first step moves `B`, and from then on both learn. Were both zero at first, neither
+# would ever move.
+#
+# How much can a low rank do? We make up a change `M` of this layer whose singular values halve from
+# one to the next, and train `A B` to match it, at several ranks. No matrix of rank `r` can come
+# closer to `M` than the one that keeps the `r` largest singular values (Eckart and Young 1936).
+
+# %%
+from dte_lab.panels.hypernetwork import fit_figure
+
+U, V = (torch.linalg.qr(torch.randn(d, 8)).Q for d in (Din, Dout))
+sigma = 0.5 ** torch.arange(8)
+M = (U * sigma) @ V.T  # (Din, Dout)
+ranks = [1, 2, 3, 4, 6, 8]
+left = []
+for rank in ranks:
+    layer = LoRALinear(linear, rank)
+    optimizer = torch.optim.Adam([layer.A, layer.B], lr=0.01)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.02, total_iters=500)
+    inputs = torch.eye(Din)  # one row for each input, so that every column of the change counts
+    target = linear(inputs) + M
+    for _ in range(500):
+        loss = (layer(inputs) - target).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    left.append((loss.sqrt() / M.norm()).item())
+bound = [(sigma[rank:].norm() / sigma.norm()).item() for rank in ranks]
+pipe.backbone.to(device)  # the layer goes back to where the others are
+show(
+    fit_figure(ranks, left, bound),
+    "What a trained change of rank r misses of a given one, as a share of its norm: "
+    + ", ".join(f"rank {r} {e:.2f}" for r, e in zip(ranks, left, strict=True))
+    + "; a line shows the best possible.",
+)
+
+# %% [markdown]
+# Do the points lie on the line? Then training found the best change of each rank. How quickly the
+# line falls depends on `M` alone: here its singular values halve. With equal singular values the
+# same ranks would miss far more. So "low rank is enough" is a statement about the change that is
+# wanted, and no law.
+
+# %% [markdown]
+# #### Exercise 1: up to which rank is it worth it?
+#
+# Difficulty 1 of 5 · 5 minutes
+#
+# `W` has `Din × Dout` numbers. Write a function for the largest rank at which `A` and `B` together
+# still have *fewer* numbers than `W`.
+#
+# <details>
+# <summary>Hint</summary>
+#
+# How many numbers does one more unit of rank cost? Divide, and mind the case in which the division
+# leaves no remainder: equal is not fewer.
+#
+# </details>
+
+
+# %% tags=["exercise"]
+def largest_useful_rank(d_in, d_out):
+    """Widths of a layer -> the largest rank at which A and B have fewer numbers than W."""
+    ### BEGIN SOLUTION
+    return (d_in * d_out - 1) // (d_in + d_out)
+    ### END SOLUTION
+
+
+checks.largest_useful_rank(largest_useful_rank)
+
+# %% [markdown]
+# ## 2. Why not whole matrices
+#
+# A hypernetwork ends in linear heads. A head that turns an answer of width `d` into a whole matrix
+# has `d · Din · Dout` weights; one that gives an `A` has `d · Din · r`. We count for the small
+# backbone and for Stable Diffusion 1.5. No weight of the large model is needed: PyTorch's *meta*
+# device builds modules that have shapes and no memory.
+
+# %%
+from diffusers import UNet2DConditionModel
+
+from dte_lab.hypernetwork import count_parameters
+from dte_lab.panels.hypernetwork import counts_figure, short_number
+from dte_lab.sd15 import UNET
+
+with torch.device("meta"):
+    large = UNet2DConditionModel(**UNET)
+unets = {"small": unet, "sd15": large}
+dte = encoder.dte
+sizes = {}
+print(f"{'':6} {'rank':>6} {'predicted per concept':>22} {'heads':>9} {'whole network':>14}")
+for backbone, model in unets.items():
+    shapes = projection_shapes(model)
+    for rank in (1, 4, 16, "full"):
+        n = count_parameters(shapes, rank, dte.width, dte.num_heads, dte.trunk_depth)
+        sizes[backbone, rank] = n
+        row = [short_number(n[part]) for part in ("offsets", "heads", "hypernetwork")]
+        print(f"{backbone:6} {rank:>6} {row[0]:>22} {row[1]:>9} {row[2]:>14}")
+
+# %%
+reference = {name: sum(p.numel() for p in model.parameters()) for name, model in unets.items()}
+counts = {
+    backbone: {rank: n["hypernetwork"] for (b, rank), n in sizes.items() if b == backbone}
+    for backbone in unets
+}
+show(
+    counts_figure(counts, reference),
+    "Bars on a log scale: parameters of the hypernetwork. "
+    + "; ".join(
+        f"{backbone}: "
+        + ", ".join(f"{rank} {short_number(value)}" for rank, value in values.items())
+        + f", its UNet {short_number(reference[backbone])}"
+        for backbone, values in counts.items()
+    )
+    + ".",
+)
+for backbone, values in counts.items():
+    print(
+        f"{backbone}: whole matrices need {values['full'] / values[4]:.0f} times the parameters of "
+        f"rank 4, and {values['full'] / reference[backbone]:.2f} times those of the UNet itself"
+    )
+
+# %% [markdown]
+# Look at the dashed line, the UNet that is to be changed. Training needs several numbers of memory
+# for each parameter (its gradient, and two more that Adam keeps). Besides, every head for whole
+# matrices here is shared by all layers of one shape. With a head of its own for every layer, as one
+# might first think of it, the bar would be several times as long again.
+
+# %% [markdown]
+# ## 3. Queries and heads
+#
+# How does one network make so many matrices of different shapes? The hypernetwork keeps one learned
+# **query** for each matrix: one for the `A` and one for the `B` of every projection in every layer.
+# The queries read the picture's tokens by cross-attention, and so each gets an **answer**. A linear
+# **head** makes the answer into a matrix, and all matrices of one shape share it. What tells two
+# layers of the same shape apart is their query alone.
+
+# %%
+from dte_lab.panels.hypernetwork import heads_figure
+from dte_lab.world import render_image, split_names
+
+names = split_names("val")  # things that neither the model nor the encoder has seen
+NAMES = [names[i * len(names) // 12] for i in range(12)]
+picture = render_image(NAMES[0], "fluent", "white")
+features = encoder.static_features(pipe.backbone, pipe.pixels([picture]))
+with torch.no_grad():
+    tokens = encoder.fusion(*features)  # (n, tokens, width): one row per noise level
+
+net = encoder.hypernetwork
+queries = ", ".join(f"{len(index)} for head {name}" for name, index in net.groups.items())
+show(
+    heads_figure(net, tokens.shape[1]),
+    f"A diagram: {tokens.shape[1]} tokens and {len(net.queries)} queries go into "
+    f"{len(net.blocks)} blocks of cross-attention; the answers go to the heads: {queries}.",
+)
+
+# %% [markdown]
+# Step by step, and then the same by the network itself:
+
+# %%
+with torch.no_grad():
+    answers = net.answers(tokens)
+    print(f"tokens {tuple(tokens.shape)}, answers {tuple(answers.shape)}")
+    for head, index in net.groups.items():
+        out = net.heads[head](answers[:, index])
+        weights = net.heads[head].weight.numel()
+        print(f"head {head:5}: {weights:9,} weights, {len(index):3} answers -> {tuple(out.shape)}")
+    offsets = net(tokens)
+
+head, index = next((h, i) for h, i in net.groups.items() if h[0] == "A")
+key = net.keys[index[0] // 2]  # matrix 2i is the A of key i
+with torch.no_grad():
+    A = net.heads[head](answers[:, index[0]]).unflatten(-1, (-1, net.rank))
+print(f"A of {key}: {tuple(A.shape)}")
+assert torch.allclose(A, offsets[key][0], atol=1e-5)
+
+# %% [markdown]
+# An untrained hypernetwork must leave the model as it is. As in part 1, the heads of `A` start at
+# random, those of `B` at zero.
+
+# %%
+from dte_lab.hypernetwork import LoRAHypernetwork
+
+fresh = LoRAHypernetwork(
+    projection_shapes(unet), net.rank, dte.width, dte.num_heads, dte.trunk_depth, dte.offset_scale
+).to(device)
+with torch.no_grad():
+    largest = {
+        "untrained": max((a @ b).abs().max().item() for a, b in fresh(tokens).values()),
+        "trained": max((a @ b).abs().max().item() for a, b in offsets.values()),
+    }
+print("largest entry of any A B:", ", ".join(f"{k} {v:.4f}" for k, v in largest.items()))
+
+# %% [markdown]
+# ## 4. The singular values of a change
+#
+# The **singular values** of `A B` say how strongly it acts along each of its `r` independent
+# directions, and they do not depend on how the product is written: `2A` and `B/2` are the same
+# change. They can be had from the thin matrices. With the QR decompositions `A = Q R` and
+# `Bᵀ = P S` the product is `Q (R Sᵀ) Pᵀ`, and its singular values are those of the small `R Sᵀ`.
+#
+# We predict the changes for a few things that were kept from all training, and then tune each with
+# the usual number of steps.
+
+# %%
+from tqdm.auto import tqdm
+
+TUNED = NAMES[::3] + [NAMES[1]]
+inputs = {name: render_image(name, "fluent", "white") for name in TUNED}
+predicted, tuned = {}, {}
+for name, image in tqdm(inputs.items(), desc="concepts"):
+    predicted[name] = pipe.personalize(image, num_steps=0, progress=False)
+    tuned[name] = pipe.personalize(image, progress=False)
+STEPS = tuned[name].info["num_steps"]
+print(f"{len(TUNED)} things: {', '.join(TUNED)}; {STEPS} tuning steps each")
+
+# %%
+from dte_lab.hypernetwork import effective_rank, singular_values
+from dte_lab.panels.hypernetwork import spectra_figure
+
+
+def stacked(concepts):
+    """The offsets of n concepts as one batch: {key: (A (n, Din, r), B (n, r, Dout))}."""
+    everything = [concept.offsets for concept in concepts]
+    return {
+        key: tuple(torch.cat([offsets[key][side] for offsets in everything]) for side in (0, 1))
+        for key in everything[0]
+    }
+
+
+largest = {  # the largest singular value of each weight
+    f"{name}.{p}": torch.linalg.matrix_norm(projection_layer(attn, p).weight, 2).item()
+    for name, attn in layers.items()
+    for p in ("to_q", "to_k", "to_v", "to_out")
+}
+values = {
+    label: singular_values(stacked(concepts.values()))
+    for label, concepts in (("predicted", predicted), ("tuned", tuned))
+}
+percent = {
+    label: {key: 100 * v.cpu().numpy() / largest[key] for key, v in by_key.items()}
+    for label, by_key in values.items()
+}
+first = {
+    label: sum(v[:, 0].mean() for v in by_key.values()) / len(by_key)
+    for label, by_key in percent.items()
+}
+show(
+    spectra_figure(percent),
+    "Eight charts, one per kind of projection, of the singular values of the change. The first one "
+    f"is on average {first['predicted']:.1f} % of the weight's largest as predicted and "
+    f"{first['tuned']:.1f} % once tuned.",
+)
+print(
+    f"n = {len(TUNED)} concepts; first singular value, mean over {len(largest)} matrices: "
+    f"{first['predicted']:.1f} % of the weight's largest as predicted, {first['tuned']:.1f} % tuned"
+)
+
+# %% [markdown]
+# Compare the height of the two curves: how much do the tuning steps add to what was predicted? Then
+# their slope. A steep curve means that the last directions do little, and could be left out. A flat
+# one means that the rank is used to the full.
+#
+# The **effective rank** ([Roy and Vetterli 2007](https://ieeexplore.ieee.org/document/7098875))
+# puts the slope into one number. Divide the singular values by their sum, take the entropy of these
+# shares, and its exponential: it is 1 when one value is alone, and `r` when all are equal. A number
+# needs something to be compared with, so we add random `A` and `B` of the same shapes.
+
+# %%
+from dte_lab.panels.hypernetwork import effective_rank_figure
+
+noise = {
+    key: (torch.randn(len(TUNED), i, net.rank), torch.randn(len(TUNED), net.rank, o))
+    for key, (i, o) in projection_shapes(unet).items()
+}
+used = {
+    label: {key: effective_rank(v) for key, v in by_key.items()}
+    for label, by_key in (*values.items(), ("random", singular_values(noise)))
+}
+for label, by_key in used.items():
+    per_concept = torch.stack(list(by_key.values())).mean(dim=0)  # (n,)
+    print(
+        f"effective rank, {label:9}: {per_concept.mean():.2f} ± {per_concept.std():.2f} "
+        f"(mean and standard deviation over n = {len(per_concept)}, at most {net.rank})"
+    )
+maps = {label: {key: v.mean().item() for key, v in used[label].items()} for label in values}
+low, high = (f(v for by_key in maps.values() for v in by_key.values()) for f in (min, max))
+show(
+    effective_rank_figure(maps, net.rank),
+    "Two heat maps of the effective rank, predicted and tuned, layers by projections: between "
+    f"{low:.2f} and {high:.2f} of at most {net.rank}.",
+)
+
+# %% [markdown]
+# Mind the line of the random matrices. Two random thin matrices use their rank almost to the full,
+# and say nothing about any picture. So a high effective rank alone is no sign that all directions
+# are *needed*; part 6 tries that out. A low one would be a sign that a smaller rank could do.
+
+# %% [markdown]
+# #### Exercise 2: how large is a change that you never form?
+#
+# Difficulty 3 of 5 · 15 minutes
+#
+# Compute the Frobenius norm of `A B`, the root of the sum of its squared entries, from `A` and `B`.
+# In Stable Diffusion the product can have millions of entries, so do not form it: no tensor on the
+# way may be as large.
+#
+# <details>
+# <summary>Hint</summary>
+#
+# The square of the norm is tr((A B)ᵀ A B) = tr(Bᵀ Aᵀ A B). A trace stays the same when the factors
+# are moved round in a circle: tr(X Y) = tr(Y X). Move `Bᵀ` to the end, and look for two `r × r`
+# matrices. And tr(X Y) of two symmetric matrices is the sum of all entries of `X * Y`.
+#
+# </details>
+
+
+# %% tags=["exercise"]
+def low_rank_norm(A, B):
+    """A (Din, r), B (r, Dout) -> the Frobenius norm of A B."""
+    ### BEGIN SOLUTION
+    return ((A.T @ A) * (B @ B.T)).sum().sqrt()
+    ### END SOLUTION
+
+
+checks.low_rank_norm(low_rank_norm)
+
+# %% [markdown]
+# ## 5. Same thing, other scene: are the changes alike?
+#
+# The encoder is to see the *thing* in a picture. So one thing before four backgrounds should give
+# four similar changes, and different things different ones. We measure how alike two changes are
+# by their cosine, taken over all entries of all matrices together, as if each change were one long
+# vector.
+#
+# `A` and `B` themselves must not be compared, since the same product can be written in many ways.
+# Nor need the products be formed. Their inner product is
+#
+# $$\langle A_1B_1, A_2B_2\rangle = \mathrm{tr}\,(A_1B_1)^\top A_2B_2
+# = \mathrm{tr}\,(A_1^\top A_2)(B_2B_1^\top)$$
+#
+# with two `r × r` matrices on the right. `inner_products` does this for all pairs in a batch.
+
+# %%
+from dte_lab.encoder import mean_prediction
+from dte_lab.hypernetwork import inner_products
+from dte_lab.panels.hypernetwork import centred, cosines, similarity_figure
+
+SEEN = ["white", "blue", "grass", "night"]
+pictures = [render_image(name, "fluent", scene) for name in NAMES for scene in SEEN]
+with torch.no_grad():
+    features = encoder.static_features(pipe.backbone, pipe.pixels(pictures))
+    prediction = mean_prediction(encoder(*features), len(dte.feature_timesteps))
+gram = inner_products(prediction.offsets).cpu().double().numpy()  # (48, 48)
+show(
+    picture_grid([pictures[: len(SEEN)], pictures[-len(SEEN) :]], SEEN, [NAMES[0], NAMES[-1]]),
+    f"Two of the {len(NAMES)} things, {NAMES[0]} and {NAMES[-1]}, before {', '.join(SEEN)}.",
+)
+
+# %%
+raw, own = cosines(gram), cosines(centred(gram))
+show(
+    similarity_figure({"as predicted": raw, "without the common part": own}, NAMES),
+    f"Two maps of the cosine between {len(pictures)} changes, in runs of {len(SEEN)} scenes for "
+    f"each of {len(NAMES)} things. Mean of all pairs: {raw.mean():.2f} as predicted.",
+)
+
+# %% [markdown]
+# Bright squares of four along the diagonal are what we hope for: one thing, four scenes. In the
+# left map look at everything outside the squares as well. If it is far above zero, then all changes
+# have a part in common, a change that is made for *every* picture. It says nothing about the thing,
+# and could as well have been built into the weights. In the right map the mean of all changes is
+# taken off each. That too needs the inner products alone: if $G$ holds those, the ones after
+# centring are $G$ minus its row means, minus its column means, plus its overall mean.
+#
+# Three kinds of pairs tell thing and scene apart. For each thing we average its pairs of each kind.
+# The intervals come from drawing the things anew with replacement: the pairs that share a picture
+# are not independent, and counting them all would make the intervals too short.
+
+# %%
+import numpy as np
+
+from dte_lab.panels.ranks import pairs_figure
+from dte_lab.world.evaluate import interval
+
+thing = np.repeat(np.arange(len(NAMES)), len(SEEN))
+scene = np.tile(np.arange(len(SEEN)), len(NAMES))
+same_thing, same_scene = thing[:, None] == thing, scene[:, None] == scene
+kinds = {
+    "same thing, other scene": same_thing & ~same_scene,
+    "other thing, same scene": ~same_thing & same_scene,
+    "other thing, other scene": ~same_thing & ~same_scene,
+}
+groups, intervals = {}, {}
+for label, matrix in (("as predicted", raw), ("centred", own)):
+    for kind, mask in kinds.items():
+        rows = [matrix[thing == i][mask[thing == i]].mean() for i in range(len(NAMES))]
+        groups[f"{kind}\n({label})"] = rows
+        r = intervals[f"{kind}\n({label})"] = interval(rows)
+        print(
+            f"{label:13} {kind:25} {r['mean']:5.2f} [{r['low']:5.2f}, {r['high']:5.2f}]  "
+            f"n = {r['n']} things, {mask.sum() // 2} pairs"
+        )
+show(
+    pairs_figure(groups, intervals),
+    "Cosines for three kinds of pairs, as predicted and centred, one point per thing: "
+    + "; ".join(f"{k.replace(chr(10), ' ')} {r['mean']:.2f}" for k, r in intervals.items())
+    + ".",
+)
+
+# %%
+a, b, c = (intervals[f"{kind}\n(centred)"] for kind in kinds)
+print(
+    "The thing decides more than the scene: one thing's changes in different scenes are more alike "
+    "than those of different things in one scene."
+    if a["low"] > b["high"]
+    else "The thing does not clearly decide more than the scene here: the intervals of the first "
+    "two kinds overlap, or the second lies higher."
+)
+print(
+    "The scene leaves a trace as well: different things in one scene are more alike than in two."
+    if b["low"] > c["high"]
+    else "Of the scene we see no clear trace: sharing it makes different things no more alike."
+)
+
+# %% [markdown]
+# A trace of the scene in the change is not what one wants: it will be drawn again under a prompt
+# that asks for another scene. The encoder sees one picture and cannot be certain what belongs to
+# the thing.
+
+# %% [markdown]
+# #### Exercise 3: how alike are two changes?
+#
+# Difficulty 3 of 5 · 10 minutes
+#
+# Write the cosine of one pair of changes, again without forming either product.
+#
+# <details>
+# <summary>Hint</summary>
+#
+# A small function for the inner product of two products helps: you need it three times. Keep the
+# order in both `r × r` matrices the same. If `A1` gives the rows of the first, `B1` must give the
+# rows of the second; then multiply entry by entry and add up.
+#
+# </details>
+
+
+# %% tags=["exercise"]
+def offset_cosine(A1, B1, A2, B2):
+    """A1, A2 (Din, r), B1, B2 (r, Dout) -> the cosine of A1 B1 and A2 B2, all entries as vectors."""
+
+    ### BEGIN SOLUTION
+    def inner(A, B, C, D):
+        return ((A.T @ C) * (B @ D.T)).sum()
+
+    return inner(A1, B1, A2, B2) / (inner(A1, B1, A1, B1) * inner(A2, B2, A2, B2)).sqrt()
+    ### END SOLUTION
+
+
+checks.offset_cosine(offset_cosine)
+
+# %% [markdown]
+# ## 6. How much rank does a concept need?
+#
+# We cut the tuned changes to lower ranks. `truncate` keeps the largest singular values of each
+# matrix, which is the best one can do with fewer (part 1). With rank 0 only the word `v*` is left.
+# The prompt asks for the input's own white background, and the soft path draws alone
+# (`alpha_blend=1`), so a perfect concept would draw the input itself. The distance is the root mean
+# squared error to the input, colours from 0 to 1, at the pixels of the thing only.
+#
+# What this does not show: how good an encoder would be that was *trained* with a lower rank. It
+# could put all it knows into fewer directions. We only cut.
+
+# %%
+from dataclasses import replace
+
+from dte_lab.evaluation.edits import object_mask
+from dte_lab.hypernetwork import truncate
+from dte_lab.world.captions import caption
+from dte_lab.world.scenes import BOX
+
+PROMPT, SEEDS, RANKS = caption("S*", None, "white"), [0, 1], range(net.rank + 1)
+
+
+def distance(name, pixels):
+    """RMSE of pictures (n, 3, H, W) in [-1, 1] to the input, where the thing is."""
+    target = pipe.pixels([inputs[name]])
+    mask = object_mask(name, "fluent")
+    errors = (pixels - target)[..., BOX, BOX][..., mask]  # (n, 3, pixels)
+    return errors.square().mean().sqrt().item() / 2
+
+
+drawn, distances = {}, {name: [] for name in TUNED}
+for name in tqdm(TUNED, desc="concepts"):
+    for rank in RANKS:
+        concept = tuned[name]
+        cut = replace(concept, offsets=truncate(concept.offsets, rank) if rank else {})
+        (images,) = pipe.generate(
+            cut, PROMPT, seeds=SEEDS, alpha_blend=1, num_inference_steps=12, progress=False
+        )
+        drawn[name, rank] = images[0]
+        distances[name].append(distance(name, pipe.pixels(images)))
+
+# %%
+from dte_lab.panels.ranks import distances_figure
+
+floor = []
+for name in TUNED:
+    pixels = pipe.backbone.decode_latents(pipe.backbone.encode_images(pipe.pixels([inputs[name]])))
+    floor.append(distance(name, pixels.float().cpu()))
+by_rank = np.array(list(distances.values()))  # (n, ranks)
+gain = by_rank[:, 0] - by_rank[:, -1]
+show(
+    distances_figure(distances, float(np.mean(floor))),
+    "Distance to the input by rank: "
+    + ", ".join(f"rank {r} {d:.3f}" for r, d in enumerate(by_rank.mean(axis=0)))
+    + f"; the autoencoder alone {np.mean(floor):.3f}.",
+)
+print(f"n = {len(TUNED)} things, {len(SEEDS)} seeds each; distance {by_rank[:, 0].mean():.3f} with")
+print(f"v* alone, {by_rank[:, -1].mean():.3f} with the whole change")
+if gain.mean() > 2 * gain.std(ddof=1) / len(gain) ** 0.5:
+    for rank in RANKS[1:-1]:
+        share = (by_rank[:, 0] - by_rank[:, rank]).mean() / gain.mean()
+        print(f"rank {rank} keeps {share:.0%} of what the whole change gains")
+else:
+    print("The change does not clearly bring the drawing nearer to the input, so we do not divide.")
+
+# %% [markdown]
+# Compare the line for `v*` alone with the first unit of rank, and that with the rest. If the curve
+# is flat after rank 1, then the remaining directions do little for likeness, whatever their
+# effective rank was. The dashed line is how near the drawing could come at best: the autoencoder
+# loses something in any picture.
+#
+# #### Try it: thing and rank
+#
+# The pictures were drawn in the cell above, so the panel answers at once. On a page that has no
+# notebook running behind it, the table below shows them all.
+
+# %%
+from IPython.display import display
+
+from dte_lab.panels.ranks import rank_panel
+
+spectra = {
+    name: torch.stack([v[i] for v in values["tuned"].values()]).mean(dim=0).tolist()
+    for i, name in enumerate(TUNED)
+}
+display(rank_panel(inputs, drawn, spectra, distances))
+
+# %%
+labels = ["the input", "v* alone", *(f"rank {rank}" for rank in RANKS[1:])]
+show(
+    picture_grid([[inputs[n]] + [drawn[n, rank] for rank in RANKS] for n in TUNED], labels, TUNED),
+    f"All pictures of the panel: {len(TUNED)} things, each as the input, with v* alone, and with "
+    f"ranks 1 to {net.rank}.",
+)
+
+# %% [markdown]
+# ## 7. To other software
+#
+# `export` writes the change as a LoRA file, in the layout of
+# [PEFT](https://huggingface.co/docs/peft) and in that of kohya (A1111, ComfyUI), and `v*` as a
+# textual-inversion file. PEFT keeps both matrices transposed: its `lora_A` is our `A`ᵀ.
+
+# %%
+import tempfile
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from dte_lab.export import EMBEDDING, LORA, export
+
+concept = tuned[TUNED[0]]
+folder = Path(tempfile.mkdtemp())
+for path in export(concept, folder):
+    tensors = load_file(path)
+    key, tensor = next(iter(tensors.items()))
+    print(f"{path.name}: {path.stat().st_size / 1e3:.0f} kB, {len(tensors)} tensors, such as")
+    print(f"    {key} {tuple(tensor.shape)}")
+
+# %% [markdown]
+# The proof is in another program. Here is a stock `StableDiffusionPipeline` of diffusers, which
+# knows nothing of this package's encoder. It loads the two files with its own methods. On the other
+# side our pipeline draws with the soft path alone, from the same initial noise.
+
+# %%
+import copy
+
+from diffusers import StableDiffusionPipeline
+from transformers import CLIPTextModel
+
+from dte_lab.backbone import backbone_folder
+
+backbone = pipe.backbone
+scheduler = type(backbone.scheduler).from_config(backbone.scheduler.config, steps_offset=1)
+stock = StableDiffusionPipeline(
+    vae=backbone.vae,
+    text_encoder=CLIPTextModel.from_pretrained(backbone_folder(backbone.name) / "text_encoder"),
+    tokenizer=copy.deepcopy(backbone.tokenizer),  # it will learn the token S*
+    unet=copy.deepcopy(unet),  # it will get adapters
+    scheduler=scheduler,
+    safety_checker=None,
+    feature_extractor=None,
+    requires_safety_checker=False,
+).to(device)
+stock.set_progress_bar_config(disable=True)
+question = "a picture of S* on the beach"
+latents = pipe.initial_noise(0).to(device)
+
+
+def draw():
+    return stock(question, latents=latents, guidance_scale=3.0, num_inference_steps=25).images[0]
+
+
+stock.load_textual_inversion(folder / EMBEDDING)
+word_only = draw()
+stock.load_lora_weights(folder, weight_name=LORA)
+theirs = draw()
+
+# %%
+((ours,),) = pipe.generate(concept, question, seeds=[0], alpha_blend=1, progress=False)
+((blended,),) = pipe.generate(concept, question, seeds=[0], progress=False)
+
+
+def apart(a, b):
+    """Largest difference of two pictures in grey levels, of 255."""
+    return int(np.abs(np.asarray(a, int) - np.asarray(b, int)).max())
+
+
+print(f"stock pipeline with both files, against our soft path: {apart(theirs, ours)} grey levels")
+print(f"without the LoRA file: {apart(word_only, ours)} grey levels; against our blend with")
+print(f"alpha = {concept.config.alpha_blend}: {apart(theirs, blended)} grey levels")
+assert apart(theirs, ours) <= 1, "the files should draw the same picture, but for rounding"
+show(
+    picture_grid(
+        [[inputs[TUNED[0]], word_only, theirs, ours, blended]],
+        ["the input", "stock: v* alone", "stock: both files", "ours: soft path", "ours: blended"],
+    ),
+    "Five pictures: the input; the stock pipeline with the word file alone; with both files; our "
+    "soft path, the same picture; our blend of soft and hard path.",
+)
+
+# %% [markdown]
+# The third and fourth pictures are the same. The last one differs: the blend with the hard path
+# runs every attention layer twice, and no LoRA file can say that. Whoever uses the exported files
+# draws with the soft path alone, and gets its likeness together with its lack of freedom.
+
+# %% [markdown]
+# ## When it misleads
+#
+# - **A high effective rank.** Random matrices have one too. Cut the rank and look before you believe
+#   that all directions are needed.
+# - **Comparing `A` with `A`.** The same change can be written with `2A` and `B/2`. Compare products.
+# - **A high cosine.** If all changes share a large part, any two look alike. Take the mean off.
+# - **Counting pairs as if each were new evidence.** Twelve things in four scenes give more than a
+#   thousand pairs, and still only twelve things.
+# - **A cut is not a training.** Part 6 says how much of *these* changes sits in few directions, and
+#   not how well a smaller encoder would do.
+
+# %% [markdown]
+# ## To take along
+#
+# - A weight change as `A B` makes the hypernetwork small enough to train; whole matrices would make
+#   it as large as the model, or larger.
+# - One query for each matrix, one head for each shape: the heads grow with the number of different
+#   widths, not with the number of layers.
+# - Norms, cosines and singular values of a change come from `r × r` matrices.
+# - The export is an ordinary LoRA and an ordinary textual-inversion file. It carries the soft path.
+#
+# Everything here is in short files: `dte_lab/hypernetwork.py` has the network and the measures,
+# `dte_lab/export.py` the files.
