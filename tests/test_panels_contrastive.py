@@ -120,7 +120,8 @@ def test_sweep_figures_show_the_setting_and_all_settings(sweep):
     assert circle.get_xydata().tolist() == [[table[5, 0.1, 1]["a"], 30]]
     grid = regularisation.sweep_grid(table, {"a": "x", "b": "y"})
     maps = [ax for ax in grid.axes if ax.get_images()]
-    assert len(maps) == 4
+    assert [ax.get_title() for ax in maps] == ["weight 0", "weight 1", "", ""]
+    assert [ax.get_xlabel() for ax in maps] == ["", "", "temperature", "temperature"]
     assert maps[3].get_images()[0].get_array().tolist() == [[10, 20], [30, 40]]
     assert maps[0].get_images()[0].get_clim() == maps[1].get_images()[0].get_clim()
 

@@ -1,5 +1,6 @@
 """Figures of the experiment in 02_contrastive_regularization: with the term and without."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -75,12 +76,13 @@ def sweep_figure(table: Mapping[tuple, Mapping], setting: tuple, titles: Mapping
     figure = Figure(figsize=(5.6, 4), layout="constrained")
     ax = figure.add_subplot()
     weights = sorted({key[2] for key in table})
-    shades = ["#bdbdbd", "#56B4E9", "#0072B2", "#1a1a1a"]
+    shades = ["#8c8c8c", "#56B4E9", "#0072B2", "#1a1a1a"]
     for i, weight in enumerate(weights):
         points = [cell for key, cell in table.items() if key[2] == weight]
         ax.plot(
-            [p[x_key] for p in points], [p[y_key] for p in points], "os^D"[i % 4], ms=6,
-            color=shades[i % 4], mec="white", label=f"weight {weight:g}",
+            [p[x_key] for p in points], [p[y_key] for p in points], "Xs^D"[i % 4],
+            ms=6 if weight else 10, color=shades[i % 4], mec="white",
+            label=f"weight {weight:g}",
         )  # fmt: skip
     ax.plot(table[setting][x_key], table[setting][y_key], "o", ms=16, mfc="none",
             mec=WITHOUT, mew=2.5, label="this setting")  # fmt: skip
@@ -98,24 +100,27 @@ def sweep_grid(table: Mapping[tuple, Mapping], titles: Mapping[str, str]) -> Fig
     counts, taus, weights = (sorted({key[i] for key in table}) for i in range(3))
     figure = Figure(figsize=(1.0 + 1.75 * len(weights), 1.9 * len(titles)), layout="constrained")
     axes = figure.subplots(len(titles), len(weights), squeeze=False)
-    for row, (measure, title) in zip(axes, titles.items(), strict=True):
-        found = [cell[measure] for cell in table.values()]
+    for r, (measure, title) in enumerate(titles.items()):
+        row, found = axes[r], [cell[measure] for cell in table.values()]
         low, high = min(found), max(found)
+        digits = 2 if low == high else max(2, 1 - math.floor(math.log10(high - low)))
         for ax, weight in zip(row, weights, strict=True):
             values = np.array([[table[n, tau, weight][measure] for tau in taus] for n in counts])
             image = ax.imshow(values, cmap="viridis", vmin=low, vmax=high, aspect="auto")
             for (i, j), value in np.ndenumerate(values):
                 colour = "white" if value < low + 0.6 * (high - low) else "black"
-                ax.text(j, i, f"{value:.3f}", ha="center", va="center", fontsize=7, color=colour)
+                ax.text(
+                    j, i, f"{value:.{digits}f}", ha="center", va="center", fontsize=7, color=colour
+                )
             ax.set_xticks(range(len(taus)), [f"{tau:g}" for tau in taus])
             ax.set_yticks(
                 range(len(counts)), counts if weight == weights[0] else [""] * len(counts)
             )
             ax.tick_params(length=0, labelsize=8)
             ax.spines[:].set_visible(False)
-            if row is axes[0]:
+            if r == 0:
                 ax.set_title(f"weight {weight:g}", fontsize=10, color=INK)
-            if row is axes[-1]:
+            if r == len(titles) - 1:
                 ax.set_xlabel("temperature", fontsize=9)
         row[0].set_ylabel("N", fontsize=9)
         bar = figure.colorbar(image, ax=row, pad=0.02)

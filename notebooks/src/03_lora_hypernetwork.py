@@ -42,7 +42,6 @@
 
 # %%
 import torch
-import torch.nn.functional as F
 
 from dte_lab import DTEPipeline, checks
 from dte_lab.cli import quiet_libraries
@@ -61,7 +60,8 @@ print("backbone: small, since it comes with the package, needs no download and r
 #
 # Take one linear layer with weights `W`, and leave them as they are. Beside it put two thin
 # matrices, `A` with `Din × r` numbers and `B` with `r × Dout`. The layer then computes
-# `x W + x A B`, as if its weights were `W + A B`. Only `A` and `B` are trained; `r` is the **rank**.
+# `x W + x A B`, as if its weights were `W + A B`. Only `A` and `B` are trained; `r` is the
+# **rank**.
 #
 # At first `A` is random and `B` is zero, so the layer does exactly what it did before.
 
@@ -226,7 +226,8 @@ for backbone, values in counts.items():
 # Look at the dashed line, the UNet that is to be changed. Training needs several numbers of memory
 # for each parameter (its gradient, and two more that Adam keeps). Besides, every head for whole
 # matrices here is shared by all layers of one shape. With a head of its own for every layer, as one
-# might first think of it, the bar would be several times as long again.
+# might first think of it, the bar would be longer still: the layers of one shape are many in sd15,
+# few in small.
 
 # %% [markdown]
 # ## 3. Queries and heads
@@ -549,7 +550,7 @@ print(
 
 # %% tags=["exercise"]
 def offset_cosine(A1, B1, A2, B2):
-    """A1, A2 (Din, r), B1, B2 (r, Dout) -> the cosine of A1 B1 and A2 B2, all entries as vectors."""
+    """A1, A2 (Din, r), B1, B2 (r, Dout) -> the cosine of A1 B1 and A2 B2 as long vectors."""
 
     ### BEGIN SOLUTION
     def inner(A, B, C, D):
@@ -750,9 +751,10 @@ show(
 # %% [markdown]
 # ## When it misleads
 #
-# - **A high effective rank.** Random matrices have one too. Cut the rank and look before you believe
-#   that all directions are needed.
-# - **Comparing `A` with `A`.** The same change can be written with `2A` and `B/2`. Compare products.
+# - **A high effective rank.** Random matrices have one too. Cut the rank and look before you
+#   believe that all directions are needed.
+# - **Comparing `A` with `A`.** The same change can be written with `2A` and `B/2`: compare
+#   products.
 # - **A high cosine.** If all changes share a large part, any two look alike. Take the mean off.
 # - **Counting pairs as if each were new evidence.** Twelve things in four scenes give more than a
 #   thousand pairs, and still only twelve things.
@@ -763,7 +765,7 @@ show(
 # ## To take along
 #
 # - A weight change as `A B` makes the hypernetwork small enough to train; whole matrices would make
-#   it as large as the model, or larger.
+#   it about as large as the model itself.
 # - One query for each matrix, one head for each shape: the heads grow with the number of different
 #   widths, not with the number of layers.
 # - Norms, cosines and singular values of a change come from `r × r` matrices.
