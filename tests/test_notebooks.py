@@ -25,6 +25,7 @@ SMALL = '''
 # ---
 # jupyter:
 #   dte_lab:
+#     promise: ""
 #     minutes: 3
 # ---
 
@@ -104,6 +105,17 @@ def spoil(root, change):
 def test_repository_notebooks_are_in_step():
     assert SOURCES
     assert notebooks.check(ROOT) == []
+
+
+def test_readme_lists_each_notebook_with_what_its_run_took(project):
+    readme = project / "README.md"
+    readme.write_text(f"before\n{notebooks.MARK}\n{notebooks.MARK}\nafter\n")
+    assert any("table of notebooks" in problem for problem in notebooks.check(project))
+    notebooks.build(project)
+    text, measured = readme.read_text(), solved(project).metadata["dte_lab"]["measured"]
+    assert f"(notebooks/small.ipynb) |  | {measured['seconds']} s |" in text
+    assert text.startswith("before\n") and text.endswith("after\n")
+    assert notebooks.check(project) == []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)

@@ -39,6 +39,8 @@ from dte_lab.files import write_atomically
 
 ROOT = Path(__file__).parents[1]
 MAX_BYTES = 1_000_000
+MARK = "<!-- table of notebooks: python -m tools.notebooks build -->"
+MARKED = re.compile(f"{MARK}\n(.*?){MARK}", re.S)
 WIDGET = "application/vnd.jupyter.widget-view+json"
 SOLUTION = re.compile(
     r"^(?P<indent> *)### BEGIN SOLUTION\n(?P<body>.*?)^ *### END SOLUTION\n?", re.M | re.S
@@ -237,7 +239,30 @@ def build(root, names=(), run=False):
         _write(notebook, solved_path)
         exercises = exercise_edition(source, name, measured)
         _write(exercises, root / "notebooks" / "exercises" / f"{name}.ipynb")
+    if (text := _readme(root)) is not None:
+        write_atomically(root / "README.md", text.encode())
     return notes
+
+
+def _readme(root):
+    """README.md with the table of notebooks between its two marks; None where it has none."""
+    path = root / "README.md"
+    parts = MARKED.split(path.read_text()) if path.is_file() else []
+    if len(parts) != 3:
+        return None
+    rows = [
+        "| Notebook | Promise | Runs in | Peak memory | With exercises |",
+        "|---|---|---|---|---|",
+    ]
+    for source in _sources(root):
+        solved = _read(root / "notebooks" / f"{source.stem}.ipynb")
+        said, measured = read_source(source).metadata["dte_lab"], _measured(solved)
+        seconds, memory = (measured.get(key, "?") for key in ("seconds", "peak_memory_gb"))
+        rows.append(
+            f"| [{source.stem}](notebooks/{source.stem}.ipynb) | {said['promise']} | {seconds} s | "
+            f"{memory} GB | {said['minutes']} minutes |"
+        )
+    return parts[0] + MARK + "\n" + "\n".join(rows) + "\n" + MARK + parts[2]
 
 
 def check(root):
@@ -266,6 +291,10 @@ def check(root):
             problems += [f"{label} {fault}" for fault in faults(stored, edition is solved_edition)]
             if (size := target.stat().st_size) > MAX_BYTES:
                 problems.append(f"{label} has {size / 1e6:.2f} MB, more than 1 MB.")
+    if (text := _readme(root)) is not None and text != (root / "README.md").read_text():
+        problems.append(
+            "README.md has an old table of notebooks: run python -m tools.notebooks build."
+        )
     return problems
 
 
