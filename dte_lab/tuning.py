@@ -31,7 +31,7 @@ class TuneConfig:
     num_steps: int = 12
     what: str = "predictions"
     batch_size: int = 8
-    token_learning_rate: float = 0.02
+    token_learning_rate: float = 0.1
     offset_learning_rate: float = 4e-3
     encoder_learning_rate: float = 1e-3
     prompts: tuple[str, ...] = ("a picture of S*",)
