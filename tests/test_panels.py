@@ -139,6 +139,19 @@ def test_show_stores_the_smaller_format_with_alt_text(monkeypatch, pictures):
     assert Image.open(io.BytesIO(shown[1].data)).size == (8, 8)
 
 
+def test_few_colours_do_for_a_chart_and_not_for_a_picture():
+    chart = panels.shared.encode(quickstart.words_figure({"guess": [0.5]}, ["cat"]), "png")
+    smaller = panels.shared.with_palette(chart)
+    assert len(smaller) < 0.6 * len(chart)
+    before, after = (
+        np.asarray(Image.open(io.BytesIO(x)).convert("RGB"), float) for x in (chart, smaller)
+    )
+    assert before.shape == after.shape and abs(before - after).mean() < 1
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    picture = panels.shared.encode(Image.fromarray(noise), "png")
+    assert panels.shared.with_palette(picture) == picture
+
+
 def test_describe_machine_names_the_device():
     assert panels.describe_machine("cpu").startswith("device: cpu (")
 

@@ -55,9 +55,9 @@ def test_field_is_the_loss_and_turns_only_without_the_norm_term(norm_weight):
         assert value[1, 6] == pytest.approx(expected.item(), abs=1e-3)
 
 
-def test_field_grid_has_one_map_per_setting():
+def test_field_row_has_one_map_per_setting():
     settings = [(1, 0.3, 0), (2, 0.05, 0.2), (3, 1.0, 0)]
-    figure = contrastive.field_grid(TOY, OTHERS, settings)
+    figure = contrastive.field_row(TOY, OTHERS, settings)
     titles = [ax.get_title() for ax in figure.axes]
     assert titles[1] == "N = 2, τ = 0.05, norm weight 0.2" and len(titles) == 3
     assert [text.get_text() for text in figure.axes[0].texts] == list(TOY)

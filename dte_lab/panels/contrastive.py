@@ -86,7 +86,7 @@ def field_figure(
     table = torch.tensor(list(words.values()), dtype=torch.float32)
     others = torch.tensor(negatives, dtype=torch.float32)
     value, _, side = _field(table, others, num_positives, temperature, norm_weight, 80)
-    levels = ax.contourf(side, side, value, 24, cmap="cividis")
+    levels = ax.contourf(side, side, value, 12, cmap="cividis")
     if figure is not None:
         bar = figure.colorbar(levels, ax=ax, shrink=0.8)
         bar.set_label("loss")
@@ -112,11 +112,11 @@ def field_figure(
     return figure
 
 
-def field_grid(words, negatives, settings: Sequence[tuple[int, float, float]]) -> Figure:
-    """`field_figure` for several (num_positives, temperature, norm_weight), three in a row."""
-    rows = -(-len(settings) // 3)
-    figure = Figure(figsize=(9.6, 3.35 * rows), layout="constrained")
-    for ax, setting in zip(figure.subplots(rows, 3).flat, settings, strict=True):
+def field_row(words, negatives, settings: Sequence[tuple[int, float, float]]) -> Figure:
+    """`field_figure` for several (num_positives, temperature, norm_weight), side by side."""
+    figure = Figure(figsize=(2.75 * len(settings), 2.95), layout="constrained")
+    axes = figure.subplots(1, len(settings), squeeze=False)[0]
+    for ax, setting in zip(axes, settings, strict=True):
         field_figure(words, negatives, *setting, ax=ax)
     return figure
 
