@@ -31,7 +31,7 @@ def pairs_figure(groups: Mapping[str, Sequence[float]], intervals: Mapping[str, 
     ax.set_yticks(range(len(groups)), list(groups))
     ax.set_ylim(len(groups) - 0.4, -0.5)
     ax.axvline(0, color=HAIRLINE, zorder=0)
-    ax.set_xlabel("cosine of the weight changes (points: concepts; diamonds: mean, 95 % interval)")
+    ax.set_xlabel("cosine of weight changes (diamonds: mean, 95 % interval)")
     plain(ax)
     return figure
 
