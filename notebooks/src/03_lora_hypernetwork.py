@@ -209,7 +209,7 @@ counts = {
 }
 show(
     counts_figure(counts, reference),
-    "Bars on a log scale: parameters of the hypernetwork. "
+    "Points on a log scale: parameters of the hypernetwork. "
     + "; ".join(
         f"{backbone}: "
         + ", ".join(f"{rank} {short_number(value)}" for rank, value in values.items())
@@ -221,15 +221,16 @@ show(
 for backbone, values in counts.items():
     print(
         f"{backbone}: whole matrices need {values['full'] / values[4]:.0f} times the parameters of "
-        f"rank 4, and {values['full'] / reference[backbone]:.2f} times those of the UNet itself"
+        f"rank 4, and {values['full'] / reference[backbone]:.2f} times those of the UNet itself;"
     )
+    separate = dte.width * sizes[backbone, "full"]["offsets"]
+    print(f"    with a head for every matrix, the heads alone would have {short_number(separate)}")
 
 # %% [markdown]
 # Look at the dashed line, the UNet that is to be changed. Training needs several numbers of memory
 # for each parameter (its gradient, and two more that Adam keeps). Besides, every head for whole
-# matrices here is shared by all layers of one shape. With a head of its own for every layer, as one
-# might first think of it, the bar would be longer still: the layers of one shape are many in sd15,
-# few in small.
+# matrices here is shared by all layers of one shape. The last number is for what one might think of
+# first, a head of its own for every matrix.
 
 # %% [markdown]
 # ## 3. Queries and heads
@@ -250,7 +251,7 @@ from dte_lab.world import render_image, split_names
 
 names = split_names("val")  # things that neither the model nor the encoder has seen
 NAMES = [names[i * len(names) // 12] for i in range(12)]
-SHOWN = NAMES[:2] + NAMES[6::2]
+SHOWN = [NAMES[i] for i in (0, 1, 6, 10)]  # for figures with a row for each
 picture = render_image(NAMES[0], "fluent", "white")
 features = encoder.static_features(pipe.backbone, pipe.pixels([picture]))
 with torch.no_grad():
@@ -491,9 +492,12 @@ print(f"the mean of all {len(pictures)} changes has {common:.0%} of their square
 # have a part in common, a change that is made for *every* picture. It says nothing about the thing,
 # and could as well have been built into the weights. In the right map the mean of all changes is
 # taken off each. That too needs the inner products alone: if $G$ holds those, the ones after
-# centring are $G$ minus its row means, minus its column means, plus its overall mean.
+# centring are $G$ minus its row means, minus its column means, plus its overall mean. A chequered
+# pattern there, the same in square after square, is the scenes.
 #
 # Three kinds of pairs tell thing and scene apart. For each thing we average its pairs of each kind.
+# Mind the scales: each column of the figure has its own.
+#
 # The intervals come from drawing the things anew with replacement: the pairs that share a picture
 # are not independent, and counting them all would make the intervals too short.
 
