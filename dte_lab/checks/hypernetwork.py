@@ -116,8 +116,8 @@ def offset_cosine(answer):
     mix = torch.tensor([[1.0, 2.0, 0.0], [0.0, 3.0, 1.0], [1.0, 0.0, -2.0]])  # not symmetric
     a2 = a1 @ mix + 0.5 * torch.randn(50, 3, generator=g)
     b2 = b1.flip(0) - 0.5 * torch.randn(3, 40, generator=g)
-    # A2 and B2 rescaled by s and 1/s are the same change: only products may count.
-    a2, b2 = 4 * a2, b2 / 4
+    # Opposed rather than alike, and rescaled by s and 1/s, which leaves the change as it is.
+    a2, b2 = -4 * a2, b2 / 4
 
     def inner(a, b, c, d):
         return ((a.T @ c) * (b @ d.T)).sum()

@@ -11,7 +11,7 @@ from matplotlib.patches import FancyBboxPatch
 
 from dte_lab.dual_path import PROJECTIONS
 from dte_lab.panels.shared import AFTER, BEFORE, layer_label, plain
-from dte_lab.plots import INK, MUTED
+from dte_lab.plots import HAIRLINE, INK, MUTED
 
 KINDS = [(branch, p) for branch in ("attn1", "attn2") for p in PROJECTIONS]
 
@@ -32,30 +32,34 @@ def fit_figure(ranks: Sequence[int], left: Sequence[float], bound: Sequence[floa
 
 
 def counts_figure(counts: Mapping[str, Mapping[str, int]], reference: Mapping[str, int]) -> Figure:
-    """Parameters of hypernetworks as bars on a log scale, one column per backbone.
+    """Parameters of hypernetworks as points on a log scale, one column per backbone.
 
     counts: {backbone: {rank: parameters}}. reference: {backbone: parameters of its UNet}, a line.
     """
     figure = Figure(figsize=(8, 2.6), layout="constrained")
-    axes = figure.subplots(1, len(counts), squeeze=False)[0]
+    axes = figure.subplots(1, len(counts), sharey=True, squeeze=False)[0]
     for ax, (name, values) in zip(axes, counts.items(), strict=True):
-        whole = [rank == "full" for rank in values]
-        bars = ax.barh(
-            [f"rank {r}" if r != "full" else "whole matrices" for r in values],
-            list(values.values()), color=[BEFORE if w else AFTER for w in whole],
-            hatch=["///" if w else "" for w in whole], edgecolor="white", linewidth=0,
-        )  # fmt: skip
-        ax.bar_label(bars, [short_number(v) for v in values.values()], padding=3, fontsize=8)
-        ax.axvline(reference[name], color=INK, linestyle="--", linewidth=1)
+        ax.axvline(reference[name], color=INK, linestyle="--", linewidth=1, zorder=1)
+        for y, (rank, value) in enumerate(values.items()):
+            colour, marker = (BEFORE, "s") if rank == "full" else (AFTER, "o")
+            ax.plot(value, y, marker, color=colour, markersize=8)
+            ax.annotate(
+                short_number(value), (value, y), (-8, 0), textcoords="offset points",
+                ha="right", va="center", fontsize=8,
+            )  # fmt: skip
         ax.set_xscale("log")
-        low = min(*values.values(), reference[name])
-        ax.set_xlim(low / 3, 12 * max(*values.values(), reference[name]))
-        ax.invert_yaxis()
+        every = [*values.values(), reference[name]]
+        ax.set_xlim(min(every) / 12, 3 * max(every))
+        ax.set_yticks(
+            range(len(values)), ["whole matrices" if r == "full" else f"rank {r}" for r in values]
+        )
+        ax.set_ylim(len(values) - 0.5, -0.5)
         ax.set_title(
             f"{name}  (dashed: its whole UNet, {short_number(reference[name])})",
             fontsize=10, color=INK,
         )  # fmt: skip
         ax.set_xlabel("parameters of the hypernetwork")
+        ax.grid(axis="y", color=HAIRLINE)
         plain(ax)
     return figure
 
@@ -188,7 +192,7 @@ def similarity_figure(matrices: Mapping[str, np.ndarray], names: Sequence[str]) 
     """Cosines (n, n) as maps with one scale; the n rows are equal runs, one per name."""
     n = len(next(iter(matrices.values())))
     run = n // len(names)
-    figure = Figure(figsize=(1.6 + 3.9 * len(matrices), 4.4), layout="constrained")
+    figure = Figure(figsize=(1.9 + 3.2 * len(matrices), 4.3), layout="constrained")
     axes = figure.subplots(1, len(matrices), sharey=True, squeeze=False)[0]
     centres = np.arange(len(names)) * run + (run - 1) / 2
     for ax, (title, matrix) in zip(axes, matrices.items(), strict=True):

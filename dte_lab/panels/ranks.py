@@ -13,26 +13,36 @@ from dte_lab.plots import HAIRLINE, INK, MUTED
 GREEN = "#009E73"  # Okabe and Ito's
 
 
-def pairs_figure(groups: Mapping[str, Sequence[float]], intervals: Mapping[str, Mapping]) -> Figure:
-    """One point per concept in each group, and the mean with its interval as a diamond beside.
+def pairs_figure(
+    groups: Mapping[str, Mapping[str, Sequence[float]]],
+    intervals: Mapping[str, Mapping[str, Mapping[str, float]]],
+) -> Figure:
+    """Kinds of pairs below each other: one point per concept, the mean with its interval below.
 
-    groups: {label: one number per concept}. intervals: {label: {mean, low, high}}.
+    groups: {title of a column: {kind: one number per concept}}. intervals: the same keys,
+    {mean, low, high}. Each column has a scale of its own.
     """
-    figure = Figure(figsize=(7, 0.9 + 0.55 * len(groups)), layout="constrained")
-    ax = figure.add_subplot()
-    colours = (AFTER, BEFORE, GREEN)
-    for i, (label, values) in enumerate(groups.items()):
-        colour, low = colours[i % 3], intervals[label]
-        jitter = 0.12 * np.sin(np.arange(len(values)) * 2.4)  # fixed, so that points come apart
-        ax.plot(values, i + jitter, "o", color=colour, alpha=0.6, markersize=4)
-        mean = low["mean"]
-        error = [[mean - low["low"]], [low["high"] - mean]]
-        ax.errorbar(mean, i + 0.3, xerr=error, fmt="D", color=INK, markersize=5, capsize=3)
-    ax.set_yticks(range(len(groups)), list(groups))
-    ax.set_ylim(len(groups) - 0.4, -0.5)
-    ax.axvline(0, color=HAIRLINE, zorder=0)
-    ax.set_xlabel("cosine of weight changes (diamonds: mean, 95 % interval)")
-    plain(ax)
+    kinds = list(next(iter(groups.values())))
+    figure = Figure(figsize=(1.8 + 3.4 * len(groups), 0.9 + 0.6 * len(kinds)), layout="constrained")
+    axes = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    for ax, (title, by_kind) in zip(axes, groups.items(), strict=True):
+        for i, (kind, colour) in enumerate(zip(kinds, (AFTER, BEFORE, GREEN), strict=False)):
+            values, r = by_kind[kind], intervals[title][kind]
+            jitter = 0.12 * np.sin(np.arange(len(values)) * 2.4)  # fixed, so that points come apart
+            ax.plot(values, i + jitter, "o", color=colour, alpha=0.6, markersize=4)
+            error = [[r["mean"] - r["low"]], [r["high"] - r["mean"]]]
+            ax.errorbar(
+                r["mean"], i + 0.32, xerr=error, fmt="D", color=INK, markersize=5, capsize=3
+            )
+        ax.set_title(title, fontsize=10, color=INK)
+        ax.grid(axis="x", color=HAIRLINE)
+        plain(ax)
+    axes[0].set_yticks(range(len(kinds)), kinds)
+    axes[0].set_ylim(len(kinds) - 0.4, -0.5)
+    figure.supxlabel(
+        "cosine of the weight changes (points: concepts; diamonds: mean, 95 % interval)",
+        fontsize=10,
+    )
     return figure
 
 

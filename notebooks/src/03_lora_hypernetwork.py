@@ -15,7 +15,7 @@
 #
 # *A network that looks at a picture and predicts a change of another network's weights.*
 #
-# A word embedding alone holds too little to draw one particular thing. The encoder of
+# A word embedding is a few hundred numbers: not much to hold one particular thing. The encoder of
 # [Arar et al. 2023](https://arxiv.org/abs/2307.06925) therefore has a second head, a
 # **hypernetwork**: its output is a change of the weights of every attention layer of the
 # text-to-image model. Such a change has as many numbers as the layers themselves, unless it is
@@ -43,11 +43,13 @@
 # %%
 import torch
 
-from dte_lab import DTEPipeline, checks
+from dte_lab import checks
 from dte_lab.cli import quiet_libraries
 from dte_lab.panels import describe_machine, picture_grid, show
 
 quiet_libraries()
+from dte_lab import DTEPipeline  # noqa: E402
+
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 pipe = DTEPipeline.from_pretrained("small", device=device)
@@ -117,8 +119,8 @@ ranks = [1, 2, 3, 4, 6, 8]
 left = []
 for rank in ranks:
     layer = LoRALinear(linear, rank)
-    optimizer = torch.optim.Adam([layer.A, layer.B], lr=0.01)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.02, total_iters=500)
+    optimizer = torch.optim.Adam([layer.A, layer.B], lr=0.03)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.01, total_iters=500)
     inputs = torch.eye(Din)  # one row for each input, so that every column of the change counts
     target = linear(inputs) + M
     for _ in range(500):
@@ -207,7 +209,7 @@ counts = {
 }
 show(
     counts_figure(counts, reference),
-    "Bars on a log scale: parameters of the hypernetwork. "
+    "Points on a log scale: parameters of the hypernetwork. "
     + "; ".join(
         f"{backbone}: "
         + ", ".join(f"{rank} {short_number(value)}" for rank, value in values.items())
@@ -219,15 +221,16 @@ show(
 for backbone, values in counts.items():
     print(
         f"{backbone}: whole matrices need {values['full'] / values[4]:.0f} times the parameters of "
-        f"rank 4, and {values['full'] / reference[backbone]:.2f} times those of the UNet itself"
+        f"rank 4, and {values['full'] / reference[backbone]:.2f} times those of the UNet itself;"
     )
+    separate = dte.width * sizes[backbone, "full"]["offsets"]
+    print(f"    with a head for every matrix, the heads alone would have {short_number(separate)}")
 
 # %% [markdown]
 # Look at the dashed line, the UNet that is to be changed. Training needs several numbers of memory
 # for each parameter (its gradient, and two more that Adam keeps). Besides, every head for whole
-# matrices here is shared by all layers of one shape. With a head of its own for every layer, as one
-# might first think of it, the bar would be longer still: the layers of one shape are many in sd15,
-# few in small.
+# matrices here is shared by all layers of one shape. The last number is for what one might think of
+# first, a head of its own for every matrix.
 
 # %% [markdown]
 # ## 3. Queries and heads
@@ -237,25 +240,36 @@ for backbone, values in counts.items():
 # The queries read the picture's tokens by cross-attention, and so each gets an **answer**. A linear
 # **head** makes the answer into a matrix, and all matrices of one shape share it. What tells two
 # layers of the same shape apart is their query alone.
+#
+# Here is the hypernetwork of the small backbone, and below it one for sd15, whose UNet has more
+# layers and more widths.
 
 # %%
+from dte_lab.hypernetwork import LoRAHypernetwork
 from dte_lab.panels.hypernetwork import heads_figure
 from dte_lab.world import render_image, split_names
 
 names = split_names("val")  # things that neither the model nor the encoder has seen
 NAMES = [names[i * len(names) // 12] for i in range(12)]
+SHOWN = [NAMES[i] for i in (0, 1, 6, 10)]  # for figures with a row for each
 picture = render_image(NAMES[0], "fluent", "white")
 features = encoder.static_features(pipe.backbone, pipe.pixels([picture]))
 with torch.no_grad():
     tokens = encoder.fusion(*features)  # (n, tokens, width): one row per noise level
 
 net = encoder.hypernetwork
-queries = ", ".join(f"{len(index)} for head {name}" for name, index in net.groups.items())
-show(
-    heads_figure(net, tokens.shape[1]),
-    f"A diagram: {tokens.shape[1]} tokens and {len(net.queries)} queries go into "
-    f"{len(net.blocks)} blocks of cross-attention; the answers go to the heads: {queries}.",
-)
+with torch.device("meta"):
+    net_large = LoRAHypernetwork(
+        projection_shapes(large), dte.rank, dte.width, dte.num_heads, dte.trunk_depth, 1
+    )
+for hypernetwork in (net, net_large):
+    queries = ", ".join(f"{len(i)} for head {head}" for head, i in hypernetwork.groups.items())
+    show(
+        heads_figure(hypernetwork, tokens.shape[1]),
+        f"A diagram: {tokens.shape[1]} tokens and {len(hypernetwork.queries)} queries go into "
+        f"{len(hypernetwork.blocks)} blocks of cross-attention; the answers go to the heads: "
+        f"{queries}.",
+    )
 
 # %% [markdown]
 # Step by step, and then the same by the network itself:
@@ -282,8 +296,6 @@ assert torch.allclose(A, offsets[key][0], atol=1e-5)
 # random, those of `B` at zero.
 
 # %%
-from dte_lab.hypernetwork import LoRAHypernetwork
-
 fresh = LoRAHypernetwork(
     projection_shapes(unet), net.rank, dte.width, dte.num_heads, dte.trunk_depth, dte.offset_scale
 ).to(device)
@@ -292,7 +304,8 @@ with torch.no_grad():
         "untrained": max((a @ b).abs().max().item() for a, b in fresh(tokens).values()),
         "trained": max((a @ b).abs().max().item() for a, b in offsets.values()),
     }
-print("largest entry of any A B:", ", ".join(f"{k} {v:.4f}" for k, v in largest.items()))
+assert largest["untrained"] == 0
+print("largest entry of any A B:", ", ".join(f"{k} {v:.2f}" for k, v in largest.items()))
 
 # %% [markdown]
 # ## 4. The singular values of a change
@@ -308,14 +321,13 @@ print("largest entry of any A B:", ", ".join(f"{k} {v:.4f}" for k, v in largest.
 # %%
 from tqdm.auto import tqdm
 
-TUNED = NAMES[::3] + [NAMES[1]]
-inputs = {name: render_image(name, "fluent", "white") for name in TUNED}
+inputs = {name: render_image(name, "fluent", "white") for name in NAMES}
 predicted, tuned = {}, {}
 for name, image in tqdm(inputs.items(), desc="concepts"):
     predicted[name] = pipe.personalize(image, num_steps=0, progress=False)
     tuned[name] = pipe.personalize(image, progress=False)
 STEPS = tuned[name].info["num_steps"]
-print(f"{len(TUNED)} things: {', '.join(TUNED)}; {STEPS} tuning steps each")
+print(f"{len(NAMES)} things: {', '.join(NAMES)}; {STEPS} tuning steps each")
 
 # %%
 from dte_lab.hypernetwork import effective_rank, singular_values
@@ -355,14 +367,15 @@ show(
     f"{first['tuned']:.1f} % once tuned.",
 )
 print(
-    f"n = {len(TUNED)} concepts; first singular value, mean over {len(largest)} matrices: "
+    f"n = {len(NAMES)} concepts; first singular value, mean over {len(largest)} matrices: "
     f"{first['predicted']:.1f} % of the weight's largest as predicted, {first['tuned']:.1f} % tuned"
 )
 
 # %% [markdown]
 # Compare the height of the two curves: how much do the tuning steps add to what was predicted? Then
 # their slope. A steep curve means that the last directions do little, and could be left out. A flat
-# one means that the rank is used to the full.
+# one means that the rank is used to the full. A value above 100 % means that the change acts more
+# strongly along one direction than the weights themselves do along any.
 #
 # The **effective rank** ([Roy and Vetterli 2007](https://ieeexplore.ieee.org/document/7098875))
 # puts the slope into one number. Divide the singular values by their sum, take the entropy of these
@@ -373,7 +386,7 @@ print(
 from dte_lab.panels.hypernetwork import effective_rank_figure
 
 noise = {
-    key: (torch.randn(len(TUNED), i, net.rank), torch.randn(len(TUNED), net.rank, o))
+    key: (torch.randn(len(NAMES), i, net.rank), torch.randn(len(NAMES), net.rank, o))
     for key, (i, o) in projection_shapes(unet).items()
 }
 used = {
@@ -445,6 +458,8 @@ checks.low_rank_norm(low_rank_norm)
 # with two `r × r` matrices on the right. `inner_products` does this for all pairs in a batch.
 
 # %%
+import numpy as np
+
 from dte_lab.encoder import mean_prediction
 from dte_lab.hypernetwork import inner_products
 from dte_lab.panels.hypernetwork import centred, cosines, similarity_figure
@@ -465,8 +480,11 @@ raw, own = cosines(gram), cosines(centred(gram))
 show(
     similarity_figure({"as predicted": raw, "without the common part": own}, NAMES),
     f"Two maps of the cosine between {len(pictures)} changes, in runs of {len(SEEN)} scenes for "
-    f"each of {len(NAMES)} things. Mean of all pairs: {raw.mean():.2f} as predicted.",
+    f"each of {len(NAMES)} things. Smallest of any pair: {raw.min():.2f} as predicted, "
+    f"{own.min():.2f} without the common part.",
 )
+common = gram.mean() / np.diag(gram).mean()  # |mean change|^2 over the mean of |change|^2
+print(f"the mean of all {len(pictures)} changes has {common:.0%} of their squared norm")
 
 # %% [markdown]
 # Bright squares of four along the diagonal are what we hope for: one thing, four scenes. In the
@@ -474,15 +492,16 @@ show(
 # have a part in common, a change that is made for *every* picture. It says nothing about the thing,
 # and could as well have been built into the weights. In the right map the mean of all changes is
 # taken off each. That too needs the inner products alone: if $G$ holds those, the ones after
-# centring are $G$ minus its row means, minus its column means, plus its overall mean.
+# centring are $G$ minus its row means, minus its column means, plus its overall mean. A chequered
+# pattern there, the same in square after square, is the scenes.
 #
 # Three kinds of pairs tell thing and scene apart. For each thing we average its pairs of each kind.
+# Mind the scales: each column of the figure has its own.
+#
 # The intervals come from drawing the things anew with replacement: the pairs that share a picture
 # are not independent, and counting them all would make the intervals too short.
 
 # %%
-import numpy as np
-
 from dte_lab.panels.ranks import pairs_figure
 from dte_lab.world.evaluate import interval
 
@@ -495,36 +514,40 @@ kinds = {
     "other thing, other scene": ~same_thing & ~same_scene,
 }
 groups, intervals = {}, {}
-for label, matrix in (("as predicted", raw), ("centred", own)):
-    for kind, mask in kinds.items():
-        rows = [matrix[thing == i][mask[thing == i]].mean() for i in range(len(NAMES))]
-        groups[f"{kind}\n({label})"] = rows
-        r = intervals[f"{kind}\n({label})"] = interval(rows)
+for label, matrix in (("as predicted", raw), ("without the common part", own)):
+    groups[label] = {
+        kind: np.array([matrix[thing == i][mask[thing == i]].mean() for i in range(len(NAMES))])
+        for kind, mask in kinds.items()
+    }
+    intervals[label] = {kind: interval(values) for kind, values in groups[label].items()}
+    for kind, r in intervals[label].items():
         print(
-            f"{label:13} {kind:25} {r['mean']:5.2f} [{r['low']:5.2f}, {r['high']:5.2f}]  "
-            f"n = {r['n']} things, {mask.sum() // 2} pairs"
+            f"{label:23} {kind:25} {r['mean']:5.2f} [{r['low']:5.2f}, {r['high']:5.2f}]  "
+            f"n = {r['n']} things, {kinds[kind].sum() // 2} pairs"
         )
 show(
     pairs_figure(groups, intervals),
-    "Cosines for three kinds of pairs, as predicted and centred, one point per thing: "
-    + "; ".join(f"{k.replace(chr(10), ' ')} {r['mean']:.2f}" for k, r in intervals.items())
-    + ".",
+    "Cosines for three kinds of pairs, one point per thing. "
+    + " ".join(
+        f"{label}: " + ", ".join(f"{kind} {r['mean']:.2f}" for kind, r in by_kind.items()) + "."
+        for label, by_kind in intervals.items()
+    ),
 )
 
 # %%
-a, b, c = (intervals[f"{kind}\n(centred)"] for kind in kinds)
-print(
-    "The thing decides more than the scene: one thing's changes in different scenes are more alike "
-    "than those of different things in one scene."
-    if a["low"] > b["high"]
-    else "The thing does not clearly decide more than the scene here: the intervals of the first "
-    "two kinds overlap, or the second lies higher."
-)
-print(
-    "The scene leaves a trace as well: different things in one scene are more alike than in two."
-    if b["low"] > c["high"]
-    else "Of the scene we see no clear trace: sharing it makes different things no more alike."
-)
+same, other, neither = groups["without the common part"].values()
+thing_or_scene, trace = interval(same - other), interval(other - neither)
+if thing_or_scene["low"] > 0:
+    said = "the thing decides more than the scene"
+elif thing_or_scene["high"] < 0:
+    said = "the scene decides more than the thing"
+else:
+    said = "which of the two decides more is not clear"
+print(f"sharing the thing against sharing the scene: {thing_or_scene['mean']:+.2f}, 95 % interval")
+print(f"[{thing_or_scene['low']:+.2f}, {thing_or_scene['high']:+.2f}], so {said}")
+said = "a trace" if trace["low"] > 0 else "no clear trace"
+print(f"sharing the scene against sharing nothing: {trace['mean']:+.2f}, 95 % interval")
+print(f"[{trace['low']:+.2f}, {trace['high']:+.2f}], so there is {said} of the scene in the change")
 
 # %% [markdown]
 # A trace of the scene in the change is not what one wants: it will be drawn again under a prompt
@@ -593,8 +616,8 @@ def distance(name, pixels):
     return errors.square().mean().sqrt().item() / 2
 
 
-drawn, distances = {}, {name: [] for name in TUNED}
-for name in tqdm(TUNED, desc="concepts"):
+drawn, distances = {}, {name: [] for name in NAMES}
+for name in tqdm(NAMES, desc="concepts"):
     for rank in RANKS:
         concept = tuned[name]
         cut = replace(concept, offsets=truncate(concept.offsets, rank) if rank else {})
@@ -608,31 +631,34 @@ for name in tqdm(TUNED, desc="concepts"):
 from dte_lab.panels.ranks import distances_figure
 
 floor = []
-for name in TUNED:
+for name in NAMES:
     pixels = pipe.backbone.decode_latents(pipe.backbone.encode_images(pipe.pixels([inputs[name]])))
     floor.append(distance(name, pixels.float().cpu()))
 by_rank = np.array(list(distances.values()))  # (n, ranks)
-gain = by_rank[:, 0] - by_rank[:, -1]
+gain = interval(by_rank[:, 0] - by_rank[:, -1])
 show(
     distances_figure(distances, float(np.mean(floor))),
     "Distance to the input by rank: "
     + ", ".join(f"rank {r} {d:.3f}" for r, d in enumerate(by_rank.mean(axis=0)))
     + f"; the autoencoder alone {np.mean(floor):.3f}.",
 )
-print(f"n = {len(TUNED)} things, {len(SEEDS)} seeds each; distance {by_rank[:, 0].mean():.3f} with")
-print(f"v* alone, {by_rank[:, -1].mean():.3f} with the whole change")
-if gain.mean() > 2 * gain.std(ddof=1) / len(gain) ** 0.5:
+print(
+    f"n = {len(NAMES)} things, {len(SEEDS)} seeds each; v* alone minus the whole change: distance"
+)
+print(f"{gain['mean']:+.3f}, 95 % interval [{gain['low']:+.3f}, {gain['high']:+.3f}]")
+if gain["low"] > 0:
     for rank in RANKS[1:-1]:
-        share = (by_rank[:, 0] - by_rank[:, rank]).mean() / gain.mean()
-        print(f"rank {rank} keeps {share:.0%} of what the whole change gains")
+        share = (by_rank[:, 0] - by_rank[:, rank]).mean() / gain["mean"]
+        print(f"rank {rank} alone gains {share:.0%} of that")
 else:
-    print("The change does not clearly bring the drawing nearer to the input, so we do not divide.")
+    print("No clear gain, so we do not ask which rank brings how much of it.")
 
 # %% [markdown]
 # Compare the line for `v*` alone with the first unit of rank, and that with the rest. If the curve
 # is flat after rank 1, then the remaining directions do little for likeness, whatever their
-# effective rank was. The dashed line is how near the drawing could come at best: the autoencoder
-# loses something in any picture.
+# effective rank was. Look at the thin lines too: the mean of a few things can hide that some gain
+# and others lose. The dashed line is how near the drawing could come at best: the autoencoder loses
+# something in any picture.
 #
 # #### Try it: thing and rank
 #
@@ -646,15 +672,15 @@ from dte_lab.panels.ranks import rank_panel
 
 spectra = {
     name: torch.stack([v[i] for v in values["tuned"].values()]).mean(dim=0).tolist()
-    for i, name in enumerate(TUNED)
+    for i, name in enumerate(NAMES)
 }
-display(rank_panel(inputs, drawn, spectra, distances))
+display(rank_panel({name: inputs[name] for name in SHOWN}, drawn, spectra, distances))
 
 # %%
 labels = ["the input", "v* alone", *(f"rank {rank}" for rank in RANKS[1:])]
 show(
-    picture_grid([[inputs[n]] + [drawn[n, rank] for rank in RANKS] for n in TUNED], labels, TUNED),
-    f"All pictures of the panel: {len(TUNED)} things, each as the input, with v* alone, and with "
+    picture_grid([[inputs[n]] + [drawn[n, rank] for rank in RANKS] for n in SHOWN], labels, SHOWN),
+    f"All pictures of the panel: {len(SHOWN)} things, each as the input, with v* alone, and with "
     f"ranks 1 to {net.rank}.",
 )
 
@@ -673,7 +699,7 @@ from safetensors.torch import load_file
 
 from dte_lab.export import EMBEDDING, LORA, export
 
-concept = tuned[TUNED[0]]
+concept = tuned[NAMES[0]]
 folder = Path(tempfile.mkdtemp())
 for path in export(concept, folder):
     tensors = load_file(path)
@@ -736,7 +762,7 @@ print(f"alpha = {concept.config.alpha_blend}: {apart(theirs, blended)} grey leve
 assert apart(theirs, ours) <= 1, "the files should draw the same picture, but for rounding"
 show(
     picture_grid(
-        [[inputs[TUNED[0]], word_only, theirs, ours, blended]],
+        [[inputs[NAMES[0]], word_only, theirs, ours, blended]],
         ["the input", "stock: v* alone", "stock: both files", "ours: soft path", "ours: blended"],
     ),
     "Five pictures: the input; the stock pipeline with the word file alone; with both files; our "
