@@ -148,8 +148,8 @@ def pretraining_paths(runs: dict[str, Path]) -> dict[str, tuple[list[int], torch
         steps, v_star = read_predictions(run / "predictions.jsonl")  # (n,), (n, B, d)
         chosen = np.unique(np.linspace(0, len(steps) - 1, MOST_POINTS).round().astype(int))
         for i, name in enumerate(SAMPLE_CONCEPTS):
-            v = torch.from_numpy(v_star[chosen, i])  # (n, d)
-            paths[f"pretraining.{kind}.{name}"] = steps[chosen].tolist(), v
+            path = steps[chosen].tolist(), torch.from_numpy(v_star[chosen, i])
+            paths[f"pretraining.{kind}.{name}"] = path
     return paths
 
 
@@ -251,8 +251,7 @@ def _earlier(out: Path, settings):
     if not out.is_file():
         return {"settings": settings, "versions": versions(), "rows": [], "sweep": []}, {}
     document = json.loads(out.read_text())
-    before = document["settings"]
-    if changed := [key for key in settings if settings[key] != before.get(key)]:
+    if changed := [k for k in settings if settings[k] != document["settings"].get(k)]:
         raise ValueError(
             f"{out} holds a run with other settings ({', '.join(changed)}): use another file."
         )
@@ -284,8 +283,8 @@ def main(
 ) -> None:
     """Experiment 1: v* tuned with the contrastive term and without; goes on where it stopped."""
     pipe = DTEPipeline.from_pretrained(backbone, device=device)
-    given = zip(KINDS, (contrastive_run, none_run), strict=True)
-    runs = {kind: run for kind, run in given if run is not None}
+    runs = {"contrastive": contrastive_run, "none": none_run}
+    runs = {kind: run for kind, run in runs.items() if run}
     document = regularisation(out, pipe, concepts, watched, runs)
     for line in document["differences"]:
         when = "after" if line["after"] else "before"
