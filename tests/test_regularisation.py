@@ -130,3 +130,9 @@ def test_runs_of_pretraining_start_each_regulariser_with_its_own_encoder(
     steps, v_star = paths["pretraining.none.cupcake"]
     assert len(steps) == experiment.MOST_POINTS and steps[0] == 0 and steps[-1] == 1980
     assert v_star[:, 0].tolist() == [s / 20 for s in steps]
+
+    alone = run(pipe, tmp_path / "alone.json")
+    added = run(pipe, tmp_path / "alone.json", runs={"none": runs["none"]})
+    assert added == alone, "one run brings its path only"
+    paths = experiment.read_paths(tmp_path / "alone.safetensors")
+    assert {key.split(".")[0] for key in paths} == {"tuning", "pretraining"}

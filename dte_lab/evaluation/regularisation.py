@@ -2,16 +2,16 @@
 
     python -m dte_lab.evaluation.regularisation --out results/regularisation.json [--concepts N]
 
-Every val concept is tuned from one prediction once per regulariser. With --contrastive-run and
---none-run, two folders that `dte pretrain` wrote, it is also tuned from the encoders that were
-trained with and without the term, each with its own regulariser ("own" start).
+Every val concept is tuned from one prediction once per regulariser. With both --contrastive-run and
+--none-run, folders that `dte pretrain` wrote, it is also tuned from the encoders that were trained
+with and without the term, each with its own regulariser ("own" start).
 
 The file holds the settings, the versions, `means` and `differences` (contrastive minus none, paired
 by concept) with bootstrap intervals, `scale` (what the word similarity is for words taken at
 random, and for the words that the judge itself would choose) and `rows`, one per concept, start,
 regulariser and number of steps. `sweep` has the settings of SWEEP on a few watched pictures. The
 safetensors file beside it holds paths of v* (`read_paths`): of the watched pictures, in tuning for
-LONG steps and in the pre-training runs. A run that was cut off goes on where it stopped.
+LONG steps and in pre-training. A run that was cut off goes on; paths can be added to it.
 """
 
 import json
@@ -50,10 +50,9 @@ MEASURES = {
 WORDS = 5
 LONG = 100
 SWEEP = {
-    "num_positives": (1, 5, 20),
-    "temperature": (0.05, 0.1, 0.5),
+    "num_positives": (1, 5, 20), "temperature": (0.05, 0.1, 0.5),
     "contrastive_weight": (0, 0.01, 0.1, 1),
-}
+}  # fmt: skip
 MOST_POINTS = 40  # of a path in pre-training
 
 
@@ -149,8 +148,8 @@ def pretraining_paths(runs: dict[str, Path]) -> dict[str, tuple[list[int], torch
         steps, v_star = read_predictions(run / "predictions.jsonl")  # (n,), (n, B, d)
         chosen = np.unique(np.linspace(0, len(steps) - 1, MOST_POINTS).round().astype(int))
         for i, name in enumerate(SAMPLE_CONCEPTS):
-            vectors = torch.from_numpy(v_star[chosen, i])  # (n, d)
-            paths[f"pretraining.{kind}.{name}"] = steps[chosen].tolist(), vectors
+            path = steps[chosen].tolist(), torch.from_numpy(v_star[chosen, i])
+            paths[f"pretraining.{kind}.{name}"] = path
     return paths
 
 
@@ -166,7 +165,7 @@ def regularisation(
     Raises ValueError when `out` holds a run with other settings.
     """
     runs, tuning, pipes = runs or {}, tuning or TuneConfig(), {"shipped": pipe}
-    for kind, run in runs.items():
+    for kind, run in runs.items() if len(runs) == len(KINDS) else ():
         encoder = load_encoder(run / "encoder", pipe.backbone)
         pipes[f"own {kind}"] = DTEPipeline(pipe.backbone, encoder)
     prints = {start: fingerprint(p.encoder) for start, p in pipes.items()}
@@ -192,6 +191,8 @@ def regularisation(
             vectors[f"{key}.v_star"] = v_star.half().cpu().contiguous()
 
     keep(pretraining_paths(runs))
+    if document["rows"]:
+        write()
     done = {row["concept"] for row in document["rows"]}
     for item in tqdm(chosen, desc="concepts", disable=not progress):
         if item.name not in done:
@@ -233,8 +234,7 @@ def summary(rows) -> dict:
 
 def scale(experiment: Experiment, chosen) -> dict:
     """Word similarity of a name to all words, and to those that the judge finds most alike."""
-    names = experiment.judge.embed([item.name for item in chosen])
-    similarity = names @ experiment.judged.T  # (concepts, words)
+    similarity = experiment.judge.embed([i.name for i in chosen]) @ experiment.judged.T  # (m, n)
     best = similarity.topk(min(WORDS, similarity.shape[1])).values
     return {"random": interval(similarity.mean(1)), "best": interval(best.mean(1))}
 
@@ -251,8 +251,7 @@ def _earlier(out: Path, settings):
     if not out.is_file():
         return {"settings": settings, "versions": versions(), "rows": [], "sweep": []}, {}
     document = json.loads(out.read_text())
-    before = document["settings"]
-    if changed := [key for key in settings if settings[key] != before.get(key)]:
+    if changed := [k for k in settings if settings[k] != document["settings"].get(k)]:
         raise ValueError(
             f"{out} holds a run with other settings ({', '.join(changed)}): use another file."
         )
@@ -284,8 +283,8 @@ def main(
 ) -> None:
     """Experiment 1: v* tuned with the contrastive term and without; goes on where it stopped."""
     pipe = DTEPipeline.from_pretrained(backbone, device=device)
-    given = zip(KINDS, (contrastive_run, none_run), strict=True)
-    runs = {kind: run for kind, run in given if run is not None}
+    runs = {"contrastive": contrastive_run, "none": none_run}
+    runs = {kind: run for kind, run in runs.items() if run}
     document = regularisation(out, pipe, concepts, watched, runs)
     for line in document["differences"]:
         when = "after" if line["after"] else "before"

@@ -172,6 +172,8 @@ def pulls_figure(pulls: Mapping[str, torch.Tensor]) -> Figure:
     ends = np.array([*ends, (0, 0)])
     low, high = ends.min(0), ends.max(0)
     pad = 0.12 * (high - low).max()
+    width, height = high - low + 2 * pad
+    figure.set_figheight(1.9 + 5.6 * min(height / width, 0.8))
     ax.set_xlim(low[0] - pad, high[0] + pad)
     ax.set_ylim(low[1] - pad, high[1] + pad)
     ax.set_aspect("equal")

@@ -198,7 +198,9 @@ def _label(ax, positions, words, rows, reach, centre=(0.5, 0.5)):
         if inside and all(abs(x - a) > 0.45 * reach or abs(y - b) > 0.09 * reach for a, b in taken):
             taken.append(place)
             ax.plot(x, y, "o", color=MUTED, ms=3, zorder=6)
+            left = x < centre[0] + 0.5 * reach
             ax.annotate(
-                words[row], place, (3, 3), textcoords="offset points", fontsize=7.5, color=INK,
+                words[row], place, (3 if left else -3, 3), textcoords="offset points",
+                ha="left" if left else "right", fontsize=7.5, color=INK,
                 bbox={"fc": "white", "ec": "none", "alpha": 0.65, "pad": 0.4}, zorder=6,
             )  # fmt: skip
