@@ -14,13 +14,13 @@ import torch.nn.functional as F
 def word_positions(embeddings, seed=0):
     """UMAP of embeddings (n, d) by cosine, scaled to the unit square: array (n, 2).
 
-    The same seed gives the same map on the same machine. UMAP's own start, spectral, would put
-    groups without a common neighbour so far apart that the rest is squeezed into a corner.
+    The same seed gives the same map on the same machine. Fewer neighbours, or UMAP's own start,
+    spectral, put a small group of words so far away that the rest is squeezed into a corner.
     """
     from umap import UMAP
 
     layout = UMAP(
-        n_neighbors=15, min_dist=0.3, metric="cosine", init="pca", random_state=seed, n_jobs=1
+        n_neighbors=30, min_dist=0.3, metric="cosine", init="pca", random_state=seed, n_jobs=1
     )
     plane = layout.fit_transform(np.asarray(embeddings, dtype=np.float32))
     low, high = plane.min(axis=0), plane.max(axis=0)

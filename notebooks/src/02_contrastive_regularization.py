@@ -611,6 +611,7 @@ paths = {key: place(v, embeddings, positions) for key, (_, v) in vectors.items()
 everything = torch.cat([v for _, v in vectors.values()])
 ends = F.normalize(torch.cat([v[[0, -1]] for _, v in vectors.values()]), dim=-1)
 named = (ends @ F.normalize(embeddings, dim=-1).T).topk(3).indices.flatten().tolist()
+settings = [words.index(word) for word in ("beach", "night", "red") if word in words]
 kept = neighbours_kept(embeddings, positions, embeddings, positions)
 kept_of_paths = neighbours_kept(
     everything, np.concatenate(list(paths.values())), embeddings, positions
@@ -623,7 +624,7 @@ from dte_lab.panels.word_map import curves_figure, hover_view, map_figure, zoom_
 
 phases = sorted({phase for phase, _, _ in paths})
 show(
-    map_figure(positions, words, paths, named),
+    map_figure(positions, words, paths, [*settings, *named]),
     f"Two maps of {len(embeddings)} words as grey dots with the paths of {len(watched)} predicted "
     f"embeddings ({', '.join(phases)}), left with the contrastive term, right without. The words "
     "nearest to the ends of the paths are named.",
@@ -634,7 +635,9 @@ show(
 # the encoder learns and its prediction for these held-out pictures moves; solid lines are tuning,
 # which goes on here for more steps than the usual twelve so that there is something to see. Named
 # are the words that are truly nearest to the ends of the paths; they are where the map put them,
-# and that need not be beside the mark. From close by, tuning alone, with some more words:
+# and that need not be beside the mark. Of *beach*, *night* and *red* at least one is named as well:
+# do the words for settings live among the things, or on their own? From close by, tuning alone, with
+# more words:
 
 # %%
 show(
