@@ -636,8 +636,8 @@ show(
 # which goes on here for more steps than the usual twelve so that there is something to see. Named
 # are the words that are truly nearest to the ends of the paths; they are where the map put them,
 # and that need not be beside the mark. Of *beach*, *night* and *red* at least one is named as well:
-# do the words for settings live among the things, or on their own? From close by, tuning alone, with
-# more words:
+# do the words for settings live among the things, or on their own? From close by, tuning alone,
+# with more words:
 
 # %%
 show(
