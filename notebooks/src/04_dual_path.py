@@ -373,7 +373,8 @@ for way, flops in counted.items():
 # an idle machine with more rounds, it stands beside.
 
 # %%
-RESULTS = Path("../results")  # of the repository that this notebook lies in
+# of the repository that this notebook lies in
+RESULTS = next(p / "results" for p in Path.cwd().parents if (p / "results").is_dir())
 ROUNDS = 15
 
 seconds = {way: [] for way in WAYS}

@@ -353,7 +353,9 @@ show(
 # %%
 from dte_lab.panels.tuning import quality_figure
 
-results = json.loads(Path("../results/steps.json").read_text())
+# of the repository that this notebook lies in
+RESULTS = next(p / "results" for p in Path.cwd().parents if (p / "results").is_dir())
+results = json.loads((RESULTS / "steps.json").read_text())
 curves, names = results["curves"], results["names"]
 measures = {
     "identity_scaled": "identity",
@@ -603,7 +605,7 @@ choices = [
 bytes_needed = {str(c): predict(c, ("tuning",))["tuning"] for c in choices}
 
 known = {}
-for file in sorted(Path("../results").glob("sd15_*.json")):
+for file in sorted(RESULTS.glob("sd15_*.json")):
     for row in json.loads(file.read_text())["rows"]:
         if (peak := row["measured"]["tuning"]["bytes"]) is not None:
             known[str(Setting(**row["setting"]))] = peak / 1e9
