@@ -257,7 +257,8 @@ def map_to_grid(x, grid):
 checks.map_to_grid(map_to_grid)
 
 # %% [markdown]
-# `unet_features` in `dte_lab/features.py` does this with every map and stacks their channels. Here
+# `unet_features` in `dte_lab/features.py` does this with every map and stacks their channels; a map
+# that is smaller than the grid is not averaged, its cells are repeated. Here
 # are the maps of our example pictures at six noise levels. The first row is the noisy latent,
 # decoded; in the other rows each layer has a PCA of its own, over these pictures and all `t`, so a
 # colour means the same in all columns of a row.
