@@ -3,7 +3,6 @@
 Those of its experiment are in regularisation.py, the map of words in word_map.py.
 """
 
-import base64
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -12,11 +11,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dte_lab.contrastive import contrastive_loss, norm_loss
-from dte_lab.panels.shared import draw, encode, plain
+from dte_lab.panels.shared import BLUE, GREEN, SKY, VERMILION, draw, figure_panel, plain
 from dte_lab.plots import INK, MUTED
 
-# Okabe and Ito's blue and vermilion; never the only difference.
-WITH, WITHOUT = "#0072B2", "#D55E00"
+WITH, WITHOUT = BLUE, VERMILION  # never the only difference
 
 
 def nearness_figure(
@@ -96,8 +94,8 @@ def field_figure(
     arrows = -slope / (length + 0.15 * np.percentile(length, 90))  # long ones are cut
     ax.quiver(side, side, *np.moveaxis(arrows, -1, 0), color="white", scale=19, width=0.006)
     ax.plot(0, 0, "+", color="white", ms=9, mew=1.5)
-    ax.plot(*others.T, "X", color="#D55E00", mec="white", ms=9)
-    ax.plot(*table.T, "o", color="#56B4E9", mec="white", ms=7)
+    ax.plot(*others.T, "X", color=VERMILION, mec="white", ms=9)
+    ax.plot(*table.T, "o", color=SKY, mec="white", ms=7)
     for word, (x, y) in words.items():
         ax.annotate(
             word, (x, y), (5, 5), textcoords="offset points", fontsize=8 + (figure is not None),
@@ -156,7 +154,7 @@ def pulls_figure(pulls: Mapping[str, torch.Tensor]) -> Figure:
     figure.set_layout_engine("constrained", h_pad=0.12)
     ax = figure.add_subplot()
     ends = []
-    styles = zip(("#D55E00", "#0072B2", "#009E73", "#1a1a1a"), ("-", "--", ":", "-."), strict=True)
+    styles = zip((VERMILION, BLUE, GREEN, INK), ("-", "--", ":", "-."), strict=True)
     for (name, vector), (colour, dash) in zip(pulls.items(), styles, strict=False):
         vector = vector.double()
         end = torch.stack([vector @ x, vector @ y]).numpy()
@@ -193,23 +191,13 @@ def sliders_panel(options: Mapping[str, Sequence], start: tuple, figure_of, desc
     """
     import ipywidgets as widgets
 
-    panel = widgets.VBox()
-    panel.sliders = {
+    sliders = {
         name: widgets.SelectionSlider(
             options=list(values), value=value, description=name, style={"description_width": "9em"},
             layout={"width": "26em"}, continuous_update=False,
         )
         for (name, values), value in zip(options.items(), start, strict=True)
     }  # fmt: skip
-    panel.view = widgets.HTML()
-
-    def redraw(change=None):
-        values = [slider.value for slider in panel.sliders.values()]
-        data = base64.b64encode(encode(figure_of(*values), "png")).decode()
-        panel.view.value = f'<img alt="{describe(*values)}" src="data:image/png;base64,{data}">'
-
-    for slider in panel.sliders.values():
-        slider.observe(redraw, "value")
-    redraw()
-    panel.children = (*panel.sliders.values(), panel.view)
+    panel = figure_panel(list(sliders.values()), figure_of, describe)
+    panel.sliders = sliders
     return panel

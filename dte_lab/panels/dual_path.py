@@ -1,22 +1,33 @@
 """Figures and the panel of 04_dual_path."""
 
-import base64
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 from PIL import Image
 
-from dte_lab.panels.shared import AFTER, BEFORE, draw, encode, plain
+from dte_lab.panels.shared import (
+    AFTER,
+    BEFORE,
+    BLUE,
+    PINK,
+    SKY,
+    VERMILION,
+    draw,
+    figure_panel,
+    one_picture,
+    plain,
+)
 from dte_lab.plots import INK, MUTED
 from dte_lab.world.evaluate import interval
 
-STYLES = {  # (pairing, granularity) -> colour (Okabe and Ito), marker
-    ("figure", "attention"): ("#0072B2", "o"),
-    ("figure", "block"): ("#56B4E9", "s"),
-    ("text", "attention"): ("#D55E00", "^"),
-    ("text", "block"): ("#CC79A7", "D"),
+STYLES = {  # (pairing, granularity) -> colour, marker
+    ("figure", "attention"): (BLUE, "o"),
+    ("figure", "block"): (SKY, "s"),
+    ("text", "attention"): (VERMILION, "^"),
+    ("text", "block"): (PINK, "D"),
 }
 NAMES = {
     "identity_scaled": "identity\n(0 any thing, 1 the truth)",
@@ -211,12 +222,8 @@ def _points(ax, rows, x, y, colour, marker, way):
 
 def blend_figure(pictures, pairing: str, granularity: str, alpha: float, seed: int) -> Figure:
     """One of {(pairing, granularity, alpha, seed): picture} in large, its settings above."""
-    figure = Figure(figsize=(3, 3.5), layout="constrained")
-    ax = figure.add_subplot()
-    draw(ax, pictures[pairing, granularity, alpha, seed])
     text = f"pairing {pairing}, granularity {granularity}\nalpha_blend = {alpha:g}, seed {seed}"
-    ax.set_title(text, fontsize=10, color=INK)
-    return figure
+    return one_picture(pictures[pairing, granularity, alpha, seed], text)
 
 
 def dual_path_panel(pictures: Mapping[tuple[str, str, float, int], Image.Image]):
@@ -230,25 +237,20 @@ def dual_path_panel(pictures: Mapping[tuple[str, str, float, int], Image.Image])
     pairings, granularities, alphas, seeds = (
         list(dict.fromkeys(values)) for values in zip(*sorted(pictures), strict=True)
     )
-    panel = widgets.VBox()
-    panel.pairing = widgets.ToggleButtons(options=pairings, description="pairing")
-    panel.granularity = widgets.ToggleButtons(options=granularities, description="granularity")
     alphas = sorted(alphas)
-    panel.alpha = widgets.SelectionSlider(
-        options=alphas, value=alphas[len(alphas) // 2], description="alpha_blend"
-    )
-    panel.seed = widgets.ToggleButtons(options=sorted(seeds), description="seed")
-    panel.view = widgets.HTML()
-    knobs = (panel.pairing, panel.granularity, panel.alpha, panel.seed)
+    knobs = {
+        "pairing": widgets.ToggleButtons(options=pairings, description="pairing"),
+        "granularity": widgets.ToggleButtons(options=granularities, description="granularity"),
+        "alpha": widgets.SelectionSlider(
+            options=alphas, value=alphas[len(alphas) // 2], description="alpha_blend"
+        ),
+        "seed": widgets.ToggleButtons(options=sorted(seeds), description="seed"),
+    }
 
-    def redraw(change=None):
-        pairing, granularity, alpha, seed = chosen = [knob.value for knob in knobs]
-        data = base64.b64encode(encode(blend_figure(pictures, *chosen), "png")).decode()
-        alt = f"Pairing {pairing}, granularity {granularity}, alpha_blend {alpha:g}, seed {seed}"
-        panel.view.value = f'<img alt="{alt}" src="data:image/png;base64,{data}">'
+    def describe(pairing, granularity, alpha, seed):
+        return f"Pairing {pairing}, granularity {granularity}, alpha_blend {alpha:g}, seed {seed}"
 
-    for knob in knobs:
-        knob.observe(redraw, "value")
-    redraw()
-    panel.children = (*knobs, panel.view)
+    panel = figure_panel(list(knobs.values()), partial(blend_figure, pictures), describe)
+    for name, knob in knobs.items():
+        setattr(panel, name, knob)
     return panel

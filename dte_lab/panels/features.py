@@ -1,17 +1,27 @@
 """Figures and the panel of 01_features."""
 
-import base64
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dte_lab.panels.shared import draw, encode, plain
+from dte_lab.panels.shared import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    PINK,
+    SKY,
+    VERMILION,
+    draw,
+    figure_panel,
+    plain,
+    write_values,
+)
 from dte_lab.plots import HAIRLINE, INK, MUTED
 
-# Okabe and Ito's colours, each with a marker of its own.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#D55E00")
+# Each with a marker of its own.
+COLOURS = (BLUE, ORANGE, GREEN, PINK, "#000000", SKY, VERMILION)
 MARKERS = ("o", "s", "^", "D", "P", "v", "X")
 
 
@@ -88,9 +98,7 @@ def similarity_figure(
     figure = Figure(figsize=(8.6, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.35))
     left.imshow(between, cmap="viridis", vmin=0, vmax=1)
-    for (i, j), value in np.ndenumerate(between):
-        colour = "white" if value < 0.6 else "black"
-        left.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
+    write_values(left, between, (0, 1), "{:.2f}".format)
     ticks = [f"{f:g}" for f in fractions]
     left.set_xticks(range(len(ticks)), ticks)
     left.set_yticks(range(len(ticks)), ticks)
@@ -234,22 +242,19 @@ def layer_panel(
     import ipywidgets as widgets
 
     names, fractions = (list(dict.fromkeys(column)) for column in zip(*noisy, strict=True))
-    panel = widgets.VBox()
-    panel.picture = widgets.ToggleButtons(options=names, description="picture")
-    panel.t = widgets.SelectionSlider(options=fractions, value=fractions[0], description="t / T")
-    panel.layer = widgets.ToggleButtons(options=list(components), description="layer")
-    panel.view = widgets.HTML()
+    picture = widgets.ToggleButtons(options=names, description="picture")
+    t = widgets.SelectionSlider(options=fractions, value=fractions[0], description="t / T")
+    layer = widgets.ToggleButtons(options=list(components), description="layer")
 
-    def redraw(change=None):
-        name, fraction, layer = panel.picture.value, panel.t.value, panel.layer.value
-        title = f"{name}, t = {fraction:g} T, {layer}"
-        figure = layer_figure(noisy[name, fraction], components[layer][name, fraction], title)
-        data = base64.b64encode(encode(figure, "png")).decode()
-        panel.view.value = f'<img alt="Maps of {title}" src="data:image/png;base64,{data}">'
+    def title(name, fraction, layer):
+        return f"{name}, t = {fraction:g} T, {layer}"
 
-    controls = panel.picture, panel.t, panel.layer
-    for widget in controls:
-        widget.observe(redraw, "value")
-    redraw()
-    panel.children = (*controls, panel.view)
+    def figure_of(name, fraction, layer):
+        shown = noisy[name, fraction], components[layer][name, fraction]
+        return layer_figure(*shown, title(name, fraction, layer))
+
+    panel = figure_panel(
+        (picture, t, layer), figure_of, lambda *values: f"Maps of {title(*values)}"
+    )
+    panel.picture, panel.t, panel.layer = picture, t, layer
     return panel

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 from dte_lab.dual_path import PROJECTIONS
-from dte_lab.panels.shared import AFTER, BEFORE, layer_label, plain
+from dte_lab.panels.shared import AFTER, BEFORE, plain, projection_maps
 from dte_lab.plots import HAIRLINE, INK, MUTED
 
 KINDS = [(branch, p) for branch in ("attn1", "attn2") for p in PROJECTIONS]
@@ -156,25 +156,12 @@ def spectra_figure(spectra: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
 def effective_rank_figure(ranks: Mapping[str, Mapping[str, float]], rank: int) -> Figure:
     """Heat maps of the effective rank, layers by projections, one per named set of offsets."""
     layers = sorted({key.rsplit(".", 1)[0] for key in next(iter(ranks.values()))})
-    figure = Figure(
-        figsize=(2.2 + 3.1 * len(ranks), 0.8 + 0.32 * len(layers)), layout="constrained"
-    )
-    axes = figure.subplots(1, len(ranks), sharey=True, squeeze=False)[0]
-    for ax, (name, values) in zip(axes, ranks.items(), strict=True):
-        array = np.array([[values[f"{layer}.{p}"] for p in PROJECTIONS] for layer in layers])
-        image = ax.imshow(array, cmap="viridis", vmin=1, vmax=rank, aspect="auto")
-        for (i, j), value in np.ndenumerate(array):
-            colour = "white" if value < 1 + 0.6 * (rank - 1) else "black"
-            ax.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
-        ax.set_xticks(range(len(PROJECTIONS)), PROJECTIONS)
-        ax.set_title(name, fontsize=10, color=INK)
-        ax.tick_params(length=0)
-        ax.spines[:].set_visible(False)
-    axes[0].set_yticks(range(len(layers)), [layer_label(layer) for layer in layers])
-    bar = figure.colorbar(image, ax=axes, pad=0.02)
-    bar.set_label(f"effective rank (1 to {rank})")
-    bar.outline.set_visible(False)
-    return figure
+    maps = {
+        name: np.array([[values[f"{layer}.{p}"] for p in PROJECTIONS] for layer in layers])
+        for name, values in ranks.items()
+    }
+    label = f"effective rank (1 to {rank})"
+    return projection_maps(layers, maps, (1, rank), "{:.2f}".format, label)
 
 
 def centred(gram: np.ndarray) -> np.ndarray:

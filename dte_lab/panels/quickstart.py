@@ -1,15 +1,23 @@
 """Figures and the panel of 00_quickstart."""
 
-import base64
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
 from dte_lab.dual_path import PROJECTIONS, attention_layers, projection_layer
-from dte_lab.panels.shared import AFTER, BEFORE, draw, encode, layer_label, plain
-from dte_lab.plots import INK, MUTED
+from dte_lab.panels.shared import (
+    AFTER,
+    BEFORE,
+    draw,
+    figure_panel,
+    one_picture,
+    plain,
+    projection_maps,
+)
+from dte_lab.plots import MUTED
 
 
 def words_figure(
@@ -99,34 +107,15 @@ def offset_sizes(unet, offsets) -> tuple[list[str], np.ndarray]:
 
 def offsets_figure(layers: Sequence[str], sizes: Mapping[str, np.ndarray]) -> Figure:
     """Heat maps of `offset_sizes`, one per named set of offsets, in percent on one scale."""
-    top = max(100 * array.max() for array in sizes.values()) or 1
-    figure = Figure(
-        figsize=(2.2 + 3.1 * len(sizes), 0.8 + 0.32 * len(layers)), layout="constrained"
-    )
-    axes = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
-    for ax, (name, array) in zip(axes, sizes.items(), strict=True):
-        image = ax.imshow(100 * array, cmap="viridis", vmin=0, vmax=top, aspect="auto")
-        for (i, j), value in np.ndenumerate(100 * array):
-            colour = "white" if value < 0.6 * top else "black"
-            ax.text(j, i, f"{value:.2g}", ha="center", va="center", fontsize=8, color=colour)
-        ax.set_xticks(range(len(PROJECTIONS)), PROJECTIONS)
-        ax.set_title(name, fontsize=10, color=INK)
-        ax.tick_params(length=0)
-        ax.spines[:].set_visible(False)
-    axes[0].set_yticks(range(len(layers)), [layer_label(layer) for layer in layers])
-    bar = figure.colorbar(image, ax=axes, pad=0.02)
-    bar.set_label("size of the change, % of the weight")
-    bar.outline.set_visible(False)
-    return figure
+    percent = {name: 100 * array for name, array in sizes.items()}
+    top = max(array.max() for array in percent.values()) or 1
+    label = "size of the change, % of the weight"
+    return projection_maps(layers, percent, (0, top), "{:.2g}".format, label)
 
 
 def blend_figure(pictures: Mapping[tuple[float, int], Image.Image], alpha: float, seed: int):
     """One picture of {(alpha, seed): picture} in large, with its settings above: a Figure."""
-    figure = Figure(figsize=(3, 3.3), layout="constrained")
-    ax = figure.add_subplot()
-    draw(ax, pictures[alpha, seed])
-    ax.set_title(f"alpha_blend = {alpha:g}, seed {seed}", fontsize=10, color=INK)
-    return figure
+    return one_picture(pictures[alpha, seed], f"alpha_blend = {alpha:g}, seed {seed}")
 
 
 def blend_panel(pictures: Mapping[tuple[float, int], Image.Image]):
@@ -137,21 +126,14 @@ def blend_panel(pictures: Mapping[tuple[float, int], Image.Image]):
     import ipywidgets as widgets
 
     alphas, seeds = (sorted(set(values)) for values in zip(*pictures, strict=True))
-    panel = widgets.VBox()
-    panel.alpha = widgets.SelectionSlider(
+    alpha = widgets.SelectionSlider(
         options=alphas, value=alphas[len(alphas) // 2], description="alpha_blend"
     )
-    panel.seed = widgets.ToggleButtons(options=seeds, description="seed")
-    panel.view = widgets.HTML()
-
-    def redraw(change=None):
-        alpha, seed = panel.alpha.value, panel.seed.value
-        data = base64.b64encode(encode(blend_figure(pictures, alpha, seed), "png")).decode()
-        alt = f"The concept with alpha_blend {alpha:g} and seed {seed}"
-        panel.view.value = f'<img alt="{alt}" src="data:image/png;base64,{data}">'
-
-    panel.alpha.observe(redraw, "value")
-    panel.seed.observe(redraw, "value")
-    redraw()
-    panel.children = (panel.alpha, panel.seed, panel.view)
+    seed = widgets.ToggleButtons(options=seeds, description="seed")
+    panel = figure_panel(
+        (alpha, seed),
+        partial(blend_figure, pictures),
+        lambda alpha, seed: f"The concept with alpha_blend {alpha:g} and seed {seed}",
+    )
+    panel.alpha, panel.seed = alpha, seed
     return panel

@@ -1,16 +1,13 @@
 """Pairs of weight changes, and the rank sweep with its panel, of 03_lora_hypernetwork."""
 
-import base64
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dte_lab.panels.shared import AFTER, BEFORE, draw, encode, plain
+from dte_lab.panels.shared import AFTER, BEFORE, GREEN, draw, figure_panel, plain
 from dte_lab.plots import HAIRLINE, INK, MUTED
-
-GREEN = "#009E73"  # Okabe and Ito's
 
 
 def pairs_figure(
@@ -112,22 +109,17 @@ def rank_panel(
     """
     import ipywidgets as widgets
 
-    panel = widgets.VBox()
-    panel.concept = widgets.ToggleButtons(options=list(pictures), description="concept")
+    concept = widgets.ToggleButtons(options=list(pictures), description="concept")
     ranks = sorted({rank for _, rank in drawn})
-    panel.rank = widgets.SelectionSlider(options=ranks, value=ranks[-1], description="rank")
-    panel.view = widgets.HTML()
+    rank = widgets.SelectionSlider(options=ranks, value=ranks[-1], description="rank")
 
-    def redraw(change=None):
-        name, rank = panel.concept.value, panel.rank.value
+    def figure_of(name, rank):
         distance = distances[name][rank]
-        figure = rank_figure(pictures[name], drawn[name, rank], spectra[name], rank, distance)
-        data = base64.b64encode(encode(figure, "png")).decode()
-        alt = f"The {name}, and its drawing with rank {rank}: distance {distance:.3f}"
-        panel.view.value = f'<img alt="{alt}" src="data:image/png;base64,{data}">'
+        return rank_figure(pictures[name], drawn[name, rank], spectra[name], rank, distance)
 
-    panel.concept.observe(redraw, "value")
-    panel.rank.observe(redraw, "value")
-    redraw()
-    panel.children = (panel.concept, panel.rank, panel.view)
+    def describe(name, rank):
+        return f"The {name}, and its drawing with rank {rank}: distance {distances[name][rank]:.3f}"
+
+    panel = figure_panel((concept, rank), figure_of, describe)
+    panel.concept, panel.rank = concept, rank
     return panel

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dte_lab.panels.contrastive import WITH, WITHOUT
-from dte_lab.panels.shared import plain
+from dte_lab.panels.shared import BLUE, SKY, plain, write_values
 from dte_lab.plots import INK, MUTED
 
 KINDS = {"contrastive": ("with the term", WITH, "o"), "none": ("without", WITHOUT, "s")}
@@ -76,7 +76,7 @@ def sweep_figure(table: Mapping[tuple, Mapping], setting: tuple, titles: Mapping
     figure = Figure(figsize=(5.6, 4), layout="constrained")
     ax = figure.add_subplot()
     weights = sorted({key[2] for key in table})
-    shades = ["#8c8c8c", "#56B4E9", "#0072B2", "#1a1a1a"]
+    shades = ["#8c8c8c", SKY, BLUE, INK]
     for i, weight in enumerate(weights):
         points = [cell for key, cell in table.items() if key[2] == weight]
         ax.plot(
@@ -107,11 +107,7 @@ def sweep_grid(table: Mapping[tuple, Mapping], titles: Mapping[str, str]) -> Fig
         for ax, weight in zip(row, weights, strict=True):
             values = np.array([[table[n, tau, weight][measure] for tau in taus] for n in counts])
             image = ax.imshow(values, cmap="viridis", vmin=low, vmax=high, aspect="auto")
-            for (i, j), value in np.ndenumerate(values):
-                colour = "white" if value < low + 0.6 * (high - low) else "black"
-                ax.text(
-                    j, i, f"{value:.{digits}f}", ha="center", va="center", fontsize=7, color=colour
-                )
+            write_values(ax, values, (low, high), f"{{:.{digits}f}}".format, fontsize=7)
             ax.set_xticks(range(len(taus)), [f"{tau:g}" for tau in taus])
             ax.set_yticks(
                 range(len(counts)), counts if weight == weights[0] else [""] * len(counts)

@@ -1,16 +1,22 @@
 """Pictures, grids of them, and the colours and manners of all figures."""
 
+import base64
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageChops, ImageStat
 
+from dte_lab.dual_path import PROJECTIONS
 from dte_lab.plots import HAIRLINE, INK
 
-BEFORE, AFTER = "#E69F00", "#0072B2"  # Okabe and Ito's orange and blue, safe for colour-blind eyes
+# Okabe and Ito's colours, safe for colour-blind eyes.
+BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
+SKY, VERMILION = "#56B4E9", "#D55E00"
+BEFORE, AFTER = ORANGE, BLUE
 
 
 def show(figure: Figure | Image.Image, alt: str) -> None:
@@ -64,6 +70,74 @@ def picture_grid(
         for ax, label in zip(grid[:, 0], row_labels, strict=True):
             ax.set_ylabel(label, fontsize=10, color=INK)
     return figure
+
+
+def one_picture(picture: Image.Image, title: str) -> Figure:
+    """A picture in large with a title of one or more lines."""
+    figure = Figure(figsize=(3, 3.1 + 0.2 * len(title.splitlines())), layout="constrained")
+    ax = figure.add_subplot()
+    draw(ax, picture)
+    ax.set_title(title, fontsize=10, color=INK)
+    return figure
+
+
+def projection_maps(
+    layers: Sequence[str],
+    maps: Mapping[str, np.ndarray],
+    scale: tuple[float, float],
+    number: Callable[[float], str],
+    label: str,
+) -> Figure:
+    """Heat maps with the numbers written in: attention layers by projections, one per named array.
+
+    maps: {title: (layers, PROJECTIONS)}. scale: lowest and highest value. label: of the colours.
+    """
+    figure = Figure(figsize=(2.2 + 3.1 * len(maps), 0.8 + 0.32 * len(layers)), layout="constrained")
+    axes = figure.subplots(1, len(maps), sharey=True, squeeze=False)[0]
+    for ax, (title, array) in zip(axes, maps.items(), strict=True):
+        image = ax.imshow(array, cmap="viridis", vmin=scale[0], vmax=scale[1], aspect="auto")
+        write_values(ax, array, scale, number)
+        ax.set_xticks(range(len(PROJECTIONS)), PROJECTIONS)
+        ax.set_title(title, fontsize=10, color=INK)
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+    axes[0].set_yticks(range(len(layers)), [layer_label(layer) for layer in layers])
+    bar = figure.colorbar(image, ax=axes, pad=0.02)
+    bar.set_label(label)
+    bar.outline.set_visible(False)
+    return figure
+
+
+def write_values(
+    ax, array: np.ndarray, scale: tuple[float, float], number: Callable[[float], str], fontsize=8
+) -> None:
+    """Write each value of a viridis heat map into its cell, white on what is dark."""
+    low, high = scale
+    for (i, j), value in np.ndenumerate(array):
+        colour = "white" if value < low + 0.6 * (high - low) else "black"
+        ax.text(j, i, number(value), ha="center", va="center", fontsize=fontsize, color=colour)
+
+
+def figure_panel(knobs: Sequence, figure_of: Callable[..., Figure], describe: Callable[..., str]):
+    """Widgets above the figure `figure_of(*values)` with alt text `describe(*values)`.
+
+    Returns a VBox; its attribute `view` is the widget that shows the figure.
+    """
+    import ipywidgets as widgets
+
+    panel = widgets.VBox()
+    panel.view = widgets.HTML()
+
+    def redraw(change=None):
+        values = [knob.value for knob in knobs]
+        data = base64.b64encode(encode(figure_of(*values), "png")).decode()
+        panel.view.value = f'<img alt="{describe(*values)}" src="data:image/png;base64,{data}">'
+
+    for knob in knobs:
+        knob.observe(redraw, "value")
+    redraw()
+    panel.children = (*knobs, panel.view)
+    return panel
 
 
 def encode(figure: Figure | Image.Image, kind: str, **options) -> bytes:

@@ -1,16 +1,24 @@
 """Figures and the panel of 05_tuning."""
 
-import base64
 from collections.abc import Mapping, Sequence
+from functools import partial
 from statistics import mean
 
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dte_lab.panels.shared import AFTER, BEFORE, draw, encode, plain
+from dte_lab.panels.shared import (
+    AFTER,
+    BEFORE,
+    GREEN,
+    PINK,
+    draw,
+    figure_panel,
+    one_picture,
+    plain,
+)
 from dte_lab.plots import HAIRLINE, INK, MUTED
 
-GREEN, PINK = "#009E73", "#CC79A7"  # of Okabe and Ito's colours too
 STYLES = {  # colour, marker, line of each method
     "dte": (AFTER, "o", "-"),
     "ti": (BEFORE, "s", "--"),
@@ -247,34 +255,22 @@ def steps_panel(pictures: Mapping[tuple[int, str], Image.Image]):
     import ipywidgets as widgets
 
     steps, scenes = (list(dict.fromkeys(values)) for values in zip(*pictures, strict=True))
-    panel = widgets.VBox()
-    panel.steps = widgets.SelectionSlider(
+    slider = widgets.SelectionSlider(
         options=steps, value=steps[len(steps) // 2], description="steps"
     )
-    panel.scene = widgets.ToggleButtons(options=scenes, description="scene")
-    panel.view = widgets.HTML()
-
-    def redraw(change=None):
-        n, scene = panel.steps.value, panel.scene.value
-        figure = step_figure(pictures, n, scene)
-        data = base64.b64encode(encode(figure, "png")).decode()
-        alt = f"The concept after {n} steps: {scene}"
-        panel.view.value = f'<img alt="{alt}" src="data:image/png;base64,{data}">'
-
-    panel.steps.observe(redraw, "value")
-    panel.scene.observe(redraw, "value")
-    redraw()
-    panel.children = (panel.steps, panel.scene, panel.view)
+    buttons = widgets.ToggleButtons(options=scenes, description="scene")
+    panel = figure_panel(
+        (slider, buttons),
+        partial(step_figure, pictures),
+        lambda steps, scene: f"The concept after {steps} steps: {scene}",
+    )
+    panel.steps, panel.scene = slider, buttons
     return panel
 
 
 def step_figure(pictures: Mapping[tuple[int, str], Image.Image], steps: int, scene: str) -> Figure:
     """One picture of {(steps, scene): picture} in large, with its settings above."""
-    figure = Figure(figsize=(3, 3.3), layout="constrained")
-    ax = figure.add_subplot()
-    draw(ax, pictures[steps, scene])
-    ax.set_title(f"{steps} steps, {scene}", fontsize=10, color=INK)
-    return figure
+    return one_picture(pictures[steps, scene], f"{steps} steps, {scene}")
 
 
 def _step_axis(ax, steps):

@@ -7,11 +7,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dte_lab.panels.regularisation import KINDS
-from dte_lab.panels.shared import plain
+from dte_lab.panels.shared import BLUE, GREEN, PINK, VERMILION, plain
 from dte_lab.plots import HAIRLINE, INK, MUTED
 
-# Okabe and Ito's, each with a marker of its own: one per concept.
-COLOURS, MARKERS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7"), "osD^"
+# Each with a marker of its own: one per concept.
+COLOURS, MARKERS = (VERMILION, BLUE, GREEN, PINK), "osD^"
 PHASES = {"pretraining": (":", 1.4), "tuning": ("-", 2.0)}
 Paths = Mapping[tuple[str, str, str], np.ndarray]  # {(phase, kind, concept): places (n, 2)}
 
