@@ -42,7 +42,7 @@ from dte_lab.pipeline import DTEPipeline, to_pil
 from dte_lab.predictions import Predictions
 from dte_lab.tokens import PromptEncoder
 
-LOGS = ("log.jsonl", "predictions.jsonl")
+LOG, PREDICTIONS = "log.jsonl", "predictions.jsonl"
 FREE_TO_CHANGE = {  # between two pieces of one run
     "steps", "num_workers", "log_every", "checkpoint_every", "sample_every", "predict_every",
     "max_minutes",
@@ -142,7 +142,7 @@ def pretrain(
     predictions = None
     if is_main and len(watched_images):
         watched = DTEPipeline(backbone, encoder).pixels(watched_images)
-        predictions = Predictions(out_dir / LOGS[1], backbone, encoder, watched, prompt_encoder)
+        predictions = Predictions(out_dir / PREDICTIONS, backbone, encoder, watched, prompt_encoder)
         if first == 0:
             predictions.write(encoder, 0)
 
@@ -177,7 +177,7 @@ def pretrain(
             line |= {"grad_norm": float(grad_norm), "learning_rate": lr}
             line = {"step": step, **line, "seconds": time.monotonic() - started}
             if is_main:
-                with open(out_dir / "log.jsonl", "a") as file:
+                with open(out_dir / LOG, "a") as file:
                     file.write(json.dumps(line) + "\n")
                 bar.set_postfix(loss=f"{line['diffusion']:.4f}")
                 if callback is not None:
@@ -337,7 +337,10 @@ def load_checkpoint(out_dir, encoder, optimizer, ema, config):
     ema.optimization_step = step
     restore_optimizer(optimizer, parts["optimizer"])
 
-    for log in (out_dir / name for name in LOGS):  # forget what was logged after the checkpoint
+    for log in (
+        out_dir / LOG,
+        out_dir / PREDICTIONS,
+    ):  # forget what was logged after the checkpoint
         if log.is_file():
             lines = [x for x in log.read_text().splitlines() if _step_of(x) <= step]
             write_atomically(log, "".join(x + "\n" for x in lines).encode())

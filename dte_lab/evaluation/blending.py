@@ -25,8 +25,14 @@ from tqdm.auto import tqdm
 from dte_lab.evaluation.edits import Edit, Item, edits, items
 from dte_lab.evaluation.measures import Measures
 from dte_lab.evaluation.methods import parse
-from dte_lab.evaluation.run import draw, fingerprint, versions
-from dte_lab.files import write_atomically
+from dte_lab.evaluation.run import (
+    check_settings,
+    draw,
+    draw_concept,
+    fingerprint,
+    versions,
+    write_document,
+)
 from dte_lab.pipeline import DTEPipeline, to_pil
 from dte_lab.world.evaluate import interval
 
@@ -69,7 +75,7 @@ def blending(
         asked = [edit for edit in edits(item, scenes) if not edit.is_style]
         rows += concept_rows(pipe, judges, item, asked, num_steps, seed, sampling)
         head = {"settings": settings, "versions": versions(), "machine": platform.machine()}
-        _write(Path(out), head | {"means": means(rows)}, rows)
+        write_document(Path(out), head | {"means": means(rows), "rows": rows}, ("rows",))
     return json.loads(Path(out).read_text())
 
 
@@ -87,17 +93,12 @@ def concept_rows(
 
     [(_, true)] = draw(pipe, None, parse("oracle"), item, [item], asked, sampling, seed)
     rows = [row((None, None, None), true)]
-    seeds, num_inference_steps, guidance_scale = sampling
     concept = pipe.personalize(to_pil(item.picture()), num_steps, seed, progress=False)
     for setting in SETTINGS:
         config = replace(concept.config, **dict(zip(SETTING, setting, strict=True)))
-        drawn = pipe.generate(
-            replace(concept, config=config), [edit.prompt for edit in asked], seeds,
-            guidance_scale=guidance_scale, num_inference_steps=num_inference_steps,
-            batch_size=len(asked) * len(seeds), progress=False,
-        )  # fmt: skip
-        pictures = pipe.pixels([picture for of_prompt in drawn for picture in of_prompt])
-        rows.append(row(setting, pictures.unflatten(0, (len(asked), len(seeds)))))
+        rows.append(
+            row(setting, draw_concept(pipe, replace(concept, config=config), asked, sampling))
+        )
     word = concept.nearest_words[0][0]
     return [row | {"hard_word": word} for row in rows]
 
@@ -132,18 +133,8 @@ def _earlier_rows(out: Path, settings) -> list[dict]:
     if not out.is_file():
         return []
     before = json.loads(out.read_text())
-    if changed := [key for key in settings if settings[key] != before["settings"].get(key)]:
-        raise ValueError(
-            f"{out} holds a run with other settings ({', '.join(changed)}): use another file."
-        )
+    check_settings(out, before["settings"], settings)
     return before["rows"]
-
-
-def _write(out: Path, head, rows) -> None:
-    """JSON with one line per row."""
-    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-    text = json.dumps(head, indent=1).removesuffix("\n}") + f',\n "rows": [\n{lines}\n ]\n}}\n'
-    write_atomically(out, text.encode())
 
 
 def main(

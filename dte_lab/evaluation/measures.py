@@ -120,6 +120,15 @@ class Measures:
         return similarity, errors.square().mean((1, 2)).sqrt() / 2
 
 
+def phrase_of(concept) -> str:
+    """What stands for the concept in prompts: "S*", or the words a baseline was tuned with."""
+    return concept.info.get("phrase", placeholder_token)
+
+
+def prompts_of(concept, edits: list[Edit]) -> list[str]:
+    return [edit.prompt.replace(placeholder_token, phrase_of(concept)) for edit in edits]
+
+
 @torch.no_grad()
 def diffusion_loss(pipe, concept, pictures: Tensor, prompts: list[str], count=32, seed=1) -> float:
     """Diffusion loss of a concept, mean over `count` noise levels that depend on `seed` alone.
@@ -142,8 +151,8 @@ def diffusion_loss(pipe, concept, pictures: Tensor, prompts: list[str], count=32
 
 def losses(pipe, concept, item: Item, edits: list[Edit]) -> dict[str, float]:
     """LOSSES of a concept."""
-    phrase = concept.info.get("phrase", placeholder_token)
-    prompts = [edit.prompt.replace(placeholder_token, phrase) for edit in edits]
     true = torch.stack([truth(item, edit) for edit in edits])
-    given = diffusion_loss(pipe, concept, item.picture(), [f"a picture of {phrase}"])
-    return {"loss": given, "loss_elsewhere": diffusion_loss(pipe, concept, true, prompts)}
+    asked = prompts_of(concept, edits)
+    own = [f"a picture of {phrase_of(concept)}"]
+    given = diffusion_loss(pipe, concept, item.picture(), own)
+    return {"loss": given, "loss_elsewhere": diffusion_loss(pipe, concept, true, asked)}

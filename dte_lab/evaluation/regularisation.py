@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from dte_lab.encoder import EncoderPrediction, load_encoder
 from dte_lab.evaluation.edits import items
-from dte_lab.evaluation.run import fingerprint, versions
+from dte_lab.evaluation.run import check_settings, fingerprint, versions, write_document
 from dte_lab.files import write_atomically
 from dte_lab.judges import SentenceJudge
 from dte_lab.objective import objective
@@ -183,7 +183,7 @@ def regularisation(
     def write():
         document.update(summary(document["rows"]), scale=scale(experiment, chosen))
         write_atomically(out.with_suffix(".safetensors"), save(vectors))
-        _write(out, document)
+        write_document(out, document, ("rows", "sweep"))
 
     def keep(paths):
         for key, (steps, v_star) in paths.items():
@@ -251,22 +251,8 @@ def _earlier(out: Path, settings):
     if not out.is_file():
         return {"settings": settings, "versions": versions(), "rows": [], "sweep": []}, {}
     document = json.loads(out.read_text())
-    if changed := [k for k in settings if settings[k] != document["settings"].get(k)]:
-        raise ValueError(
-            f"{out} holds a run with other settings ({', '.join(changed)}): use another file."
-        )
+    check_settings(out, document["settings"], settings)
     return document, load_file(out.with_suffix(".safetensors"))
-
-
-def _write(out: Path, document) -> None:
-    """JSON with one line per row."""
-    lists = ("rows", "sweep")
-    head = {key: value for key, value in document.items() if key not in lists}
-    text = json.dumps(head, indent=1).removesuffix("\n}")
-    for key in lists:
-        lines = ",\n".join(f"  {json.dumps(row)}" for row in document[key])
-        text += f',\n "{key}": [\n{lines}\n ]'
-    write_atomically(out, (text + "\n}\n").encode())
 
 
 Run = Annotated[Path | None, typer.Option(help="OUT of a `dte pretrain` with that regulariser.")]

@@ -22,7 +22,7 @@ import torch
 from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
-from dte_lab import __version__, placeholder_token
+from dte_lab import __version__
 from dte_lab.evaluation.edits import SCENE_EDITS, Item, edits, items, truth
 from dte_lab.evaluation.measures import (
     LOSSES,
@@ -30,6 +30,7 @@ from dte_lab.evaluation.measures import (
     WORD_MEASURES,
     Measures,
     losses,
+    prompts_of,
 )
 from dte_lab.evaluation.methods import ANCHORS, Method, Methods, parse
 from dte_lab.evaluation.report import summarise
@@ -97,29 +98,34 @@ def evaluate(
 
 def draw(pipe, methods, method: Method, item: Item, chosen, wanted, sampling, seed):
     """Yield (info of the concept, its edits drawn (E, S, 3, 64, 64)) per number of steps."""
-    seeds, num_inference_steps, guidance_scale = sampling
     if method.name in ANCHORS:
         shown = item
         if method.name == "other":
             name = chosen[(chosen.index(item) + 1) % len(chosen)].name
             shown = Item(name, item.style, item.scene)
         # Seed 0 made the reference of `measures`: a fair truth is drawn with others.
-        pictures = [torch.stack([truth(shown, e, 100 + s) for s in seeds]) for e in wanted]
+        pictures = [torch.stack([truth(shown, e, 100 + s) for s in sampling[0]]) for e in wanted]
         yield {"num_steps": 0}, torch.stack(pictures)
         return
     memory = PeakMemory(pipe.backbone.device)
     concepts = methods.concepts(method, item.picture(), seed)
     peak = memory.read()
     for concept in concepts.values():
-        phrase = concept.info.get("phrase", placeholder_token)
-        drawn = pipe.generate(
-            concept, [edit.prompt.replace(placeholder_token, phrase) for edit in wanted], seeds,
-            guidance_scale=guidance_scale, num_inference_steps=num_inference_steps,
-            batch_size=len(wanted) * len(seeds), progress=False,
-        )  # fmt: skip
-        pictures = pipe.pixels([picture for row in drawn for picture in row])
+        drawn = draw_concept(pipe, concept, wanted, sampling)
         info = concept.info | {"extra_memory_mb": peak} | losses(pipe, concept, item, wanted)
-        yield info, pictures.unflatten(0, (len(wanted), len(seeds)))
+        yield info, drawn
+
+
+def draw_concept(pipe, concept, wanted, sampling) -> torch.Tensor:
+    """A concept's edits, drawn: (E, S, 3, 64, 64). sampling: (seeds, steps, guidance scale)."""
+    seeds, num_inference_steps, guidance_scale = sampling
+    drawn = pipe.generate(
+        concept, prompts_of(concept, wanted), seeds, guidance_scale=guidance_scale,
+        num_inference_steps=num_inference_steps, batch_size=len(wanted) * len(seeds),
+        progress=False,
+    )  # fmt: skip
+    pictures = pipe.pixels([picture for row in drawn for picture in row])
+    return pictures.unflatten(0, (len(wanted), len(seeds)))
 
 
 def measured(judges, method: Method, item: Item, wanted, info, drawn) -> list[dict]:
@@ -166,17 +172,31 @@ def resume(out_dir: Path, settings) -> list[dict]:
     """
     path = out_dir / "run.json"
     if path.is_file():
-        before = json.loads(path.read_text())["settings"]
-        if changed := [key for key in settings if settings[key] != before.get(key)]:
-            raise ValueError(
-                f"{out_dir} holds a run with other settings ({', '.join(changed)}): "
-                "use another folder."
-            )
+        check_settings(out_dir, json.loads(path.read_text())["settings"], settings)
     else:
         document = {"settings": settings, "versions": versions()}
         write_atomically(path, json.dumps(document, indent=1).encode())
     table = out_dir / "measures.csv"
     return read_csv(table) if table.is_file() else []
+
+
+def check_settings(path: Path, before: dict, now: dict) -> None:
+    """Raises ValueError when the run at `path` was begun with other settings."""
+    if changed := [key for key in now if now[key] != before.get(key)]:
+        raise ValueError(
+            f"{path} holds a run with other settings ({', '.join(changed)}): "
+            f"use another {'folder' if path.is_dir() else 'file'}."
+        )
+
+
+def write_document(path: Path, document: dict, lists: tuple[str, ...]) -> None:
+    """JSON in which each row of the named lists, which come last, has one line."""
+    head = {key: value for key, value in document.items() if key not in lists}
+    text = json.dumps(head, indent=1).removesuffix("\n}")
+    for key in lists:
+        lines = ",\n".join(f"  {json.dumps(row)}" for row in document[key])
+        text += f',\n "{key}": [\n{lines}\n ]'
+    write_atomically(path, (text + "\n}\n").encode())
 
 
 def versions() -> dict:

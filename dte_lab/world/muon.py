@@ -43,7 +43,10 @@ class MuonAdamW(torch.optim.AdamW):
     Updates are scaled to the root mean square of AdamW's (arXiv 2502.16982), 0.2 times the rate.
     """
 
-    dtype = torch.float32  # of the orthogonalisation
+    def __init__(self, params, dtype: torch.dtype = torch.float32, **options):
+        """dtype: of the orthogonalisation. options: of AdamW."""
+        super().__init__(params, **options)
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self) -> None:

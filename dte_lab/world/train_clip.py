@@ -366,8 +366,10 @@ def main(
     out = Path(out)
     tokenizer = build_tokenizer()
     vae = PatchAutoencoder.from_pretrained(Path(parts) / "vae").eval()
-    how = {"steps": steps, "minutes": minutes, "seed": seed, "device": device}
-    how["mixed_precision"] = mixed_precision
+    how = {
+        "steps": steps, "minutes": minutes, "seed": seed, "device": device,
+        "mixed_precision": mixed_precision,
+    }  # fmt: skip
     text = train_text(out / "text", tokenizer, vae, **how)
     if rank() == 0:
         tokenizer.save_pretrained(out / "tokenizer")

@@ -61,16 +61,14 @@ def build_optimizer(model: nn.Module, c: TrainConfig) -> MuonAdamW:
         {"params": [p for p in rest if p.ndim > 1], "peak": c.learning_rate},
         {"params": [p for p in rest if p.ndim <= 1], "peak": c.learning_rate, "weight_decay": 0.0},
     ]
-    optimizer = MuonAdamW(
+    return MuonAdamW(
         [group for group in groups if group["params"]],
         lr=c.learning_rate,
         betas=c.betas,
         weight_decay=c.weight_decay,
         fused=True,
+        dtype=torch.bfloat16 if c.mixed_precision == "bf16" else torch.float32,
     )
-    if c.mixed_precision == "bf16":
-        optimizer.dtype = torch.bfloat16
-    return optimizer
 
 
 def rank() -> int:
