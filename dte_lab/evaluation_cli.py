@@ -8,7 +8,16 @@ from typing import Annotated
 
 import typer
 
-from dte_lab.training_cli import Backbone, Device, Minutes, Out, Steps, given
+from dte_lab.training_cli import (
+    Backbone,
+    Device,
+    Minutes,
+    Out,
+    Precision,
+    Steps,
+    checked_precision,
+    given,
+)
 
 
 def evaluate(
@@ -105,6 +114,7 @@ def pretrain_e4t(
     steps: Steps = None,
     minutes: Minutes = None,
     device: Device = "cpu",
+    mixed_precision: Precision = "no",
 ) -> None:
     """Pre-train the E4T-style baseline on the small world, as `dte pretrain` does the encoder.
 
@@ -115,6 +125,8 @@ def pretrain_e4t(
     from dte_lab.pretrain import PretrainConfig, pretrain
     from dte_lab.world.pairs import ConceptPairs
 
-    parts = load_backbone(backbone, device)
-    config = PretrainConfig(**given(steps=steps, max_minutes=minutes))
+    parts = load_backbone(backbone, device, checked_precision(mixed_precision))
+    config = PretrainConfig(
+        mixed_precision=mixed_precision, **given(steps=steps, max_minutes=minutes)
+    )
     pretrain(parts, E4TEncoder.from_backbone(parts), ConceptPairs(), config, out_dir=out)

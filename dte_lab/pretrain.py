@@ -28,6 +28,7 @@ from diffusers.utils import make_image_grid
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from dte_lab.attention import short_attention
 from dte_lab.backbone import add_noise
 from dte_lab.checkpoint import (
     ema_weights,
@@ -152,10 +153,11 @@ def pretrain(
         for group in optimizer.param_groups:
             group["lr"] = lr
         sample = prepare(backbone, batch, config, step, *share)
-        losses, prediction, grad_norm = train_step(
-            accelerator, model, optimizer, backbone, prompt_encoder, feature_prompt, sample,
-            config.max_grad_norm,
-        )  # fmt: skip
+        with short_attention(backbone.device):
+            losses, prediction, grad_norm = train_step(
+                accelerator, model, optimizer, backbone, prompt_encoder, feature_prompt, sample,
+                config.max_grad_norm,
+            )  # fmt: skip
         scaled = accelerator.scaler is not None  # in fp16 a gradient may overflow: step is skipped
         if not (losses["loss"].isfinite() and (scaled or grad_norm.isfinite())):
             raise RuntimeError(

@@ -5,7 +5,7 @@ with the same folder, goes on where it stopped.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,8 +18,8 @@ Steps = Annotated[int | None, typer.Option(min=1, help="Train this many steps in
 Minutes = Annotated[float | None, typer.Option(min=0, help="Stop this call after so long.")]
 Device = Annotated[str, typer.Option(help="cpu, or cuda for a GPU.")]
 Precision = Annotated[
-    str,
-    typer.Option(help="no, or bf16: faster where the processor has it (avx512_bf16, or a GPU)."),
+    Literal["no", "bf16"],
+    typer.Option(help="bf16 is faster where the processor has it (avx512_bf16, or a GPU)."),
 ]
 Backbone = Annotated[str, typer.Option(help="small, or a folder with a model of the small world.")]
 Run = Annotated[Path, typer.Option(help="OUT of its `dte world train`.")]
@@ -63,8 +63,6 @@ def pretrain(
     checkpoint_every: Annotated[int | None, typer.Option(min=1, help="In steps.")] = None,
 ) -> None:
     """Pre-train the tuning encoder; writes OUT/encoder. Several processes: accelerate launch."""
-    import torch
-
     from dte_lab.backbone import load_backbone
     from dte_lab.data import load_pictures
     from dte_lab.encoder import DTEConfig, TuningEncoder
@@ -73,13 +71,10 @@ def pretrain(
     from dte_lab.world.pairs import ConceptPairs
     from dte_lab.world.scenes import render_image
 
-    dtypes = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if mixed_precision not in dtypes:
-        raise ValueError(f"--mixed-precision is no, bf16 or fp16, not {mixed_precision}.")
     parts = load_backbone(
         backbone,
         checked_device(device),
-        dtypes[mixed_precision],
+        checked_precision(mixed_precision),
         gradient_checkpointing=gradient_checkpointing,
     )
     if data is not None:
@@ -201,6 +196,16 @@ def evaluate(
     from dte_lab.world import evaluate
 
     evaluate.main(out, backbone, captions)
+
+
+def checked_precision(name: str):
+    """The torch.dtype of frozen parts; ValueError for a word that is none of --mixed-precision."""
+    import torch
+
+    dtypes = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if name not in dtypes:
+        raise ValueError(f"--mixed-precision is no, bf16 or fp16, not {name}.")
+    return dtypes[name]
 
 
 def given(**options) -> dict:

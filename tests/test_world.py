@@ -17,7 +17,7 @@ from dte_lab.world.captions import held_out, noun_phrase, random_caption
 from dte_lab.world.clip import WORDS, build_tokenizer, cells, from_cells
 from dte_lab.world.data import picture_grid, random_batch, random_item, to_tensor
 from dte_lab.world.muon import orthogonalise
-from dte_lab.world.pairs import ConceptPairs
+from dte_lab.world.pairs import VARIANTS, ConceptPairs, vary
 from dte_lab.world.scenes import COLOURS, OFFSET, SPRITE_PX, background, compose
 from dte_lab.world.sprites import sprite
 from dte_lab.world.training import TrainConfig, build_optimizer, schedule, train
@@ -154,6 +154,19 @@ def test_pairs_are_pure_and_prompts_hold_the_placeholder():
     kinds = Counter("picture of S*" if pairs[i]["prompt"].endswith("S*") else "edit"
                     for i in range(300))  # fmt: skip
     assert 0.15 < kinds["picture of S*"] / 300 < 0.35
+
+
+def test_varied_concepts_are_other_concepts_made_of_the_same_pixels():
+    rgba = np.random.default_rng(0).random((48, 48, 4), np.float32)
+    rgba[..., :3] *= rgba[..., 3:]
+    assert np.array_equal(vary(rgba, 0), rgba) and len(VARIANTS) == 48
+    seen = {vary(rgba, i).tobytes() for i in range(len(VARIANTS))}
+    assert len(seen) == len(VARIANTS)
+    assert np.array_equal(np.sort(vary(rgba, 31), None), np.sort(rgba, None))
+    varied = vary(rgba, 31)
+    assert (varied[..., :3] <= varied[..., 3:] + 1e-6).all()  # still premultiplied
+    plain, turned = ConceptPairs(varied=0), ConceptPairs(varied=1)
+    assert all(plain[i]["concept"] < len(concepts()) <= turned[i]["concept"] for i in range(20))
 
 
 def test_pairs_of_fewer_concepts_are_spread_over_all_groups():

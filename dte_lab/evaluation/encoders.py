@@ -1,21 +1,24 @@
 """Encoders that differ in one thing, pre-trained with one budget: what does each thing bring?
 
-python -m dte_lab.evaluation.encoders --runs DIR --out results/encoders [--only rank ...]
+python -m dte_lab.evaluation.encoders --runs DIR --out results/encoders [--only rank]
 
 Trains each of VARIANTS into DIR/NAME (a run that was cut off goes on), then measures all of them
 on held-out concepts in one run of the harness, as `dte evaluate` does.
 """
 
-import argparse
 from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from dte_lab.backbone import load_backbone
 from dte_lab.encoder import DTEConfig, TuningEncoder
 from dte_lab.evaluation.edits import SCENE_EDITS
 from dte_lab.evaluation.run import evaluate
 from dte_lab.evaluation_cli import report
 from dte_lab.pipeline import DTEPipeline
 from dte_lab.pretrain import PretrainConfig, pretrain
-from dte_lab.training_cli import SAMPLE_CONCEPTS
+from dte_lab.training_cli import SAMPLE_CONCEPTS, checked_precision
 from dte_lab.world.pairs import ConceptPairs
 from dte_lab.world.scenes import render_image
 
@@ -28,10 +31,12 @@ VARIANTS = {
 }
 
 
-def train(backbone, runs: Path, name: str, steps: int, concepts=None, **options) -> Path:
+def train(
+    backbone, runs: Path, name: str, steps: int, mixed_precision: str, concepts=None, **options
+) -> Path:
     """Folder of a finished encoder; concepts: how many to train on, None for all of them."""
     encoder = TuningEncoder.from_backbone(backbone, DTEConfig(**options))
-    config = PretrainConfig(steps=steps, checkpoint_every=200)
+    config = PretrainConfig(steps=steps, checkpoint_every=200, mixed_precision=mixed_precision)
     watched = [render_image(concept, "fluent", "white") for concept in SAMPLE_CONCEPTS]
     pretrain(
         backbone, encoder, ConceptPairs(count=concepts), config, out_dir=runs / name,
@@ -40,14 +45,27 @@ def train(backbone, runs: Path, name: str, steps: int, concepts=None, **options)
     return runs / name / "encoder"
 
 
-def main(runs: Path, out: Path, only: list[str], steps: int, concepts: int) -> None:
+def main(
+    runs: Annotated[Path, typer.Option(help="Folder of the trained encoders.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run of the harness.")],
+    only: Annotated[list[str], typer.Option(help="Groups of VARIANTS; repeatable.")] = tuple(
+        VARIANTS
+    ),
+    steps: Annotated[int, typer.Option(min=1, help="Of pre-training.")] = 800,
+    concepts: Annotated[int, typer.Option(min=2, help="How many held-out concepts.")] = 30,
+    mixed_precision: Annotated[str, typer.Option(help="Of pre-training: no or bf16.")] = "no",
+) -> None:
+    """Train and compare the encoders."""
     pipe = DTEPipeline.from_pretrained("small")
+    backbone = load_backbone("small", dtype=checked_precision(mixed_precision))
     variants = {"base": {}}
     for group in only:
+        if group not in VARIANTS:
+            raise ValueError(f"--only {group}: choose from {', '.join(VARIANTS)}.")
         variants |= VARIANTS[group]
     specs = []
     for name, options in variants.items():
-        folder = train(pipe.backbone, runs, name, steps, **options)
+        folder = train(backbone, runs, name, steps, mixed_precision, **options)
         specs.append(f"dte@encoder={folder}:0,12")
     # Every second scene is enough to compare encoders by.
     evaluate(out, pipe, specs, count=concepts, scenes=SCENE_EDITS[::2])
@@ -55,11 +73,4 @@ def main(runs: Path, out: Path, only: list[str], steps: int, concepts: int) -> N
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--concepts", type=int, default=30, help="held-out test concepts")
-    arguments = parser.parse_args()
-    main(**vars(arguments))
+    typer.run(main)

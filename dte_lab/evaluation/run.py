@@ -45,12 +45,13 @@ SHOWN = 6  # concepts whose pictures are kept
 
 def evaluate(
     out_dir, pipe: DTEPipeline, specs, count=60, seeds=2, scenes=SCENE_EDITS, split="test",
-    num_inference_steps=15, guidance_scale=3.0, seed=0, progress=True,
+    num_inference_steps=15, guidance_scale=3.0, seed=0, with_losses=False, progress=True,
 ):  # fmt: skip
     """Measure methods, given as in methods.py, and write the run's folder.
 
-    count: concepts. seeds: pictures per edit. seed: of every method's optimisation. The anchors
-    "oracle" and "other" are always measured. Returns the summary of `report.summarise`.
+    count: concepts. seeds: pictures per edit. seed: of every method's optimisation. with_losses:
+    measure the diffusion LOSSES, too. The anchors "oracle" and "other" are always measured. Returns
+    the summary of `report.summarise`.
     Raises ValueError for a wrong specification, and when out_dir holds a run with other settings.
     """
     out_dir, methods = Path(out_dir), Methods(pipe)
@@ -68,7 +69,8 @@ def evaluate(
     settings = {
         "methods": specs, "split": split, "concepts": count, "scenes": list(scenes),
         "seeds": seeds, "seed": seed, "num_inference_steps": num_inference_steps,
-        "guidance_scale": guidance_scale, "backbone": pipe.backbone.name,
+        "guidance_scale": guidance_scale, "with_losses": with_losses,
+        "backbone": pipe.backbone.name,
         "weights": fingerprint(pipe.backbone.unet, pipe.backbone.text_encoder, pipe.encoder),
         "dte": pipe.encoder.config.get("dte"),
     }  # fmt: skip
@@ -85,10 +87,14 @@ def evaluate(
         bar.set_postfix_str(f"{item.name}, {method.label}")
         wanted = edits(item, scenes)
         sampling = (range(seeds), num_inference_steps, guidance_scale)
-        for concept, drawn in draw(pipe, methods, method, item, chosen, wanted, sampling, seed):
-            rows += measured(judges, method, item, wanted, concept, drawn)
+        for concept, info, drawn in draw(
+            pipe, methods, method, item, chosen, wanted, sampling, seed
+        ):
+            if concept is not None and with_losses:
+                info = info | losses(pipe, concept, item, wanted)
+            rows += measured(judges, method, item, wanted, info, drawn)
             if i < SHOWN:
-                keep(out_dir, item, method, concept, drawn)
+                keep(out_dir, item, method, info, drawn)
         write_atomically(out_dir / "measures.csv", to_csv(rows))
     summary = summarise(rows)
     document = {"settings": settings, "versions": versions(), "summary": summary}
@@ -97,7 +103,10 @@ def evaluate(
 
 
 def draw(pipe, methods, method: Method, item: Item, chosen, wanted, sampling, seed):
-    """Yield (info of the concept, its edits drawn (E, S, 3, 64, 64)) per number of steps."""
+    """Yield (concept, its info, its edits drawn (E, S, 3, 64, 64)) per number of steps.
+
+    An anchor has no concept.
+    """
     if method.name in ANCHORS:
         shown = item
         if method.name == "other":
@@ -105,15 +114,14 @@ def draw(pipe, methods, method: Method, item: Item, chosen, wanted, sampling, se
             shown = Item(name, item.style, item.scene)
         # Seed 0 made the reference of `measures`: a fair truth is drawn with others.
         pictures = [torch.stack([truth(shown, e, 100 + s) for s in sampling[0]]) for e in wanted]
-        yield {"num_steps": 0}, torch.stack(pictures)
+        yield None, {"num_steps": 0}, torch.stack(pictures)
         return
     memory = PeakMemory(pipe.backbone.device)
     concepts = methods.concepts(method, item.picture(), seed)
     peak = memory.read()
     for concept in concepts.values():
         drawn = draw_concept(pipe, concept, wanted, sampling)
-        info = concept.info | {"extra_memory_mb": peak} | losses(pipe, concept, item, wanted)
-        yield info, drawn
+        yield concept, concept.info | {"extra_memory_mb": peak}, drawn
 
 
 def draw_concept(pipe, concept, wanted, sampling) -> torch.Tensor:

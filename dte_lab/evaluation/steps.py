@@ -161,7 +161,7 @@ def main(
     pipe = cli.load_pipeline("small", None, device)
     specs = [s.replace(STEPS, steps) for s in Methods(pipe).experiment("steps")]
     specs = [spec for spec in specs if not spec.startswith("lora-prior")]
-    evaluate(run, pipe, specs, concepts, split=split)
+    evaluate(run, pipe, specs, concepts, split=split, with_losses=True)
     settings = json.loads((run / "run.json").read_text())["settings"]
     document = {
         "settings": settings, "versions": versions(), "share": SHARE,

@@ -61,6 +61,11 @@ def classify_scene(x: Tensor) -> np.ndarray:
     return np.array([np.abs(_border_means() - b).mean((1, 2)).argmin() for b in borders])
 
 
+def scene_hits(x: Tensor, items: list[tuple]) -> np.ndarray:
+    """Whether pictures (B, 3, 64, 64) in [-1, 1] show the scenes of their items."""
+    return classify_scene(x) == [SCENES.index(item[2]) for item in items]
+
+
 def interval(hits: np.ndarray, seed: int = 0) -> dict[str, float]:
     """Mean of hits (or other values) with its bootstrap 95 % interval (2,000 resamples) and n."""
     rng = np.random.default_rng(seed)
@@ -249,8 +254,7 @@ def main(out: Path, backbone: str = "small", n: int = 500) -> dict:
         features = {}
         for kind, x in (("generated", pictures), ("autoencoder", rebuilt), ("true", true)):
             features[kind] = classifier.features(x)
-            hits = classifier.hits(features[kind], items)
-            hits["scene"] = classify_scene(x) == [SCENES.index(i[2]) for i in items]
+            hits = classifier.hits(features[kind], items) | {"scene": scene_hits(x, items)}
             results[f"{kind}_{key}"] = {name: interval(h) for name, h in hits.items()}
         if not novel:
             others = rendered([(*i, k + n) for k, i in enumerate(items)])

@@ -5,17 +5,36 @@ in another scene and a quarter in another style as well, with the prompt that sa
 that, the background of the one picture becomes part of the concept.
 """
 
+from itertools import permutations
+
 import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from dte_lab.world.captions import caption, scene_words
 from dte_lab.world.data import random_item, to_tensor
-from dte_lab.world.scenes import SCENES, render
-from dte_lab.world.sprites import STYLES, concepts, split_names
+from dte_lab.world.scenes import SCENES, SPRITE_PX, compose
+from dte_lab.world.sprites import STYLES, concepts, split_names, sprite
 
 SAME_PICTURE, OTHER_SCENE = 0.25, 0.5  # the rest: other scene and other style
 SHORT_PROMPT = 0.3  # of the prompts that name a scene alone: "S* at night", as people write
+VARIED = 0.75  # of the items: the concept mirrored, turned and with its colours exchanged
+VARIANTS = [
+    (mirrored, turns, order)
+    for mirrored in (False, True)
+    for turns in range(4)  # quarters
+    for order in permutations(range(3))  # of red, green and blue
+]  # the first is the concept as it is
+
+
+def vary(rgba: np.ndarray, variant: int) -> np.ndarray:
+    """A sprite (48, 48, 4), colours premultiplied, as the thing that VARIANTS[variant] makes of it.
+
+    To the encoder these are other concepts: there are few real ones to learn to read things from.
+    """
+    mirrored, turns, order = VARIANTS[variant]
+    rgba = np.rot90(rgba[:, ::-1] if mirrored else rgba, turns)
+    return rgba[..., [*order, 3]]
 
 
 class ConceptPairs(Dataset):
@@ -31,11 +50,12 @@ class ConceptPairs(Dataset):
         length: int = 1_000_000,
         seed: int = 0,
         count: int | None = None,
+        varied: float = VARIED,
     ):
         names = [name for split in splits for name in split_names(split)]
         count = len(names) if count is None else count
         self.names = [names[i * len(names) // count] for i in range(count)]
-        self.length, self.seed = length, seed
+        self.length, self.seed, self.varied = length, seed, varied
 
     def __len__(self) -> int:
         return self.length
@@ -45,7 +65,12 @@ class ConceptPairs(Dataset):
             raise IndexError(index)
         rng = np.random.default_rng((self.seed, index))
         name, style, scene, seed = random_item(rng, self.names)
-        image = render(name, style, scene, seed)
+        variant = int(rng.integers(1, len(VARIANTS))) if rng.random() < self.varied else 0
+
+        def draw(style: str, scene: str, seed: int) -> np.ndarray:
+            return compose(vary(sprite(name, style, SPRITE_PX), variant), scene, seed)
+
+        image = draw(style, scene, seed)
         kind, prompt_style = rng.random(), None
         if kind < SAME_PICTURE:
             target, prompt = image, caption("S*", None, None)
@@ -53,7 +78,7 @@ class ConceptPairs(Dataset):
             scene = SCENES[rng.integers(len(SCENES))]
             if kind >= SAME_PICTURE + OTHER_SCENE:
                 style = prompt_style = STYLES[rng.integers(len(STYLES))]
-            target = render(name, style, scene, int(rng.integers(1 << 31)))
+            target = draw(style, scene, int(rng.integers(1 << 31)))
             prompt = caption("S*", prompt_style, scene)
             if not prompt_style and rng.random() < SHORT_PROMPT:
                 prompt = f"S* {scene_words(scene)}"
@@ -62,5 +87,5 @@ class ConceptPairs(Dataset):
             "image": image,
             "target": target,
             "prompt": prompt,
-            "concept": concepts()[name].index,
+            "concept": concepts()[name].index + variant * len(concepts()),
         }

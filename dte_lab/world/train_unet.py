@@ -30,6 +30,7 @@ from dte_lab.world.training import TrainConfig, rank, train, wait
 
 CAPTION_DROPOUT = 0.1  # the share of empty captions, for classifier-free guidance
 TIMESTEP_POWER = 2.0  # t / 1000 = u ** (1 / 2): more steps where the caption decides the picture
+SAMPLE_EVERY = 500  # steps between two pictures of the samples
 
 SCHEDULER = {
     "num_train_timesteps": 1000,
@@ -140,6 +141,8 @@ def main(
         pictures = draw(vae, text, tokenizer, unet, build_scheduler(), captions, seed=0)
         grid = torch.stack([x_true, pictures], 1).flatten(0, 1)
         Image.fromarray(picture_grid(grid, 12)).save(out / f"samples-{step:06d}.png")
+        if (step // SAMPLE_EVERY).bit_count() == 1:  # 500, 1,000, 2,000, ...: for the curve
+            unet.save_pretrained(out / f"unet-{step:06d}")
         # The same pictures, noise and timesteps every time: a loss curve without sampling noise.
         torch.manual_seed(0)
         t = torch.arange(0, 1000, 1000 / len(z_test)).long().to(device)
@@ -159,7 +162,7 @@ def main(
         mixed_precision=mixed_precision,
         ema_decay=0.998,
         seed=seed,
-        sample_every=500,
+        sample_every=SAMPLE_EVERY,
     )
     unet = train(out, unet, config, loss, sample, minutes, device)
     if rank() > 0:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
+from dte_lab.attention import short_attention
 from dte_lab.checkpoint import read_state, restore_optimizer, trapezoid, write_state
 from dte_lab.files import write_atomically
 from dte_lab.world.muon import MuonAdamW, hidden_matrices, share_sums
@@ -147,8 +148,11 @@ def train(
 
     while step < config.steps and not _time_is_up(start, minutes):
         torch.manual_seed((config.seed + 997 * this) * 1_000_003 + step)
-        with torch.autocast(
-            torch.device(device).type, torch.bfloat16, enabled=config.mixed_precision == "bf16"
+        with (
+            short_attention(device),
+            torch.autocast(
+                torch.device(device).type, torch.bfloat16, enabled=config.mixed_precision == "bf16"
+            ),
         ):
             value, logs = loss(model, np.random.default_rng((config.seed, step, this)))
         optimizer.zero_grad(set_to_none=True)
