@@ -18,7 +18,7 @@ from dte_lab.evaluation.run import evaluate
 from dte_lab.evaluation_cli import report
 from dte_lab.pipeline import DTEPipeline
 from dte_lab.pretrain import PretrainConfig, pretrain
-from dte_lab.training_cli import SAMPLE_CONCEPTS, checked_precision
+from dte_lab.training_cli import SAMPLE_CONCEPTS, Precision, checked_precision
 from dte_lab.world.pairs import ConceptPairs
 from dte_lab.world.scenes import render_image
 
@@ -53,16 +53,18 @@ def main(
     ),
     steps: Annotated[int, typer.Option(min=1, help="Of pre-training.")] = 800,
     concepts: Annotated[int, typer.Option(min=2, help="How many held-out concepts.")] = 30,
-    mixed_precision: Annotated[str, typer.Option(help="Of pre-training: no or bf16.")] = "no",
+    mixed_precision: Precision = "no",
 ) -> None:
     """Train and compare the encoders."""
-    pipe = DTEPipeline.from_pretrained("small")
-    backbone = load_backbone("small", dtype=checked_precision(mixed_precision))
     variants = {"base": {}}
     for group in only:
         if group not in VARIANTS:
             raise ValueError(f"--only {group}: choose from {', '.join(VARIANTS)}.")
         variants |= VARIANTS[group]
+    pipe = DTEPipeline.from_pretrained("small")
+    backbone = pipe.backbone
+    if mixed_precision != "no":
+        backbone = load_backbone("small", dtype=checked_precision(mixed_precision))
     specs = []
     for name, options in variants.items():
         folder = train(backbone, runs, name, steps, mixed_precision, **options)
