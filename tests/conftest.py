@@ -1,6 +1,8 @@
 """Shared fixtures: a tiny random backbone in the Stable Diffusion layout, and a fresh encoder."""
 
+import base64
 import copy
+import io
 
 import numpy as np
 import pytest
@@ -156,3 +158,14 @@ def picture():
 def tiny_pixels():
     """Three random pictures (3, 3, 16, 16) in [-1, 1]."""
     return torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@pytest.fixture
+def shown_picture():
+    """The picture that a panel of `figure_panel` shows, read from its HTML."""
+
+    def read(panel):
+        data = panel.view.value.partition("base64,")[2].partition('"')[0]
+        return Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
+
+    return read

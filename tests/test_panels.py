@@ -97,22 +97,15 @@ def test_no_offsets_at_all_can_be_drawn(tiny_backbone, tiny_offsets):
     quickstart.offsets_figure(layers, {"predicted": sizes}).savefig(io.BytesIO())
 
 
-def colour_shown(panel):
-    """Colour in the middle of the picture that the panel's HTML holds."""
-    import base64
-
-    data = panel.view.value.partition("base64,")[2].partition('"')[0]
-    picture = Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
-    return picture.getpixel((picture.width // 2, picture.height // 2))
-
-
-def test_panel_follows_its_widgets(pictures):
+def test_panel_follows_its_widgets(pictures, shown_picture):
     panel = quickstart.blend_panel(pictures)
     assert panel.view in panel.children
     for alpha, seed in pictures:
         panel.alpha.value = alpha
         panel.seed.value = seed
-        assert colour_shown(panel) == pictures[alpha, seed].getpixel((0, 0))
+        shown = shown_picture(panel)
+        middle = shown.getpixel((shown.width // 2, shown.height // 2))
+        assert middle == pictures[alpha, seed].getpixel((0, 0))
         assert f'alt="The concept with alpha_blend {alpha:g} and seed {seed}"' in panel.view.value
 
 

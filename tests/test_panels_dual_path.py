@@ -1,6 +1,5 @@
 """Figures of 04_dual_path show what they are given, and the panel's widgets redraw it."""
 
-import base64
 import io
 
 import numpy as np
@@ -116,14 +115,13 @@ def test_plane_compares_all_ways_at_the_alphas_that_they_share(table):
     dual_path.plane_figure(saturated).savefig(io.BytesIO())  # ellipses without width
 
 
-def test_panel_follows_its_widgets(pictures):
+def test_panel_follows_its_widgets(pictures, shown_picture):
     panel = dual_path.dual_path_panel(pictures)
     assert panel.view in panel.children
     for pairing, granularity, alpha, seed in pictures:
         panel.pairing.value, panel.granularity.value = pairing, granularity
         panel.alpha.value, panel.seed.value = alpha, seed
-        data = panel.view.value.partition("base64,")[2].partition('"')[0]
-        shown = Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
+        shown = shown_picture(panel)
         colour = shown.getpixel((shown.width // 2, shown.height // 2 + 20))
         assert colour == pictures[pairing, granularity, alpha, seed].getpixel((0, 0))
         alt = f"Pairing {pairing}, granularity {granularity}, alpha_blend {alpha:g}, seed {seed}"

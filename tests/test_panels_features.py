@@ -1,6 +1,5 @@
 """The figures of 01_features show what they are given, and the panel's widgets redraw it."""
 
-import base64
 import io
 
 import numpy as np
@@ -131,7 +130,7 @@ def given():
     return noisy, components
 
 
-def test_panel_follows_its_widgets(given):
+def test_panel_follows_its_widgets(given, shown_picture):
     noisy, components = given
     panel = features.layer_panel(*given)
     assert panel.view in panel.children
@@ -140,8 +139,7 @@ def test_panel_follows_its_widgets(given):
         for name, fraction in noisy:
             panel.picture.value, panel.t.value, panel.layer.value = name, fraction, layer
             assert f'alt="Maps of {name}, t = {fraction:g} T, {layer}"' in panel.view.value
-            data = panel.view.value.partition("base64,")[2].partition('"')[0]
-            image = Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
+            image = shown_picture(panel)
             middle = image.height // 2 + 10
             left, centre = (image.getpixel((image.width * k // 6, middle)) for k in (1, 3))
             assert left == noisy[name, fraction].getpixel((0, 0))

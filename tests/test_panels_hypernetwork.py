@@ -1,8 +1,5 @@
 """Figures of 03_lora_hypernetwork show what they are given, and the panel's widgets redraw it."""
 
-import base64
-import io
-
 import numpy as np
 import pytest
 import torch
@@ -154,18 +151,17 @@ def test_rank_figure_tells_kept_from_cut_off(things):
     assert kept[0].get_hatch() != cut[0].get_hatch()
 
 
-def test_panel_follows_its_widgets(things):
+def test_panel_follows_its_widgets(things, shown_picture):
     pictures, drawn, *rest = things
     panel = ranks.rank_panel(pictures, drawn, *rest)
 
     def centre(picture):  # of the second of the three columns
         width, height = picture.size
-        return picture.convert("RGB").getpixel((round(0.47 * width), height // 2))
+        return picture.getpixel((round(0.47 * width), height // 2))
 
     for name, rank in (("cup", 2), ("bus", 0), ("bus", 1)):
         panel.concept.value, panel.rank.value = name, rank
         html = panel.view.value
         assert f"The {name}, and its drawing with rank {rank}: distance" in html
         assert f"{rest[1][name][rank]:.3f}" in html
-        shown = Image.open(io.BytesIO(base64.b64decode(html.split("base64,")[1].rstrip('">'))))
-        assert centre(shown) == drawn[name, rank].getpixel((0, 0))
+        assert centre(shown_picture(panel)) == drawn[name, rank].getpixel((0, 0))

@@ -1,8 +1,5 @@
 """The figures of 05_tuning show what they are given, and its panel follows its widgets."""
 
-import base64
-import io
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -127,15 +124,13 @@ def test_captioned_grid_puts_each_line_under_its_picture(pictures):
     assert np.array_equal(figure.axes[1].get_images()[0].get_array(), np.asarray(b))
 
 
-def test_panel_follows_its_widgets(pictures):
+def test_panel_follows_its_widgets(pictures, shown_picture):
     panel = tuning.steps_panel(pictures)
     assert panel.view in panel.children
     for steps, scene in pictures:
         panel.steps.value = steps
         panel.scene.value = scene
-        html = panel.view.value
-        assert f'alt="The concept after {steps} steps: {scene}"' in html
-        data = html.partition("base64,")[2].partition('"')[0]
-        shown = Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
+        assert f'alt="The concept after {steps} steps: {scene}"' in panel.view.value
+        shown = shown_picture(panel)
         middle = shown.getpixel((shown.width // 2, shown.height // 2))
         assert middle == pictures[steps, scene].getpixel((0, 0))
