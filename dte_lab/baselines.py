@@ -225,7 +225,7 @@ class MultiplicativeOffsets(nn.Module):
     def offsets(self, deltas):
         """{key: (W * D (1, Din, Dout), identity (1, Dout, Dout))}"""
         return {
-            key: ((w.to(d) * d)[None], torch.eye(w.shape[1]).to(d)[None])
+            key: ((w.to(d) * d)[None], torch.eye(w.shape[1], dtype=d.dtype, device=d.device)[None])
             for key, w, d in zip(self.keys, self.weights, deltas, strict=True)
         }
 

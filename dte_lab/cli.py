@@ -53,7 +53,9 @@ Alpha = Annotated[
     float | None,
     typer.Option("--alpha", min=0, max=1, help="Blend of the dual path: 1 soft only, 0 hard only."),
 ]
-Guidance = Annotated[float, typer.Option("--guidance-scale", min=0)]
+Guidance = Annotated[
+    float | None, typer.Option("--guidance-scale", min=0, help="1.5; about 7.5 for sd15.")
+]
 InferenceSteps = Annotated[int, typer.Option("--num-inference-steps", min=1, max=1000)]
 
 
@@ -77,7 +79,7 @@ def personalize(
     seed: Seeds = (0,),
     backbone: BackboneName = "small",
     encoder: EncoderFolder = None,
-    guidance_scale: Guidance = 3.0,
+    guidance_scale: Guidance = None,
     num_inference_steps: InferenceSteps = 25,
     alpha: Alpha = None,
     device: hardware_cli.Device = None,
@@ -110,7 +112,7 @@ def personalize(
             result,
             prompt,
             seeds=seed,
-            guidance_scale=guidance_scale,
+            **training_cli.given(guidance_scale=guidance_scale),
             num_inference_steps=num_inference_steps,
             alpha_blend=alpha,
         )
@@ -141,7 +143,7 @@ def generate(
         str | None, typer.Option(help="By default the one that the concept was made with.")
     ] = None,
     encoder: EncoderFolder = None,
-    guidance_scale: Guidance = 3.0,
+    guidance_scale: Guidance = None,
     num_inference_steps: InferenceSteps = 25,
     alpha: Alpha = None,
     device: hardware_cli.Device = None,
@@ -160,7 +162,7 @@ def generate(
         loaded,
         prompt,
         seeds=seed,
-        guidance_scale=guidance_scale,
+        **training_cli.given(guidance_scale=guidance_scale),
         num_inference_steps=num_inference_steps,
         alpha_blend=alpha,
     )

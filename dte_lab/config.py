@@ -14,7 +14,8 @@ class DTEConfig:
     features.py, None for all) and the prompt they see, `feature_prompt`.
     Architecture: `rank` 1 to 16, or "full" for whole matrices; `width` of tokens and queries;
     `grid` of the fused feature map; `fusion_depth` residual conv blocks; `trunk_depth`
-    cross-attention blocks; `num_heads`.
+    cross-attention blocks; `num_heads`; `patch_channels` numbers of each CLIP patch that v* reads
+    directly.
     Scales: `token_scale` (residual of v* in units of a word's typical entry; E4T uses about 0.1 of
     a norm), `offset_scale` (of B). Zero-shot guess: `zero_shot_words` best words at
     `zero_shot_temperature`.
@@ -40,10 +41,11 @@ class DTEConfig:
     fusion_depth: int = 2
     trunk_depth: int = 2
     num_heads: int = 4
+    patch_channels: int = 32
     token_scale: float = 0.3
     offset_scale: float = 0.1
-    zero_shot_words: int = 8
-    zero_shot_temperature: float = 0.05
+    zero_shot_words: int = 32
+    zero_shot_temperature: float = 0.1
     alpha_blend: float | tuple[float, float] = 0.7
     pairing: str = "figure"
     granularity: str = "attention"

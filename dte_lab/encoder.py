@@ -1,11 +1,12 @@
 """The tuning encoder: one picture (and a noisy latent) -> v* and the low-rank offsets.
 
-    v*      = zero-shot guess + token_scale * token head      (paper: head 1, token embedder)
-    A, B    = LoRA hypernetwork                               (paper: head 2, W' = W + A B)
+    v*      = guess_share * zero-shot guess + token_scale * token head    (paper: head 1)
+    A, B    = LoRA hypernetwork                            (paper: head 2, W' = W + A B)
 
 The zero-shot guess is ours: CLIP's similarity between the picture and "a picture of a WORD" mixes
 the embeddings of the few best words. A fresh encoder is therefore an exact no-op on the UNet's
-weights, and its v* already names the picture.
+weights, and its v* already names the picture. Its share of the guess is 1 and is learned; on the
+small world the token head starts with a better guess of its own (world/first_words.py).
 """
 
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from torch import nn
 from tqdm.auto import tqdm
 
 from dte_lab.backbone import WEIGHTS, add_noise
@@ -60,7 +62,8 @@ class TuningEncoder(ModelMixin, ConfigMixin):
         self.fusion = FeatureFusion(
             clip_dim, embed_dim, unet_dim, dte.width, dte.grid, dte.fusion_depth
         )
-        self.token_head = TokenHead(dte.width, token_dim)
+        self.token_head = TokenHead(dte.width, token_dim, clip_dim, dte.grid, dte.patch_channels)
+        self.guess_share = nn.Parameter(torch.ones(()))
         self.hypernetwork = build_hypernetwork(
             projections, dte.rank, dte.width, dte.num_heads, dte.trunk_depth, dte.offset_scale
         )
@@ -90,10 +93,15 @@ class TuningEncoder(ModelMixin, ConfigMixin):
         """image_features: see features.py. unet_features: (B, C, g, g). timesteps: (B,)."""
         tokens = self.fusion(image_features, unet_features, timesteps)  # (B, g*g, width)
         guess = self.zero_shot(image_features.embeds)  # (B, d)
-        unit = self.word_embeddings.square().mean().sqrt()  # a word's typical entry
-        v_star = guess + self.dte.token_scale * unit * self.token_head(tokens)
+        residual = self.token_unit * self.token_head(tokens, image_features.patches)
+        v_star = self.guess_share * guess + residual
         best = (image_features.embeds @ self.word_clip.T).argmax(dim=-1)  # (B,)
         return EncoderPrediction(v_star, self.hypernetwork(tokens), self.word_embeddings[best])
+
+    @property
+    def token_unit(self):
+        """What the token head's outputs count in: `token_scale` of a word's typical entry."""
+        return self.dte.token_scale * self.word_embeddings.square().mean().sqrt()
 
     def zero_shot(self, embeds):
         """Mixture of the words that CLIP finds in pictures: unit (B, p) -> (B, d).

@@ -123,10 +123,13 @@ def pretrain_e4t(
     from dte_lab.backbone import load_backbone
     from dte_lab.baselines import E4TEncoder
     from dte_lab.pretrain import PretrainConfig, pretrain
+    from dte_lab.world.first_words import fit_token_head
     from dte_lab.world.pairs import ConceptPairs
 
     parts = load_backbone(backbone, device, checked_precision(mixed_precision))
     config = PretrainConfig(
         mixed_precision=mixed_precision, **given(steps=steps, max_minutes=minutes)
     )
-    pretrain(parts, E4TEncoder.from_backbone(parts), ConceptPairs(), config, out_dir=out)
+    encoder = E4TEncoder.from_backbone(parts)
+    fit_token_head(encoder, parts)
+    pretrain(parts, encoder, ConceptPairs(), config, out_dir=out)

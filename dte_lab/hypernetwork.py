@@ -3,6 +3,8 @@
 features -> convolutional fusion -> tokens -> token head        -> residual of v*
                                           -> LoRA hypernetwork  -> offsets A, B
 
+The token head reads CLIP's patches as well, each in its place, with one linear map.
+
 The hypernetwork asks one learned query per (layer, projection, side) about the fused tokens, and
 turns each answer into a matrix with a linear head shared by all matrices of that shape. ("ours":
 the paper gives neither the architecture nor the initialisation.)
@@ -31,6 +33,13 @@ class ResBlock(nn.Module):
         return x + self.conv2(F.silu(self.norm2(h)))
 
 
+def to_grid(x, grid):
+    """Patches (B, d, p, p) -> (B, d, grid, grid)."""
+    if x.shape[-1] == grid:
+        return x
+    return F.interpolate(x, (grid, grid), mode="bilinear", antialias=True)
+
+
 class FeatureFusion(nn.Module):
     """CLIP and UNet features on one grid, mixed by convolutions: -> tokens (B, grid^2, d)."""
 
@@ -50,8 +59,7 @@ class FeatureFusion(nn.Module):
         patches, embeds = image_features
         # contiguous: torch 2.13 crashes in GroupNorm's backward on a channels-last leaf on CPU.
         clip = self.clip_in(self.clip_norm(patches.contiguous()))  # (B, d, p, p)
-        if clip.shape[-1] != self.grid:
-            clip = F.interpolate(clip, (self.grid, self.grid), mode="bilinear", antialias=True)
+        clip = to_grid(clip, self.grid)
         # embeds are unit vectors: bring their entries to variance 1 before the projection.
         whole = self.embed_in(embeds * embeds.shape[-1] ** 0.5) + self.time(timesteps)  # (B, d)
         x = clip + self.unet_in(unet_features) + whole[:, :, None, None]  # (B, d, grid, grid)
@@ -60,17 +68,34 @@ class FeatureFusion(nn.Module):
 
 
 class TokenHead(nn.Module):
-    """Tokens (B, N, d) -> residual of the word embedding (B, token_dim), zero at first."""
+    """Tokens (B, N, d), CLIP patches (B, c, p, p) -> residual of v* (B, token_dim), zero at first.
 
-    def __init__(self, width, token_dim):
+    The mean of the tokens no longer knows what is where; `read` does. It is linear in the patches,
+    so that it can be fitted at once, as world/first_words.py does. ("ours")
+    """
+
+    def __init__(self, width, token_dim, clip_dim, grid, patch_channels):
         super().__init__()
+        self.grid = grid
         self.hidden = nn.Linear(width, width)
         self.out = nn.Linear(width, token_dim)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        patch_channels = min(patch_channels, clip_dim)
+        self.narrow = nn.Conv2d(clip_dim, patch_channels, 1, bias=False)
+        self.read = nn.Linear(patch_channels * grid**2, token_dim, bias=False)
+        for last in (self.out.weight, self.out.bias, self.read.weight):
+            nn.init.zeros_(last)
 
-    def forward(self, tokens):
-        return self.out(F.silu(self.hidden(tokens.mean(dim=1))))
+    def forward(self, tokens, patches):
+        from_tokens = self.out(F.silu(self.hidden(tokens.mean(dim=1))))
+        return from_tokens + self.read(self.places(patches))
+
+    def places(self, patches):
+        """What `read` reads: (B, c, p, p) -> (B, patch_channels * grid^2).
+
+        Divided by the root of their number, so that one step of AdamW moves v* by little.
+        """
+        x = to_grid(self.narrow(F.group_norm(patches.contiguous(), 1)), self.grid).flatten(1)
+        return x / x.shape[1] ** 0.5
 
 
 class CrossBlock(nn.Module):

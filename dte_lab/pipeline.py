@@ -21,7 +21,7 @@ from dte_lab.contrastive import word_in_use
 from dte_lab.dual_path import dual_path
 from dte_lab.encoder import load_encoder
 from dte_lab.images import read_image, to_square_tensor
-from dte_lab.sampling import Conditioning, Refresher, stock_pipeline
+from dte_lab.sampling import GUIDANCE_SCALE, Conditioning, Refresher, stock_pipeline
 from dte_lab.tokens import PromptEncoder
 from dte_lab.tuning import TuneConfig, tune
 from dte_lab.zero_shot import ZeroShotStart
@@ -100,7 +100,7 @@ class DTEPipeline:
 
     @torch.no_grad()
     def generate(
-        self, concept, prompts, seeds=(0,), guidance_scale=3.0, num_inference_steps=25,
+        self, concept, prompts, seeds=(0,), guidance_scale=GUIDANCE_SCALE, num_inference_steps=25,
         negative_prompt="", alpha_blend=None, batch_size=8, progress=True, refresh=None,
     ):  # fmt: skip
         """Sample every prompt with every seed: a list per prompt of a list per seed of PIL images.

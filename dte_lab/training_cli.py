@@ -16,6 +16,8 @@ world.add_typer(train, name="train")
 Out = Annotated[Path, typer.Option("--out", help="Folder for what is written.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Train this many steps in all.")]
 Minutes = Annotated[float | None, typer.Option(min=0, help="Stop this call after so long.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Pictures a step; 1,024 on a GPU.")]
+BankSize = Annotated[int | None, typer.Option(min=1, help="Pictures rendered beforehand.")]
 Device = Annotated[str, typer.Option(help="cpu, or cuda for a GPU.")]
 Precision = Annotated[
     Literal["no", "bf16"],
@@ -68,6 +70,7 @@ def pretrain(
     from dte_lab.encoder import DTEConfig, TuningEncoder
     from dte_lab.hardware_cli import checked_device
     from dte_lab.pretrain import PretrainConfig, pretrain
+    from dte_lab.world.first_words import fit_token_head
     from dte_lab.world.pairs import ConceptPairs
     from dte_lab.world.scenes import render_image
 
@@ -77,19 +80,22 @@ def pretrain(
         checked_precision(mixed_precision),
         gradient_checkpointing=gradient_checkpointing,
     )
+    dte = DTEConfig(**given(rank=rank, regulariser=regulariser))
+    encoder = TuningEncoder.from_backbone(parts, dte)
     if data is not None:
         dataset = load_pictures(data, parts.resolution)
         shown = [dataset.pairs[0][0], dataset.pairs[len(dataset) // 2][0]]
         prompts = ("a picture of S*",)
     elif parts.resolution <= 64:
         dataset = ConceptPairs()
+        fit_token_head(encoder, parts)
         shown = [render_image(name, "fluent", "white") for name in SAMPLE_CONCEPTS]
         prompts = ("a picture of S*", "a picture of S* on the beach")
     else:
         raise ValueError(f"{backbone} is no model of the small world: say --data FOLDER.")
     pretrain(
         parts,
-        TuningEncoder.from_backbone(parts, DTEConfig(**given(rank=rank, regulariser=regulariser))),
+        encoder,
         dataset,
         PretrainConfig(
             mixed_precision=mixed_precision,
@@ -128,13 +134,17 @@ def autoencoder(
     ] = None,
     steps: Steps = None,
     minutes: Minutes = None,
+    batch_size: BatchSize = None,
+    bank_size: BankSize = None,
     device: Device = "cpu",
     mixed_precision: Precision = "no",
 ) -> None:
     """Train the autoencoder; writes OUT/vae."""
     from dte_lab.world import train_autoencoder
 
-    options = given(parts=parts, steps=steps, minutes=minutes)
+    options = given(
+        parts=parts, steps=steps, minutes=minutes, batch_size=batch_size, bank_size=bank_size
+    )
     train_autoencoder.main(out, device=device, mixed_precision=mixed_precision, **options)
 
 
@@ -144,13 +154,15 @@ def clip(
     parts: Annotated[Path, typer.Option(help="Folder with vae.")],
     steps: Steps = None,
     minutes: Minutes = None,
+    batch_size: BatchSize = None,
+    bank_size: BankSize = None,
     device: Device = "cpu",
     mixed_precision: Precision = "no",
 ) -> None:
     """Train CLIP; writes OUT/tokenizer, text_encoder, image_encoder and feature_extractor."""
     from dte_lab.world import train_clip
 
-    options = given(steps=steps, minutes=minutes)
+    options = given(steps=steps, minutes=minutes, batch_size=batch_size, bank_size=bank_size)
     train_clip.main(out, parts, device=device, mixed_precision=mixed_precision, **options)
 
 
@@ -160,13 +172,18 @@ def unet(
     parts: Annotated[Path, typer.Option(help="Folder with vae, text_encoder and tokenizer.")],
     steps: Steps = None,
     minutes: Minutes = None,
+    batch_size: BatchSize = None,
+    bank_size: BankSize = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, pictures and noise.")] = None,
     device: Device = "cpu",
     mixed_precision: Precision = "no",
 ) -> None:
     """Train the UNet on the latents of the small world; writes OUT/unet and OUT/scheduler."""
     from dte_lab.world import train_unet
 
-    options = given(steps=steps, minutes=minutes)
+    options = given(
+        steps=steps, minutes=minutes, batch_size=batch_size, bank_size=bank_size, seed=seed
+    )
     train_unet.main(out, parts, device=device, mixed_precision=mixed_precision, **options)
 
 

@@ -54,7 +54,7 @@ def test_zero_shot_against_a_plain_formula(tiny_backbone, tiny_encoder):
             text = tiny_backbone.text_encoder(input_ids=ids).text_embeds[0]
             scores.append((F.cosine_similarity(text, e, dim=0).item(), i))
         best = sorted(scores, reverse=True)[:4]
-        w = torch.tensor([s for s, _ in best]).div(0.05).softmax(0)
+        w = torch.tensor([s for s, _ in best]).div(0.1).softmax(0)
         words = table.embeddings[[i for _, i in best]]
         mixture = (w[:, None] * words).sum(0)
         expected = mixture / mixture.norm() * (w * words.norm(dim=1)).sum()

@@ -80,7 +80,18 @@ def test_fusion_depends_on_all_its_inputs():
 
 
 def test_token_head_starts_at_zero():
-    assert TokenHead(8, 5)(torch.randn(2, 4, 8)).abs().max() == 0
+    head = TokenHead(8, 5, clip_dim=6, grid=2, patch_channels=3)
+    assert head(torch.randn(2, 4, 8), torch.randn(2, 6, 2, 2)).abs().max() == 0
+
+
+@pytest.mark.parametrize("side", [2, 4])
+def test_token_head_reads_patches_in_their_places(side):
+    torch.manual_seed(0)
+    head = TokenHead(8, 5, clip_dim=6, grid=2, patch_channels=3)
+    torch.nn.init.normal_(head.read.weight)
+    tokens, patches = torch.randn(2, 4, 8), torch.randn(2, 6, side, side)
+    assert head.places(patches).shape == (2, 12)
+    assert (head(tokens, patches.flip(-1)) - head(tokens, patches)).abs().max() > 0.1
 
 
 def test_full_matrices_start_as_a_no_op_and_are_whole(tiny_backbone):

@@ -11,7 +11,7 @@ from dte_lab.world import SCENES
 from dte_lab.world.autoencoder import PatchAutoencoder
 from dte_lab.world.captions import held_out
 from dte_lab.world.clip import build_image_tower, build_text_tower, build_tokenizer, tokenize
-from dte_lab.world.data import random_batch, to_tensor
+from dte_lab.world.data import indices, latent_bank, random_batch, to_tensor
 from dte_lab.world.evaluate import (
     Classifier,
     classify_scene,
@@ -30,7 +30,7 @@ from dte_lab.world.train_clip import (
     CanonicalPictures,
     TextPainter,
     Towers,
-    first_end,
+    first_end_state,
     start_from_pictures,
 )
 
@@ -102,8 +102,10 @@ def pictures():
 
 def test_components_are_of_the_latents_and_pictures_are_decoded(pictures):
     items = [("lion", "noto", "beach"), ("castle", "fluent", "gray")]
-    latents = pictures.look_up(items)
-    assert torch.equal(latents, pictures.latents(items).float())
+    shown = torch.stack(list(indices(items, pictures.names).values()), dim=1)
+    latents = pictures.look_up(shown)
+    expected = latent_bank(pictures.vae, [(*item, CANONICAL_SEED) for item in items])
+    torch.testing.assert_close(latents, expected.float(), atol=1e-2, rtol=0)
     components = pictures.components(latents)
     assert components.shape == (2, TARGET)
     back = components @ torch.linalg.pinv(pictures.basis).T + pictures.mean
@@ -133,10 +135,10 @@ def test_first_end_is_the_state_that_clip_projects(pictures):
     ids = tokenize(tokenizer, ["a picture of a red apple", "a dog"])
     with torch.no_grad():
         out = text(ids)
-    states = out.last_hidden_state[torch.arange(2), first_end(ids, tokenizer.eos_token_id)]
+    states = first_end_state(out.last_hidden_state, ids, tokenizer.eos_token_id)
     assert torch.allclose(text.text_projection(states), out.text_embeds, atol=1e-5)
-    read, components, kind = TextPainter(text, kinds=7)(ids)
-    assert read.shape == (2, 16, 64)
+    read, components, kind = TextPainter(text, channels=96, kinds=7)(ids)
+    assert read.shape == (2, 16, 96)
     assert components.shape == (2, TARGET) and kind.shape == (2, 7)
 
 

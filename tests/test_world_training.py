@@ -13,8 +13,11 @@ from dte_lab.world import pack, render_image, sampling, train_autoencoder, train
 from dte_lab.world.align import align, cell_blocks
 from dte_lab.world.autoencoder import PatchAutoencoder
 from dte_lab.world.clip import MAX_LENGTH, WORDS, cells
-from dte_lab.world.data import random_batch
+from dte_lab.world.data import random_batch, random_items, rendered
 from dte_lab.world.evaluate import generate
+from dte_lab.world.first_words import fit_token_head, name_embeddings
+
+TINY = {"steps": 2, "batch_size": 2, "bank_size": 300}
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +28,11 @@ def runs(tmp_path_factory):
 
 
 def train_all(root):
-    train_autoencoder.main(root / "autoencoder", steps=2, batch_size=2)
+    train_autoencoder.main(root / "autoencoder", **TINY)
     pack.main({"autoencoder": root / "autoencoder"}, root / "parts")
-    train_clip.main(root / "clip", root / "parts", steps=2)
+    train_clip.main(root / "clip", root / "parts", **TINY)
     pack.main({"clip": root / "clip"}, root / "parts")
-    train_unet.main(root / "unet", root / "parts", steps=2, batch_size=2, bank_size=32)
+    train_unet.main(root / "unet", root / "parts", **TINY)
     runs = {part: root / part for part in ("autoencoder", "clip", "unet")}
     pack.main(runs, root / "small")
     return root
@@ -61,7 +64,7 @@ def test_weights_are_stored_in_half_precision_under_35_mb(runs):
 
 
 def test_the_trained_folder_is_a_backbone_that_draws(backbone):
-    assert backbone.resolution == 64 and backbone.latent_shape == (64, 4, 4)
+    assert backbone.resolution == 64 and backbone.latent_shape == (96, 4, 4)
     pictures = generate(backbone, ["a noto picture of a red apple"], seed=0)
     assert pictures.shape == (1, 3, 64, 64) and pictures.isfinite().all()
 
@@ -74,7 +77,7 @@ def test_it_can_be_personalized(backbone):
 
 
 def test_decoder_alone_is_trained_further(runs, tmp_path):
-    train_autoencoder.main(tmp_path / "more", runs / "parts", steps=2, batch_size=2)
+    train_autoencoder.main(tmp_path / "more", runs / "parts", **TINY)
     before = PatchAutoencoder.from_pretrained(runs / "parts" / "vae", torch_dtype=torch.float32)
     after = PatchAutoencoder.from_pretrained(tmp_path / "more" / "vae")
     assert after.config.scaling_factor == before.config.scaling_factor
@@ -88,17 +91,34 @@ def test_decoder_alone_is_trained_further(runs, tmp_path):
 
 def test_a_finished_run_ends_at_once(runs):
     before = (runs / "autoencoder" / "log.jsonl").read_text()
-    train_autoencoder.main(runs / "autoencoder", steps=2, batch_size=2)
+    train_autoencoder.main(runs / "autoencoder", **TINY)
     assert (runs / "autoencoder" / "log.jsonl").read_text() == before
+
+
+def test_fitted_token_head_knows_the_words_of_pictures(tiny_backbone, tiny_config):
+    encoder = TuningEncoder.from_backbone(tiny_backbone, tiny_config)
+    fit_token_head(encoder, tiny_backbone, pictures=256)
+    items = random_items(np.random.default_rng(0), 256)
+    clip = encoder.image_features(tiny_backbone, rendered(items))
+    head, rows = encoder.token_head, torch.zeros(256, 16, 16)
+    read = encoder.token_unit * head(rows, clip.patches)
+    truth = name_embeddings(tiny_backbone, [name for name, *_ in items])
+    assert (read.mean(0) - truth.mean(0)).abs().max() < 1e-5
+    error = (read - truth).square().mean()
+    assert error < 0.9 * (truth - truth.mean(0)).square().mean()
+    unet, t = torch.randn(256, encoder.config.unet_dim, 4, 4), torch.zeros(256, dtype=torch.long)
+    prediction = encoder(clip, unet, t)  # nothing of the guess, and no offsets yet
+    torch.testing.assert_close(prediction.v_star, read)
+    assert all((a @ b).abs().max() == 0 for a, b in prediction.offsets.values())
 
 
 def test_aligned_heads_look_at_their_cell_and_read_it():
     torch.manual_seed(0)
     unet = train_unet.build_unet().eval()
-    latents = torch.randn(64, 64, 4, 4)
+    latents = torch.randn(64, 96, 4, 4)
     basis = torch.linalg.qr(torch.randn(192, 192))[0]
     states = torch.randn(64, MAX_LENGTH, 192)  # words are noise; a cell says which and what it is
-    states[:, WORDS:] = 4 * basis[:16] + cells(latents) @ basis[16:80]
+    states[:, WORDS:] = 4 * basis[:16] + cells(latents) @ basis[16:112]
     x_t, t = torch.randn_like(latents), torch.randint(1000, (64,))
     align(unet, x_t, t, states, latents)
     for block in cell_blocks(unet):
@@ -117,7 +137,7 @@ def test_aligned_heads_look_at_their_cell_and_read_it():
         scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / 48**0.5
         share = scores.softmax(-1)[..., WORDS:].diagonal(dim1=2, dim2=3)
         assert share.mean() > 0.3  # of 32 tokens
-        for head, part in ((0, slice(0, 48)), (1, slice(16, 64))):
+        for head, part in ((0, slice(0, 48)), (1, slice(48, 96))):
             truth = cells(latents)[..., part].flatten()
             read = value[:, WORDS:, head].flatten()
             assert torch.corrcoef(torch.stack([read, truth]))[0, 1] > 0.98

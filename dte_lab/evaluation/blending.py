@@ -34,6 +34,7 @@ from dte_lab.evaluation.run import (
     write_document,
 )
 from dte_lab.pipeline import DTEPipeline, to_pil
+from dte_lab.sampling import GUIDANCE_SCALE
 from dte_lab.world.evaluate import interval
 
 SETTINGS = [  # (pairing, granularity, alpha_blend)
@@ -49,7 +50,7 @@ MEASURED = ("identity", "identity_margin", "clip_i_small", "scene", "clip_t_smal
 
 def blending(
     out: Path, pipe: DTEPipeline, count: int = 30, num_steps: int = 12, seeds: int = 2,
-    scenes: tuple[str, ...] = SCENES, num_inference_steps: int = 15, guidance_scale: float = 3.0,
+    scenes: tuple[str, ...] = SCENES, num_inference_steps: int = 15, guidance_scale: float = GUIDANCE_SCALE,
     seed: int = 0, progress: bool = True,
 ) -> dict:  # fmt: skip
     """Draw and measure SETTINGS on `count` val concepts; write `out` and return its content.

@@ -19,6 +19,7 @@ from dte_lab.evaluation_cli import report
 from dte_lab.pipeline import DTEPipeline
 from dte_lab.pretrain import PretrainConfig, pretrain
 from dte_lab.training_cli import SAMPLE_CONCEPTS, Precision, checked_precision
+from dte_lab.world.first_words import fit_token_head
 from dte_lab.world.pairs import ConceptPairs
 from dte_lab.world.scenes import render_image
 
@@ -36,6 +37,7 @@ def train(
 ) -> Path:
     """Folder of a finished encoder; concepts: how many to train on, None for all of them."""
     encoder = TuningEncoder.from_backbone(backbone, DTEConfig(**options))
+    fit_token_head(encoder, backbone)
     config = PretrainConfig(steps=steps, checkpoint_every=200, mixed_precision=mixed_precision)
     watched = [render_image(concept, "fluent", "white") for concept in SAMPLE_CONCEPTS]
     pretrain(

@@ -36,6 +36,7 @@ from dte_lab.evaluation.methods import ANCHORS, Method, Methods, parse
 from dte_lab.evaluation.report import summarise
 from dte_lab.files import write_atomically
 from dte_lab.pipeline import DTEPipeline, to_pil
+from dte_lab.sampling import GUIDANCE_SCALE
 
 KEYS = ["method", "steps", "concept", "group", "input_style", "input_scene", "edit", "is_style"]
 CONCEPT_MEASURES = [*WORD_MEASURES, *LOSSES, "nearest_words", "seconds", "extra_memory_mb"]
@@ -45,7 +46,7 @@ SHOWN = 6  # concepts whose pictures are kept
 
 def evaluate(
     out_dir, pipe: DTEPipeline, specs, count=60, seeds=2, scenes=SCENE_EDITS, split="test",
-    num_inference_steps=15, guidance_scale=3.0, seed=0, with_losses=False, progress=True,
+    num_inference_steps=15, guidance_scale=GUIDANCE_SCALE, seed=0, with_losses=False, progress=True,
 ):  # fmt: skip
     """Measure methods, given as in methods.py, and write the run's folder.
 

@@ -41,7 +41,7 @@ def align(
 ) -> None:
     """Set query, key, value and output weights of the cross-attentions of `cell_blocks`.
 
-    x_t (n, 64, 4, 4), t (n,), text states (n, T, d) and true latents (n, 64, 4, 4) are examples.
+    x_t (n, c, 4, 4), t (n,), text states (n, T, d) and true latents (n, c, 4, 4) are examples.
     Features tell positions apart because a convolution sees where the padding is.
     """
     blocks, features = cell_blocks(unet), {}
@@ -60,12 +60,12 @@ def align(
     key = ridge(states.flatten(0, 1), which, 1e-4)  # (d, 16)
     content = states[:, WORDS:].flatten(0, 1)
     truth = cells(latents).flatten(0, 1)
-    value = ridge(content - content.mean(0), truth - truth.mean(0), 1e-3)  # (d, 64)
+    value = ridge(content - content.mean(0), truth - truth.mean(0), 1e-3)  # (d, c)
     for i, block in enumerate(blocks):
         x = torch.cat(features[i]).flatten(0, 1)
         query = ridge(x, one_hot.repeat(len(states), 1), 1e-2)
         attention = block.attn2
-        width = attention.to_q.out_features // attention.heads  # 48 of the 64 numbers of a cell
+        width = attention.to_q.out_features // attention.heads  # 48 of the 96 numbers of a cell
         for head in range(HEADS):
             rows = slice(head * width, (head + 1) * width)
             first = head * (value.shape[1] - width) // (HEADS - 1)

@@ -1,7 +1,7 @@
-"""The autoencoder of the small backbone: 64x64x3 pixels <-> 4x4x64 latents.
+"""The autoencoder of the small backbone: 64x64x3 pixels <-> 4x4x96 latents.
 
 A linear path (8x8 patches times a PCA basis) makes it good from the first second, a small
-convolutional path adds what a linear map cannot. Both make 16 numbers of each patch; the four
+convolutional path adds what a linear map cannot. Both make 24 numbers of each patch; the four
 patches of a cell of 16x16 pixels are stacked into the channels of one latent, so that the denoiser
 has one position for each cell that the caption tells of (see train_clip). The interface is that of
 diffusers' AutoencoderKL, so a stock StableDiffusionPipeline takes it.
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 class Latents(NamedTuple):
     """What `encode` returns: the encoder is deterministic, so sample and mode are the same."""
 
-    value: Tensor  # (B, 64, 4, 4)
+    value: Tensor  # (B, 96, 4, 4)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         return self.value
@@ -63,7 +63,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        patch_channels: int = 16,
+        patch_channels: int = 24,
         cell: int = 2,  # patches on each side of a latent
         width: int = 192,
         fine_width: int = 64,
@@ -102,7 +102,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         )
 
     def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput | tuple[Latents]:
-        """(B, 3, 64, 64) in [-1, 1] -> latents (B, 64, 4, 4), not yet scaled."""
+        """(B, 3, 64, 64) in [-1, 1] -> latents (B, 96, 4, 4), not yet scaled."""
         z = self.linear_encode(nn.functional.pixel_unshuffle(x, 8)) + self.encoder(x)
         z = nn.functional.pixel_unshuffle(z, self.config.cell)
         return EncoderOutput(Latents(z)) if return_dict else (Latents(z),)
@@ -110,8 +110,8 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
-        """Latents (B, 64, 4, 4) -> (B, 3, 64, 64)."""
-        z = nn.functional.pixel_shuffle(z, self.config.cell)  # (B, 16, 8, 8)
+        """Latents (B, 96, 4, 4) -> (B, 3, 64, 64)."""
+        z = nn.functional.pixel_shuffle(z, self.config.cell)  # (B, 24, 8, 8)
         x = nn.functional.pixel_shuffle(self.linear_decode(z), 8) + self.decoder(z)
         return DecoderOutput(x) if return_dict else (x,)
 

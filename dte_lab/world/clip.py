@@ -137,10 +137,10 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
 
 
 def cells(latents: Tensor) -> Tensor:
-    """Latents (B, 64, 4, 4) as one vector per cell, row by row: (B, CELLS, 64)."""
+    """Latents (B, c, 4, 4) as one vector per cell, row by row: (B, CELLS, c)."""
     return latents.flatten(2).transpose(1, 2)
 
 
 def from_cells(content: Tensor) -> Tensor:
-    """Undo `cells`: (B, CELLS, 64) -> (B, 64, 4, 4)."""
+    """Undo `cells`: (B, CELLS, c) -> (B, c, 4, 4)."""
     return content.transpose(1, 2).unflatten(2, (4, 4))

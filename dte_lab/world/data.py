@@ -1,12 +1,22 @@
-"""Random pictures and captions of the small world, as tensors."""
+"""Random pictures and captions of the small world, as tensors.
+
+Training draws from banks that are made once and lie on its device: rendering as one goes would keep
+a GPU waiting.
+"""
+
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from dte_lab.world.captions import held_out, random_caption
+from dte_lab.world.captions import caption, held_out, random_caption
+from dte_lab.world.clip import tokenize
 from dte_lab.world.scenes import SCENES, render
 from dte_lab.world.sprites import STYLES, concepts, split_names
+
+Item = tuple[str, str, str, int]  # concept, style, scene, seed of the background
 
 
 def to_tensor(pictures: np.ndarray) -> Tensor:
@@ -14,7 +24,7 @@ def to_tensor(pictures: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2) / 127.5 - 1
 
 
-def random_item(rng: np.random.Generator, names: list[str]) -> tuple[str, str, str, int]:
+def random_item(rng: np.random.Generator, names: list[str]) -> Item:
     """A (concept, style, scene, seed) that is not a held-out combination."""
     while True:
         name, style = names[rng.integers(len(names))], STYLES[rng.integers(len(STYLES))]
@@ -23,33 +33,86 @@ def random_item(rng: np.random.Generator, names: list[str]) -> tuple[str, str, s
             return name, style, scene, int(rng.integers(1 << 31))
 
 
-def random_captions(
-    rng: np.random.Generator, size: int, split: str = "train"
-) -> tuple[list[str], list[tuple[str, str, str, int]]]:
-    """Captions, and what each describes: (concept, style, scene, seed)."""
-    names = split_names(split)
-    items = [random_item(rng, names) for _ in range(size)]
-    return [random_caption(*item[:3], rng, concepts()[item[0]].tags) for item in items], items
-
-
 def random_batch(
     rng: np.random.Generator, size: int, split: str = "train"
-) -> tuple[Tensor, list[str], list[tuple[str, str, str, int]]]:
+) -> tuple[Tensor, list[str], list[Item]]:
     """Pictures (B, 3, 64, 64) in [-1, 1], captions, and what each shows."""
-    captions, items = random_captions(rng, size, split)
-    return rendered(items), captions, items
+    items = random_items(rng, size, split)
+    texts = [random_caption(*item[:3], rng, concepts()[item[0]].tags) for item in items]
+    return rendered(items), texts, items
 
 
-def rendered(items: list[tuple[str, str, str, int]]) -> Tensor:
+def random_items(rng: np.random.Generator, size: int, split: str = "train") -> list[Item]:
+    names = split_names(split)
+    return [random_item(rng, names) for _ in range(size)]
+
+
+def rendered(items: list[Item]) -> Tensor:
     """The pictures of (concept, style, scene, seed): (B, 3, 64, 64) in [-1, 1]."""
-    return to_tensor(np.stack([render(*item) for item in items]))
+    return to_tensor(_render(items))
+
+
+def _render(items: list[Item]) -> np.ndarray:
+    return np.stack([render(*item) for item in items])
+
+
+def picture_bank(items: list[Item]) -> Tensor:
+    """The pictures as bytes (B, 3, 64, 64), drawn by all cores: see `from_bytes`."""
+    chunks = [items[start : start + 256] for start in range(0, len(items), 256)]
+    with ProcessPoolExecutor() as pool:
+        bar = tqdm(pool.map(_render, chunks), total=len(chunks), desc="pictures", mininterval=5)
+        return torch.from_numpy(np.concatenate(list(bar))).permute(0, 3, 1, 2).contiguous()
+
+
+def from_bytes(pictures: Tensor) -> Tensor:
+    """(B, 3, 64, 64) uint8 -> float in [-1, 1]."""
+    return pictures.float() / 127.5 - 1
 
 
 @torch.no_grad()
-def rendered_latents(vae, items: list[tuple[str, str, str, int]]) -> Tensor:
-    """Their scaled latents (B, 64, 4, 4), in half precision, on the CPU."""
-    z = vae.encode(rendered(items).to(vae.device)).latent_dist.mode()
-    return (z * vae.config.scaling_factor).half().cpu()
+def latent_bank(vae, items: list[Item]) -> Tensor:
+    """The scaled latents (B, 96, 4, 4) of the pictures, in half precision, on the vae's device."""
+    parts = picture_bank(items).split(256)
+    latents = [vae.encode(from_bytes(x.to(vae.device))).latent_dist.mode() for x in parts]
+    return (torch.cat(latents) * vae.config.scaling_factor).half()
+
+
+def caption_bank(
+    tokenizer, items: list[Item], rng: np.random.Generator, count: int, full: float = 0.0
+) -> Tensor:
+    """Token ids of `count` random captions of each item: (B, count, T).
+
+    `full`: the share of those that name style and scene for sure.
+    """
+    texts = [
+        caption(*item[:3])
+        if rng.random() < full
+        else random_caption(*item[:3], rng, concepts()[item[0]].tags)
+        for item in items
+        for _ in range(count)
+    ]
+    return tokenize(tokenizer, texts).unflatten(0, (len(items), count))
+
+
+def random_rows(bank: Tensor, size: int) -> Tensor:
+    """Indices (size,) of random rows of a bank, on its device."""
+    return torch.randint(len(bank), (size,), device=bank.device)
+
+
+def one_caption(captions: Tensor, rows: Tensor) -> Tensor:
+    """A random one of the captions (N, count, ...), ids or states, of each of the rows (B,)."""
+    which = torch.randint(captions.shape[1], rows.shape, device=rows.device)
+    return captions[rows, which]
+
+
+def indices(items: list[Item], names: list[str]) -> dict[str, Tensor]:
+    """Which of `names`, STYLES and SCENES the items show, (B,) each."""
+    concept = {name: i for i, name in enumerate(names)}
+    return {
+        "concept": torch.tensor([concept[item[0]] for item in items]),
+        "style": torch.tensor([STYLES.index(item[1]) for item in items]),
+        "scene": torch.tensor([SCENES.index(item[2]) for item in items]),
+    }
 
 
 def picture_grid(x: Tensor, columns: int) -> np.ndarray:

@@ -8,7 +8,6 @@ precision.
 import re
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 # Coefficients and number of the Newton-Schulz iterations, and momentum: as in torch.optim.Muon.
@@ -26,15 +25,16 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in named if p.ndim > 1 and p.requires_grad and inside.search(name)]
 
 
-def orthogonalise(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """About U V^T of a matrix (m, n) with singular value decomposition U S V^T, found in dtype."""
+def orthogonalise(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """About U V^T of each matrix (..., m, n) with decomposition U S V^T, found in `dtype`."""
     a, b, c = COEFFICIENTS
-    x = matrix.T if len(matrix) > matrix.shape[1] else matrix
-    x = (x / (x.norm() + 1e-7)).to(dtype)
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
     for _ in range(ITERATIONS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.T if len(matrix) > matrix.shape[1] else x).to(matrix.dtype)
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 class MuonAdamW(torch.optim.AdamW):
@@ -55,31 +55,22 @@ class MuonAdamW(torch.optim.AdamW):
         super().step()
         self.param_groups = groups
         for group in groups:
-            if not group.get("muon"):
-                continue
-            updates = [self._update(p, i) for i, p in enumerate(group["params"])]
-            share_sums(updates)
-            for p, update in zip(group["params"], updates, strict=True):
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"])
+            if group.get("muon"):
+                self._muon(group)
 
-    def _update(self, p: Tensor, index: int) -> Tensor:
-        """The step of a matrix; zeros if it is for another process to compute."""
-        state = self.state[p]
-        if not state:  # AdamW, when it loads, expects to find a step everywhere
-            state["step"], state["momentum"] = torch.tensor(0.0), torch.zeros_like(p)
-        state["step"] += 1
-        momentum = state["momentum"].lerp_(p.grad, 1 - MOMENTUM)
-        if dist.is_initialized() and index % dist.get_world_size() != dist.get_rank():
-            return torch.zeros_like(p)
-        update = p.grad.lerp(momentum, MOMENTUM).flatten(1)  # Nesterov
-        update = orthogonalise(update, self.dtype)
-        return update.mul(0.2 * max(update.shape) ** 0.5).view(p.shape)
-
-
-def share_sums(tensors: list[Tensor]) -> None:
-    """Replace tensors by their sums over all processes; does nothing in a process alone."""
-    if dist.is_initialized() and tensors:
-        flat = torch._utils._flatten_dense_tensors(tensors)
-        dist.all_reduce(flat)
-        torch._foreach_copy_(tensors, torch._utils._unflatten_dense_tensors(flat, tensors))
+    def _muon(self, group: dict) -> None:
+        """Muon's step; matrices of one shape are made orthogonal together."""
+        shapes = {}
+        for p in group["params"]:
+            state = self.state[p]
+            if not state:  # AdamW, when it loads, expects to find a step everywhere
+                state["step"], state["momentum"] = torch.tensor(0.0), torch.zeros_like(p)
+            state["step"] += 1
+            momentum = state["momentum"].lerp_(p.grad, 1 - MOMENTUM)
+            update = p.grad.lerp(momentum, MOMENTUM).flatten(1)  # Nesterov
+            shapes.setdefault(update.shape, []).append((p, update))
+        for shape, pairs in shapes.items():
+            updates = orthogonalise(torch.stack([update for _, update in pairs]), self.dtype)
+            updates *= 0.2 * max(shape) ** 0.5 * group["lr"]
+            for (p, _), update in zip(pairs, updates, strict=True):
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.view(p.shape))

@@ -18,6 +18,7 @@ from dte_lab.world.sprites import STYLES, concepts, split_names, sprite
 
 SAME_PICTURE, OTHER_SCENE = 0.25, 0.5  # the rest: other scene and other style
 SHORT_PROMPT = 0.3  # of the prompts that name a scene alone: "S* at night", as people write
+MIXED = 0.5  # of the items: half of one concept beside half of another
 VARIED = 0.75  # of the items: the concept mirrored, turned and with its colours exchanged
 VARIANTS = [
     (mirrored, turns, order)
@@ -37,6 +38,12 @@ def vary(rgba: np.ndarray, variant: int) -> np.ndarray:
     return rgba[..., [*order, 3]]
 
 
+def mix(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The left half of one sprite (48, 48, 4) beside the right half of another: one more thing."""
+    middle = SPRITE_PX // 2
+    return np.concatenate([left[:, :middle], right[:, middle:]], axis=1)
+
+
 class ConceptPairs(Dataset):
     """Item i is a pure function of (seed, i), so a resumed run sees what it would have seen.
 
@@ -51,11 +58,12 @@ class ConceptPairs(Dataset):
         seed: int = 0,
         count: int | None = None,
         varied: float = VARIED,
+        mixed: float = MIXED,
     ):
         names = [name for split in splits for name in split_names(split)]
         count = len(names) if count is None else count
         self.names = [names[i * len(names) // count] for i in range(count)]
-        self.length, self.seed, self.varied = length, seed, varied
+        self.length, self.seed, self.varied, self.mixed = length, seed, varied, mixed
 
     def __len__(self) -> int:
         return self.length
@@ -66,9 +74,11 @@ class ConceptPairs(Dataset):
         rng = np.random.default_rng((self.seed, index))
         name, style, scene, seed = random_item(rng, self.names)
         variant = int(rng.integers(1, len(VARIANTS))) if rng.random() < self.varied else 0
+        other = self.names[rng.integers(len(self.names))] if rng.random() < self.mixed else name
 
         def draw(style: str, scene: str, seed: int) -> np.ndarray:
-            return compose(vary(sprite(name, style, SPRITE_PX), variant), scene, seed)
+            left, right = (sprite(half, style, SPRITE_PX) for half in (name, other))
+            return compose(vary(mix(left, right), variant), scene, seed)
 
         image = draw(style, scene, seed)
         kind, prompt_style = rng.random(), None
@@ -83,9 +93,10 @@ class ConceptPairs(Dataset):
             if not prompt_style and rng.random() < SHORT_PROMPT:
                 prompt = f"S* {scene_words(scene)}"
         image, target = to_tensor(np.stack([image, target]))
+        left, right = concepts()[name].index, concepts()[other].index
         return {
             "image": image,
             "target": target,
             "prompt": prompt,
-            "concept": concepts()[name].index + variant * len(concepts()),
+            "concept": left + len(concepts()) * (right + len(concepts()) * variant),
         }

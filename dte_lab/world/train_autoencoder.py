@@ -14,7 +14,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dte_lab.world.autoencoder import PatchAutoencoder
-from dte_lab.world.data import picture_grid, random_batch
+from dte_lab.world.data import (
+    from_bytes,
+    picture_bank,
+    picture_grid,
+    random_batch,
+    random_items,
+    random_rows,
+)
 from dte_lab.world.training import TrainConfig, train
 
 LATENT_NOISE = 0.08  # std of the noise on latents of unit variance: the denoiser is never exact
@@ -35,6 +42,20 @@ def psnr(x: Tensor, y: Tensor) -> float:
     return float((10 * torch.log10(4 / error)).mean())
 
 
+def varied(x: Tensor) -> Tensor:
+    """Half of the pictures (B, 3, 64, 64) mirrored, half turned, half with colours exchanged.
+
+    Unseen things need an autoencoder that knows more than the training things.
+    """
+
+    def half() -> Tensor:
+        return torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
+
+    x = torch.where(half(), x.flip(3), x)
+    x = torch.where(half(), x.mT, x)
+    return torch.where(half(), x.roll(1, dims=1), x)
+
+
 @torch.no_grad()
 def scale_latents(model: PatchAutoencoder, x: Tensor) -> None:
     """Set the scaling factor so that the latents of x (B, 3, 64, 64) have unit variance."""
@@ -48,12 +69,14 @@ def main(
     minutes: float | None = None,
     seed: int = 0,
     batch_size: int = 32,
+    bank_size: int = 40_000,
     device: str = "cpu",
     mixed_precision: str = "no",
 ) -> None:
     """Train and save the EMA weights to `out/vae` in the diffusers layout."""
     torch.manual_seed(seed)
-    x, _, _ = random_batch(np.random.default_rng(seed), 1024)
+    bank = picture_bank(random_items(np.random.default_rng(seed), bank_size)).to(device)
+    x = from_bytes(bank[:1024]).cpu()
     if parts is None:
         model = PatchAutoencoder()
         model.initialise_from_pca(x)
@@ -66,9 +89,8 @@ def main(
     x_val, _, _ = random_batch(np.random.default_rng(10_000), 240, "val")
     x_val = x_val.to(device)
 
-    def loss(model: PatchAutoencoder, rng: np.random.Generator) -> tuple[Tensor, dict]:
-        x, _, _ = random_batch(rng, batch_size)
-        x = x.to(device)
+    def loss(model: PatchAutoencoder) -> tuple[Tensor, dict]:
+        x = varied(from_bytes(bank[random_rows(bank, batch_size)]))
         z = model.encode(x).latent_dist.mode()
         value = reconstruction_loss(model.decode(z + noise * torch.randn_like(z)).sample, x)
         return value, {}
@@ -91,7 +113,7 @@ def main(
         seed=seed,
         sample_every=200,
     )
-    model = train(Path(out), model, config, loss, sample, minutes, device)
+    model = train(Path(out), model, config, loss, sample, minutes, device).cpu()
     if parts is None:
         scale_latents(model, x)  # training lets them grow, away from the noise
     model.save_pretrained(Path(out) / "vae")

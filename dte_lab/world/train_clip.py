@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from dte_lab.world.autoencoder import PatchAutoencoder
@@ -36,26 +35,29 @@ from dte_lab.world.clip import (
     tokenize,
     whitening,
 )
-from dte_lab.world.data import picture_grid, random_batch, random_captions, rendered_latents
+from dte_lab.world.data import (
+    Item,
+    caption_bank,
+    from_bytes,
+    indices,
+    latent_bank,
+    one_caption,
+    picture_bank,
+    picture_grid,
+    random_batch,
+    random_items,
+    random_rows,
+)
 from dte_lab.world.scenes import SCENES
 from dte_lab.world.sprites import STYLES, concepts, split_names
-from dte_lab.world.training import TrainConfig, rank, train
+from dte_lab.world.training import TrainConfig, train
 
 CODE = 160  # dimensions of a word embedding that say what its thing looks like; 32 say the rest
 TARGET = 256  # principal components of the pictures that the first end state is to name
 PICTURE_WEIGHT, KIND_WEIGHT = 0.3, 0.05
 FULL_CAPTIONS = 0.5  # share of captions that name style and scene for sure; see random_caption
+CAPTIONS = 8  # ways to say what an item of the bank shows
 CANONICAL_SEED = 0  # one rendering per (thing, style, scene), or the target would blur several
-
-
-def indices(items: list[tuple], names: list[str]) -> dict[str, Tensor]:
-    """Which of `names`, STYLES and SCENES the items (concept, style, scene) show, (B,) each."""
-    found = {
-        "concept": [names.index(item[0]) for item in items],
-        "style": [STYLES.index(item[1]) for item in items],
-        "scene": [SCENES.index(item[2]) for item in items],
-    }
-    return {key: torch.tensor(value) for key, value in found.items()}
 
 
 def kinds_of(names: list[str]) -> Tensor:
@@ -80,33 +82,31 @@ class CanonicalPictures:
     @torch.no_grad()
     def __init__(self, vae: PatchAutoencoder):
         self.names, self.vae = split_names("train"), vae
-        latents = [
-            self.latents([(name, style, scene) for style in STYLES for scene in SCENES])
-            for name in tqdm(self.names, desc="pictures", mininterval=5)
+        items = [
+            (name, style, scene, CANONICAL_SEED)
+            for name in self.names
+            for style in STYLES
+            for scene in SCENES
         ]
-        # (concepts, styles, scenes, 1024)
-        self.bank = torch.stack(latents).flatten(2).unflatten(1, (len(STYLES), len(SCENES)))
-        some = np.random.default_rng(0).permutation(self.bank[..., 0].numel())[:4000]
-        some = self.bank.flatten(0, 2)[torch.from_numpy(some)].float()
+        # (concepts, styles, scenes, 96 * 4 * 4)
+        sizes = len(self.names), len(STYLES), len(SCENES)
+        self.bank = latent_bank(vae, items).flatten(1).unflatten(0, sizes)
+        some = np.random.default_rng(0).permutation(len(items))[:4000]
+        some = self.bank.flatten(0, 2)[torch.from_numpy(some).to(self.bank.device)].float()
         self.mean = some.mean(0)
         _, s, v = torch.linalg.svd(some - self.mean, full_matrices=False)
-        self.basis = v[:TARGET] / (s[:TARGET] / len(some) ** 0.5).sqrt()[:, None]  # (256, 1024)
+        self.basis = v[:TARGET] / (s[:TARGET] / len(some) ** 0.5).sqrt()[:, None]  # (256, 1536)
 
-    def latents(self, items: list[tuple]) -> Tensor:
-        """Scaled latents (B, 64, 4, 4) of (concept, style, scene), in half precision."""
-        return rendered_latents(self.vae, [(*item[:3], CANONICAL_SEED) for item in items])
-
-    def look_up(self, items: list[tuple]) -> Tensor:
-        """`latents`, as computed before, in single precision."""
-        found = self.bank[tuple(indices(items, self.names).values())].float()
-        return found.unflatten(1, (-1, 4, 4))
+    def look_up(self, shown: Tensor) -> Tensor:
+        """Scaled latents (B, 96, 4, 4), in single precision, of concepts, styles, scenes (B, 3)."""
+        return self.bank[tuple(shown.T)].float().unflatten(1, (-1, 4, 4))
 
     def components(self, latents: Tensor) -> Tensor:
-        """Latents (B, 64, 4, 4) -> (B, 256)."""
+        """Latents (B, 96, 4, 4) -> (B, 256)."""
         return (latents.flatten(1) - self.mean) @ self.basis.T
 
     def pictures(self, latents: Tensor) -> Tensor:
-        """(B, 64, 4, 4) -> (B, 3, 64, 64)."""
+        """(B, 96, 4, 4) -> (B, 3, 64, 64)."""
         return self.vae.decode(latents / self.vae.config.scaling_factor).sample
 
     def codes(self) -> Tensor:
@@ -115,7 +115,7 @@ class CanonicalPictures:
         z = (z - z.mean((0, 1))).mean(2).flatten(1)
         u, s, _ = torch.linalg.svd(z - z.mean(0), full_matrices=False)
         codes = u[:, :CODE] * s[:CODE].sqrt()
-        return codes / codes.pow(2).mean().sqrt()
+        return (codes / codes.pow(2).mean().sqrt()).cpu()
 
 
 @torch.no_grad()
@@ -160,27 +160,28 @@ def start_from_pictures(
 class TextPainter(nn.Module):
     """A text tower, and linear readers of its end states that are thrown away afterwards."""
 
-    def __init__(self, text: CLIPTextModelWithProjection, kinds: int):
+    def __init__(self, text: CLIPTextModelWithProjection, channels: int, kinds: int):
+        """channels: of a latent."""
         super().__init__()
         self.text = text
-        self.cell = nn.Linear(text.config.hidden_size, 64)
+        self.cell = nn.Linear(text.config.hidden_size, channels)
         self.picture = nn.Linear(text.config.hidden_size, TARGET)
         self.kind = nn.Linear(text.config.hidden_size, kinds)
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T) ids -> cells (B, 16, 64), components (B, 256) and kinds (B, K).
+        """(B, T) ids -> cells (B, 16, 96), components (B, 256) and kinds (B, K).
 
         The last two are read from the first end token, whose state CLIP projects.
         """
         states = self.text(input_ids).last_hidden_state  # (B, T, 192)
-        first = first_end(input_ids, self.text.config.eos_token_id)
-        pooled = states[torch.arange(len(states)), first]
+        pooled = first_end_state(states, input_ids, self.text.config.eos_token_id)
         return self.cell(states[:, WORDS:]), self.picture(pooled), self.kind(pooled)
 
 
-def first_end(input_ids: Tensor, eos_token_id: int) -> Tensor:
-    """(B, T) ids -> (B,) position of the first end token, whose state CLIP projects."""
-    return (input_ids == eos_token_id).int().argmax(dim=1)
+def first_end_state(states: Tensor, input_ids: Tensor, eos_token_id: int) -> Tensor:
+    """Of states (B, T, d), that of the first end token, which CLIP projects: (B, d)."""
+    first = (input_ids == eos_token_id).int().argmax(dim=1)
+    return states[torch.arange(len(states), device=states.device), first]
 
 
 class Towers(nn.Module):
@@ -205,6 +206,8 @@ def train_text(
     steps: int,
     minutes: float | None,
     seed: int,
+    batch_size: int,
+    bank_size: int,
     device: str,
     mixed_precision: str,
 ) -> CLIPTextModelWithProjection:
@@ -213,40 +216,48 @@ def train_text(
     torch.manual_seed(seed)
     text = build_text_tower(tokenizer)
     start_from_pictures(text, tokenizer, pictures)
-    model = TextPainter(text, len(all_kinds()))
+    model = TextPainter(text, vae.config.patch_channels * vae.config.cell**2, len(all_kinds()))
+    rng = np.random.default_rng((seed, 78))
+    items = random_items(rng, bank_size)
+    captions = caption_bank(tokenizer, items, rng, CAPTIONS, FULL_CAPTIONS).to(device)
+    kinds = kinds_of(pictures.names).to(device)
 
-    def losses(model: TextPainter, texts: list[str], items: list[tuple]) -> dict[str, Tensor]:
-        read, components, kind = model(tokenize(tokenizer, texts).to(device))
-        latents = pictures.look_up(items)
-        truth = pictures.components(latents).to(device)
-        true_kind = kinds_of([item[0] for item in items]).to(device)
+    def shown(items: list[Item]) -> Tensor:
+        """Numbers of concept, style and scene: (B, 3)."""
+        return torch.stack(list(indices(items, pictures.names).values()), dim=1).to(device)
+
+    def losses(model: TextPainter, ids: Tensor, shown: Tensor) -> dict[str, Tensor]:
+        read, components, kind = model(ids)
+        latents = pictures.look_up(shown)
+        truth = pictures.components(latents)
         return {
-            "cells": nn.functional.mse_loss(read, cells(latents).to(device)),
+            "cells": nn.functional.mse_loss(read, cells(latents)),
             "unexplained": (components - truth).pow(2).mean() / truth.pow(2).mean(),
-            "kind": nn.functional.cross_entropy(kind, true_kind),
+            "kind": nn.functional.cross_entropy(kind, kinds[shown[:, 0]]),
         }
 
-    def loss(model: TextPainter, rng: np.random.Generator) -> tuple[Tensor, dict]:
-        texts, items = random_captions(rng, 64)
-        full = rng.random(len(items)) < FULL_CAPTIONS
-        texts = [caption(*i[:3]) if f else t for f, t, i in zip(full, texts, items, strict=True)]
-        parts = losses(model, texts, items)
-        value = parts["cells"] + PICTURE_WEIGHT * parts["unexplained"] + KIND_WEIGHT * parts["kind"]
-        return value, {name: part.item() for name, part in parts.items()}
+    all_shown = shown(items)
 
-    _, test_items = random_captions(np.random.default_rng(10_000), 512)
-    test_texts = [caption(*item[:3]) for item in test_items]
+    def loss(model: TextPainter) -> tuple[Tensor, dict]:
+        rows = random_rows(all_shown, batch_size)
+        parts = losses(model, one_caption(captions, rows), all_shown[rows])
+        value = parts["cells"] + PICTURE_WEIGHT * parts["unexplained"] + KIND_WEIGHT * parts["kind"]
+        return value, parts
+
+    test_items = random_items(np.random.default_rng(10_000), 512)
+    test_ids = tokenize(tokenizer, [caption(*item[:3]) for item in test_items]).to(device)
+    test_shown = shown(test_items)
 
     def sample(model: TextPainter, step: int) -> dict[str, float]:
-        painted = from_cells(model(tokenize(tokenizer, test_texts[:36]).to(device))[0].cpu())
-        both = torch.stack([pictures.look_up(test_items[:36]), painted], 1).flatten(0, 1)
+        painted = from_cells(model(test_ids[:36])[0])
+        both = torch.stack([pictures.look_up(test_shown[:36]), painted], 1).flatten(0, 1)
         grid = picture_grid(pictures.pictures(both), 12)
         Image.fromarray(grid).save(out / "samples.png")
-        return {f"test_{k}": v.item() for k, v in losses(model, test_texts, test_items).items()}
+        return {f"test_{k}": v.item() for k, v in losses(model, test_ids, test_shown).items()}
 
     config = TrainConfig(
         steps=steps,
-        batch_size=64,
+        batch_size=batch_size,
         learning_rate=1.5e-3,
         muon_learning_rate=4e-3,
         warmup_steps=100,
@@ -264,12 +275,12 @@ def augment(x: Tensor) -> Tensor:
 
     For the picture tower alone, which is to know things that it has not seen.
     """
-    size = x.shape[-1]
-    top, left = torch.randint(7, (2,)).tolist()
-    shifted = nn.functional.pad(x, (3, 3, 3, 3), mode="replicate")
-    shifted = shifted[..., top : top + size, left : left + size]
-    gains = 1 + 0.15 * (2 * torch.rand(len(x), 3, 1, 1) - 1)
-    return ((shifted + 1) * gains - 1).clamp(-1, 1)
+    window = torch.arange(x.shape[-1], device=x.device)
+    top, left = torch.randint(7, (2, 1), device=x.device)
+    x = nn.functional.pad(x, (3, 3, 3, 3), mode="replicate")
+    x = x.index_select(2, window + top).index_select(3, window + left)
+    gains = 1 + 0.15 * (2 * torch.rand(len(x), 3, 1, 1, device=x.device) - 1)
+    return ((x + 1) * gains - 1).clamp(-1, 1)
 
 
 def train_towers(
@@ -279,42 +290,48 @@ def train_towers(
     steps: int,
     minutes: float | None,
     seed: int,
+    batch_size: int,
+    bank_size: int,
     device: str,
     mixed_precision: str,
 ) -> Towers:
     """Phase 2: see the module's docstring."""
     torch.manual_seed(seed)
-    x, _, _ = random_batch(np.random.default_rng(seed), 1024)
-    model = Towers(build_image_tower(x), text.text_projection.requires_grad_(True))
     names = split_names("train")
+    rng = np.random.default_rng((seed, 79))
+    items = random_items(rng, bank_size)
+    pictures = picture_bank(items).to(device)  # (N, 3, 64, 64)
+    captions = caption_bank(tokenizer, items, rng, CAPTIONS).to(device)
+    numbers = {key: index.to(device) for key, index in indices(items, names).items()}
+    image = build_image_tower(from_bytes(pictures[:1024]).cpu())
+    model = Towers(image, text.text_projection.requires_grad_(True))
 
     @torch.no_grad()
-    def pooled(texts: list[str]) -> Tensor:
+    def pooled(ids: Tensor) -> Tensor:
         """(B, 192) state of the end token, which CLIP projects."""
-        ids = tokenize(tokenizer, texts).to(device)
-        ends = first_end(ids, tokenizer.eos_token_id)
-        return text(ids).last_hidden_state[torch.arange(len(ids)), ends]
+        return first_end_state(text(ids).last_hidden_state, ids, tokenizer.eos_token_id)
 
-    classes = {  # what is in the picture -> the texts among which it must be found
-        "concept": pooled([caption(name, None, None) for name in names]),
-        "style": pooled([f"a {style} picture of a thing" for style in STYLES]),
-        "scene": pooled([caption("thing", None, scene) for scene in SCENES]),
+    texts = {  # what is in the picture -> the texts among which it must be found
+        "concept": [caption(name, None, None) for name in names],
+        "style": [f"a {style} picture of a thing" for style in STYLES],
+        "scene": [caption("thing", None, scene) for scene in SCENES],
     }
+    classes = {key: pooled(tokenize(tokenizer, t).to(device)) for key, t in texts.items()}
 
     kind_of = kinds_of(names).to(device)
     # The states of all captions are nearly parallel; whitened, they start apart from each other.
-    captions, _ = random_captions(np.random.default_rng(seed), 2048)
     with torch.no_grad():
-        model.projection.weight.copy_(whitening(pooled(captions), len(model.projection.weight)))
+        some = pooled(captions[:2048, 0])
+        model.projection.weight.copy_(whitening(some, len(model.projection.weight)))
 
-    def loss(model: Towers, rng: np.random.Generator) -> tuple[Tensor, dict]:
-        x, texts, items = random_batch(rng, 64)
-        image = model.image(augment(x).to(device)).image_embeds
-        logits = model.logits(image, pooled(texts))  # (B, B)
+    def loss(model: Towers) -> tuple[Tensor, dict]:
+        rows = random_rows(pictures, batch_size)
+        image = model.image(augment(from_bytes(pictures[rows]))).image_embeds
+        logits = model.logits(image, pooled(one_caption(captions, rows)))  # (B, B)
         own = torch.arange(len(logits), device=device)
         cross_entropy = nn.functional.cross_entropy
         losses = {"caption": (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2}
-        truth = {key: index.to(device) for key, index in indices(items, names).items()}
+        truth = {key: number[rows] for key, number in numbers.items()}
         scores = {key: model.logits(image, classes[key]) for key in truth}
         for key, index in truth.items():
             losses[key] = cross_entropy(scores[key], index)
@@ -322,7 +339,7 @@ def train_towers(
         same_kind = kind_of == kind_of[truth["concept"]][:, None]  # (B, concepts)
         shares = (scores["concept"].softmax(1) * same_kind).sum(1)
         losses["kind"] = -shares.clamp(min=1e-6).log().mean()
-        return sum(losses.values()), {name: loss.item() for name, loss in losses.items()}
+        return sum(losses.values()), losses
 
     x_test, _, items = random_batch(np.random.default_rng(10_000), 400)
 
@@ -338,7 +355,7 @@ def train_towers(
 
     config = TrainConfig(
         steps=steps,
-        batch_size=64,
+        batch_size=batch_size,
         learning_rate=1e-3,
         muon_learning_rate=3e-3,
         ema_decay=0.998,
@@ -355,6 +372,8 @@ def main(
     steps: int = 10_000,
     minutes: float | None = None,
     seed: int = 0,
+    batch_size: int = 64,
+    bank_size: int = 40_000,
     device: str = "cpu",
     mixed_precision: str = "no",
 ) -> None:
@@ -365,19 +384,16 @@ def main(
     """
     out = Path(out)
     tokenizer = build_tokenizer()
-    vae = PatchAutoencoder.from_pretrained(Path(parts) / "vae").eval()
+    vae = PatchAutoencoder.from_pretrained(Path(parts) / "vae").eval().to(device)
     how = {
-        "steps": steps, "minutes": minutes, "seed": seed, "device": device,
-        "mixed_precision": mixed_precision,
+        "steps": steps, "minutes": minutes, "seed": seed, "batch_size": batch_size,
+        "bank_size": bank_size, "device": device, "mixed_precision": mixed_precision,
     }  # fmt: skip
     text = train_text(out / "text", tokenizer, vae, **how)
-    if rank() == 0:
-        tokenizer.save_pretrained(out / "tokenizer")
-        text.save_pretrained(out / "text_encoder")
+    tokenizer.save_pretrained(out / "tokenizer")
+    text.save_pretrained(out / "text_encoder")
     text = text.requires_grad_(False)
     towers = train_towers(out / "towers", tokenizer, text, **how)
-    if rank() > 0:
-        return
     text.text_projection = towers.projection
     text.save_pretrained(out / "text_encoder")
     towers.image.save_pretrained(out / "image_encoder")

@@ -1,28 +1,29 @@
 """One training loop for the three parts of the base model: log, EMA, samples, exact resume.
 
 Every step draws all of its randomness from (seed, step), so a run that stops and goes on is the
-same, bit for bit on one CPU machine, as one that never stopped. Under `torchrun --nproc-per-node N`
-each of N processes draws its own batch from (seed, step, rank), and gradients are averaged.
+same, bit for bit on one CPU machine, as one that never stopped. On a GPU a step is captured once as
+a CUDA graph and replayed, as its thousands of small kernels take longer to launch than to run: so
+`loss` must compute on the device alone, from data that lie there.
 """
 
 import json
-import os
+import math
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from dte_lab.attention import short_attention
 from dte_lab.checkpoint import read_state, restore_optimizer, trapezoid, write_state
 from dte_lab.files import write_atomically
-from dte_lab.world.muon import MuonAdamW, hidden_matrices, share_sums
+from dte_lab.world.muon import MuonAdamW, hidden_matrices
+
+EAGER_STEPS = 3  # before a GPU's step is captured, for what libraries set up at first use
 
 
 @dataclass
@@ -43,7 +44,7 @@ class TrainConfig:
     mixed_precision: str = "no"
     seed: int = 0
     log_every: int = 50
-    sample_every: int = 1000
+    sample_every: int = 1000  # times 1, 2, 4, 8, ...: samples of so many steps, and of the last
     checkpoint_minutes: float = 5.0
 
 
@@ -52,7 +53,7 @@ def schedule(step: int, c: TrainConfig) -> float:
     return trapezoid(step, c.steps, c.warmup_steps, c.decay_fraction)
 
 
-def build_optimizer(model: nn.Module, c: TrainConfig) -> MuonAdamW:
+def build_optimizer(model: nn.Module, c: TrainConfig, device: str = "cpu") -> MuonAdamW:
     """Groups with their peak rates as `peak`: hidden matrices, other matrices, vectors."""
     hidden = hidden_matrices(model) if c.muon_learning_rate else []
     ids = {id(p) for p in hidden}
@@ -62,38 +63,35 @@ def build_optimizer(model: nn.Module, c: TrainConfig) -> MuonAdamW:
         {"params": [p for p in rest if p.ndim > 1], "peak": c.learning_rate},
         {"params": [p for p in rest if p.ndim <= 1], "peak": c.learning_rate, "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
+    for group in groups:
+        group["lr"] = torch.tensor(0.0, device=device)  # a tensor, which a captured step can read
     return MuonAdamW(
-        [group for group in groups if group["params"]],
-        lr=c.learning_rate,
+        groups,
         betas=c.betas,
         weight_decay=c.weight_decay,
         fused=True,
+        capturable=on_gpu(device),
         dtype=torch.bfloat16 if c.mixed_precision == "bf16" else torch.float32,
     )
 
 
-def rank() -> int:
-    """Number of this process among those of torchrun; it is 0 that writes files."""
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
-    return dist.get_rank() if dist.is_initialized() else 0
+def on_gpu(device: str) -> bool:
+    return torch.device(device).type == "cuda"
 
 
-def wait() -> None:
-    """Until all processes of torchrun have come here."""
-    if dist.is_initialized():
-        dist.barrier()
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, weight: Tensor) -> None:
+    """ema += weight (model - ema), all parameters at once."""
+    old, new = list(ema.parameters()), list(model.parameters())
+    difference = torch._foreach_sub(new, old)
+    torch._foreach_mul_(difference, weight)
+    torch._foreach_add_(old, difference)
 
 
-def ema_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
-    """EMA whose decay grows from 0.1 to `decay`, so that the start is forgotten in short runs."""
-
-    @torch.no_grad()
-    def update(average: list[Tensor], current: list[Tensor], updates: Tensor) -> None:
-        n = int(updates)
-        torch._foreach_lerp_(average, current, 1 - min(decay, (1 + n) / (10 + n)))
-
-    return update
+def ema_weight(step: int, decay: float) -> float:
+    """Of the newest weights; large at first, so that the start is forgotten in short runs."""
+    return 1 - min(decay, (1 + step) / (10 + step))
 
 
 def save_checkpoint(path: Path, model: nn.Module, ema: nn.Module, optimizer, step: int) -> None:
@@ -111,88 +109,101 @@ def load_checkpoint(path: Path, model: nn.Module, ema: nn.Module, optimizer) -> 
     return int(metadata["step"])
 
 
+def captured(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """`step`, once traced, as one CUDA graph: the function replays the kernels that it launched."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
 def train(
     out: Path,
     model: nn.Module,
     config: TrainConfig,
-    loss: Callable[[nn.Module, np.random.Generator], tuple[Tensor, dict[str, float]]],
+    loss: Callable[[nn.Module], tuple[Tensor, dict[str, Tensor]]],
     sample: Callable[[nn.Module, int], dict[str, float]],
     minutes: float | None = None,
     device: str = "cpu",
 ) -> nn.Module:
     """Train until `config.steps` or for `minutes`; go on from `out/checkpoint.safetensors`.
 
-    `loss(model, rng)` returns the loss of one batch and scalars to log; `sample(ema_model, step)`
-    writes pictures into `out` and returns scalars to log. Returns the EMA model.
+    `loss(model)` returns the loss of one batch, drawn with torch's random numbers, and scalars to
+    log; `sample(ema_model, step)` writes pictures into `out` and returns scalars to log. Returns
+    the EMA model. Raises FloatingPointError, at the next line of the log, when the loss or its
+    gradient was not finite.
     """
-    this, processes = rank(), dist.get_world_size() if dist.is_initialized() else 1
-    main = this == 0
     out.mkdir(parents=True, exist_ok=True)
     model.to(device, memory_format=torch.channels_last).train()  # 1.3 x as fast on CPU
-    ema = AveragedModel(model, multi_avg_fn=ema_average(config.ema_decay))
-    optimizer = build_optimizer(model, config)
+    ema = deepcopy(model).eval().requires_grad_(False)
+    optimizer = build_optimizer(model, config, device)
     checkpoint, log = out / "checkpoint.safetensors", out / "log.jsonl"
     step = load_checkpoint(checkpoint, model, ema, optimizer) if checkpoint.exists() else 0
     write_atomically(out / "config.json", json.dumps(asdict(config), indent=1).encode())
     start = saved = time.monotonic()
-    progress = tqdm(
-        total=config.steps, initial=step, desc=out.name, mininterval=5, disable=not main
-    )
-    scalars: list[dict[str, float]] = []
+    progress = tqdm(total=config.steps, initial=step, desc=out.name, mininterval=5)
+    weight, names = torch.tensor(0.0, device=device), []
 
-    def write_log(entry: dict) -> None:
-        if not main:
-            return
-        with log.open("a") as file:
-            file.write(json.dumps({"step": step, "minutes": _minutes(start), **entry}) + "\n")
-
-    while step < config.steps and not _time_is_up(start, minutes):
-        torch.manual_seed((config.seed + 997 * this) * 1_000_003 + step)
+    def one_step() -> Tensor:
+        """Changes model, optimizer and EMA; returns what to log, in the order of `names`."""
         with (
             short_attention(device),
             torch.autocast(
-                torch.device(device).type, torch.bfloat16, enabled=config.mixed_precision == "bf16"
+                torch.device(device).type,
+                torch.bfloat16,
+                enabled=config.mixed_precision == "bf16",
+                cache_enabled=not on_gpu(device),  # a captured cast would not be repeated
             ),
         ):
-            value, logs = loss(model, np.random.default_rng((config.seed, step, this)))
+            value, logs = loss(model)
         optimizer.zero_grad(set_to_none=True)
-        (value / processes).backward()
-        share_sums([p.grad for p in model.parameters() if p.grad is not None])
+        value.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-        if not torch.isfinite(norm):
-            raise FloatingPointError(f"{out.name}: gradient is not finite at step {step}.")
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * schedule(step, config)
         optimizer.step()
-        ema.update_parameters(model)
-        step += 1
-        progress.update()
-        scalars.append({"loss": value.item(), "gradient_norm": norm.item(), **logs})
-        if step % config.log_every == 0 or step == config.steps:
-            keys = {key: None for s in scalars for key in s}  # ordered; not every step logs all
-            means = {k: float(np.mean([s[k] for s in scalars if k in s])) for k in keys}
-            rate = config.learning_rate * schedule(step - 1, config)
-            write_log({**means, "learning_rate": rate})
-            scalars.clear()
-        if main and (step % config.sample_every == 0 or step == config.steps):
-            with torch.no_grad():
-                write_log(sample(ema.module.eval(), step))
-        if main and (time.monotonic() - saved) / 60 > config.checkpoint_minutes:
-            save_checkpoint(checkpoint, model, ema, optimizer, step)
-            saved = time.monotonic()
+        update_ema(ema, model, weight)
+        names[:] = ["loss", "gradient_norm", *logs]
+        return torch.stack([value.detach(), norm, *(x.detach() for x in logs.values())])
+
+    def write_log(entry: dict) -> None:
+        with log.open("a") as file:
+            file.write(json.dumps({"step": step, "minutes": _minutes(start), **entry}) + "\n")
+
+    run, first, total, count = one_step, step, 0, 0
+    with torch.cuda.stream(torch.cuda.Stream() if on_gpu(device) else None):
+        while step < config.steps and not (minutes is not None and _minutes(start) >= minutes):
+            torch.manual_seed(config.seed * 1_000_003 + step)
+            for group in optimizer.param_groups:
+                group["lr"].fill_(group["peak"] * schedule(step, config))
+            weight.fill_(ema_weight(step, config.ema_decay))
+            if on_gpu(device) and step == first + EAGER_STEPS:
+                run = captured(one_step)
+            total, count = total + run(), count + 1
+            step += 1
+            progress.update()
+            if step % config.log_every == 0 or step == config.steps:
+                means = (total / count).tolist()
+                if not all(map(math.isfinite, means)):
+                    raise FloatingPointError(
+                        f"{out.name}: loss or gradient is not finite in the steps before {step}."
+                    )
+                rate = config.learning_rate * schedule(step - 1, config)
+                write_log({**dict(zip(names, means, strict=True)), "learning_rate": rate})
+                total, count = 0, 0
+            samples, rest = divmod(step, config.sample_every)
+            if (rest == 0 and samples.bit_count() == 1) or step == config.steps:
+                with torch.no_grad():
+                    write_log(sample(ema, step))
+            if (time.monotonic() - saved) / 60 > config.checkpoint_minutes:
+                save_checkpoint(checkpoint, model, ema, optimizer, step)
+                saved = time.monotonic()
     progress.close()
-    if main:
-        save_checkpoint(checkpoint, model, ema, optimizer, step)
-    wait()
-    return ema.module.eval()
-
-
-def _time_is_up(start: float, minutes: float | None) -> bool:
-    """Whether the first process has worked for `minutes`: all must stop at the same step."""
-    up = torch.tensor(minutes is not None and _minutes(start) >= minutes)
-    if dist.is_initialized():
-        dist.broadcast(up, 0)
-    return bool(up)
+    save_checkpoint(checkpoint, model, ema, optimizer, step)
+    return ema
 
 
 def _minutes(start: float) -> float:

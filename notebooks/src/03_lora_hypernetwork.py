@@ -719,6 +719,7 @@ from diffusers import StableDiffusionPipeline
 from transformers import CLIPTextModel
 
 from dte_lab.backbone import backbone_folder
+from dte_lab.sampling import GUIDANCE_SCALE
 
 backbone = pipe.backbone
 scheduler = type(backbone.scheduler).from_config(backbone.scheduler.config, steps_offset=1)
@@ -738,7 +739,9 @@ latents = pipe.initial_noise(0).to(device)
 
 
 def draw():
-    return stock(question, latents=latents, guidance_scale=3.0, num_inference_steps=25).images[0]
+    return stock(
+        question, latents=latents, guidance_scale=GUIDANCE_SCALE, num_inference_steps=25
+    ).images[0]
 
 
 stock.load_textual_inversion(folder / EMBEDDING)
