@@ -14,8 +14,8 @@ from dte_lab.dual_path import alpha_at
 from dte_lab.encoder import EncoderPrediction, mean_prediction
 from dte_lab.features import ImageFeatures
 
-# Ours, chosen on val concepts for the small backbone: at 3 the colours saturate, and the thing's leak
-# into the scene. Stable Diffusion 1.5 is mostly used with 7.5.
+# Ours, chosen on val concepts for the small backbone: at 3 the colours saturate, and those of the
+# thing leak into the scene. Stable Diffusion 1.5 is mostly used with 7.5.
 GUIDANCE_SCALE = 1.5
 
 

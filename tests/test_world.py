@@ -214,7 +214,7 @@ def test_picture_grid_puts_pictures_row_by_row():
     assert grid.shape == (8, 12, 3) and grid[0, 0, 0] == 0 and grid[-1, -1, 0] == 5
 
 
-def _tiny_run(out, steps, minutes=None, stop_after=None):
+def _tiny_run(out, steps, minutes=None, stop_after=None, device="cpu"):
     torch.manual_seed(0)
     blocks = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 1, 3))
     last = torch.nn.Conv2d(1, 1, 1)
@@ -225,13 +225,22 @@ def _tiny_run(out, steps, minutes=None, stop_after=None):
         if stop_after is not None and len(seen) == stop_after:
             raise KeyboardInterrupt
         seen.append(0)
-        return (model(torch.randn(2, 3, 8, 8)) - 1).pow(2).mean(), {}
+        return (model(torch.randn(2, 3, 8, 8, device=device)) - 1).pow(2).mean(), {}
 
     config = TrainConfig(
         steps, 2, 1e-2, muon_learning_rate=1e-2, warmup_steps=3, sample_every=100,
         checkpoint_minutes=0,
     )  # fmt: skip
-    return train(out, model, config, loss, lambda model, step: {}, minutes)
+    return train(out, model, config, loss, lambda model, step: {}, minutes, device)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_captured_steps_train_as_eager_ones(tmp_path, monkeypatch):
+    captured = _tiny_run(tmp_path / "captured", 12, device="cuda")
+    monkeypatch.setattr("dte_lab.world.training.EAGER_STEPS", 100)
+    eager = _tiny_run(tmp_path / "eager", 12, device="cuda")
+    for a, b in zip(captured.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_training_goes_on_bit_for_bit_where_it_stopped(tmp_path):

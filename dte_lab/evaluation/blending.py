@@ -50,8 +50,8 @@ MEASURED = ("identity", "identity_margin", "clip_i_small", "scene", "clip_t_smal
 
 def blending(
     out: Path, pipe: DTEPipeline, count: int = 30, num_steps: int = 12, seeds: int = 2,
-    scenes: tuple[str, ...] = SCENES, num_inference_steps: int = 15, guidance_scale: float = GUIDANCE_SCALE,
-    seed: int = 0, progress: bool = True,
+    scenes: tuple[str, ...] = SCENES, num_inference_steps: int = 15,
+    guidance_scale: float = GUIDANCE_SCALE, seed: int = 0, progress: bool = True,
 ) -> dict:  # fmt: skip
     """Draw and measure SETTINGS on `count` val concepts; write `out` and return its content.
 

@@ -22,6 +22,7 @@ from dte_lab.training_cli import SAMPLE_CONCEPTS, Precision, checked_precision
 from dte_lab.world.first_words import fit_token_head
 from dte_lab.world.pairs import ConceptPairs
 from dte_lab.world.scenes import render_image
+from dte_lab.world.sprites import split_names
 
 # The paper's next check 3, open question 1, and what its contrastive term is compared with. Of each
 # group the base variant is a member: rank 4, all concepts, contrastive.
@@ -37,11 +38,13 @@ def train(
 ) -> Path:
     """Folder of a finished encoder; concepts: how many to train on, None for all of them."""
     encoder = TuningEncoder.from_backbone(backbone, DTEConfig(**options))
-    fit_token_head(encoder, backbone)
+    pairs = ConceptPairs(count=concepts)
+    seen = [name for name in pairs.names if name in split_names("train")]
+    fit_token_head(encoder, backbone, seen)
     config = PretrainConfig(steps=steps, checkpoint_every=200, mixed_precision=mixed_precision)
     watched = [render_image(concept, "fluent", "white") for concept in SAMPLE_CONCEPTS]
     pretrain(
-        backbone, encoder, ConceptPairs(count=concepts), config, out_dir=runs / name,
+        backbone, encoder, pairs, config, out_dir=runs / name,
         watched_images=watched,
     )  # fmt: skip
     return runs / name / "encoder"

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from dte_lab.backbone import Backbone
 from dte_lab.encoder import TuningEncoder
 from dte_lab.world.align import ridge
-from dte_lab.world.data import random_items, rendered
+from dte_lab.world.data import random_item, rendered
+from dte_lab.world.sprites import split_names
 
 PENALTY = 0.5  # chosen on val
 
@@ -28,13 +30,20 @@ def name_embeddings(backbone: Backbone, names: list[str]) -> Tensor:
 
 @torch.no_grad()
 def fit_token_head(
-    encoder: TuningEncoder, backbone: Backbone, pictures: int = 4000, seed: int = 0
+    encoder: TuningEncoder,
+    backbone: Backbone,
+    names: list[str] | None = None,
+    pictures: int = 4000,
+    seed: int = 0,
 ) -> None:
-    """Set `narrow`, `read` and the bias of a fresh encoder's token head, and `guess_share` to 0."""
-    rng = np.random.default_rng(seed)
-    items = random_items(rng, pictures)
+    """Set `narrow`, `read` and the bias of a fresh encoder's token head, and `guess_share` to 0.
+
+    names: concepts whose pictures are looked at, by default all of train.
+    """
+    rng, names = np.random.default_rng(seed), names or split_names("train")
+    items = [random_item(rng, names) for _ in range(pictures)]
     head, patches = encoder.token_head, []
-    for i in range(0, pictures, 128):
+    for i in tqdm(range(0, pictures, 128), desc="first words"):
         pixels = rendered(items[i : i + 128])
         patches.append(encoder.image_features(backbone, pixels).patches)
     patches = torch.cat(patches)  # (n, c, p, p)

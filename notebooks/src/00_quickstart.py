@@ -106,8 +106,8 @@ show(
 )
 
 # %% [markdown]
-# The shapes are rough. This model is tiny and was trained on two CPU cores, so look for colours and
-# parts: is it *this* thing, and is the setting the one asked for?
+# The shapes are rough: this model is tiny. Look for outlines, colours and parts: is it *this*
+# thing, and is the setting the one asked for?
 #
 # `S*` stands for your thing and can be anywhere in a prompt. The prompts are made of words that the
 # small model has read: *on the beach, on the grass, in the forest, in space, on a wooden table, on
@@ -119,12 +119,14 @@ show(
 #
 # ### 1. What CLIP reads in the picture
 #
-# The encoder starts from a guess. CLIP, which was trained to match pictures with texts, compares
+# Part of the new word is a guess. CLIP, which was trained to match pictures with texts, compares
 # the picture with the text "a picture of a …" for every word of the vocabulary. The embeddings of
-# the few best words are mixed, weighted by how well they fit. The chart shows the real words that
-# lie nearest to that mixture. The thing's own name cannot be among them: the names of the things
-# kept back are not in the vocabulary either. Are the neighbours alike in kind, or only in colour?
-# This start is ours; the paper does not say where its encoder begins.
+# the best words are mixed, weighted by how well they fit. The chart shows the real words that lie
+# nearest to that mixture. The thing's own name cannot be among them: the names of the things kept
+# back are not in the vocabulary either. Are the neighbours alike in kind, or only in colour? How
+# much of the guess goes into the word is a number that the encoder has learned; the rest it reads
+# from the parts of the picture, each in its place. Both are ours; the paper does not say where its
+# encoder begins.
 
 # %%
 from dte_lab.features import image_features
@@ -135,9 +137,10 @@ guess = pipe.encoder.zero_shot(features.embeds)  # (1, d)
 words, cosines = zip(*pipe.nearest_words(guess, k=8), strict=True)
 table = pipe.prompt_encoder.table
 print(f"{len(table)} words; {NAME!r} is {'one' if NAME in table.words else 'none'} of them")
+print(f"share of the guess in the new word: {pipe.encoder.guess_share.item():.2f}")
 show(
-    words_figure({"initial guess": cosines}, words, picture),
-    f"The input picture, and bars of the cosine similarity of the initial guess with its nearest "
+    words_figure({"CLIP's guess": cosines}, words, picture),
+    f"The input picture, and bars of the cosine similarity of CLIP's guess with its nearest "
     f"words: {', '.join(f'{w} {c:.2f}' for w, c in zip(words, cosines, strict=True))}.",
 )
 

@@ -521,11 +521,13 @@ titles = {t: f"{t} (one of {len(set(values))})" for t, (values, *_) in targets.i
 for target, curves in probed.items():
     best = max(without_t, key=lambda name: curves[name][0])
     level, spread = curves[best]
-    unet_mean, unet_spread = curves["UNet maps"]
-    top = unet_mean.argmax()
+    first, *_, last = (
+        f"{mean:.0%} ± {sd:.0%} at t = {f:g} T"
+        for f, mean, sd in zip(FRACTIONS, *curves["UNet maps"], strict=True)
+    )
     print(
-        f"{target}: {best} {level:.0%} ± {spread:.0%}; UNet at best {unet_mean[top]:.0%} ± "
-        f"{unet_spread[top]:.0%}, at t = {FRACTIONS[top]:g} T; guessing {chance[target]:.0%}"
+        f"{target}: {best} {level:.0%} ± {spread:.0%}; UNet {first}, {last}; "
+        f"guessing {chance[target]:.0%}"
     )
 show(
     curves_figure(
