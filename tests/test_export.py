@@ -12,6 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from dte_lab import Concept, DTEConfig, DTEPipeline
 from dte_lab.export import EMBEDDING, KOHYA, LORA, export
+from dte_lab.sampling import GUIDANCE_SCALE
 
 PROMPT = "a picture of S* on the beach"
 
@@ -42,7 +43,7 @@ def stock(tiny_backbone, tiny_path):
 
 def draw(stock, ours):
     image = stock(
-        PROMPT, latents=ours.initial_noise(3), guidance_scale=3.0, num_inference_steps=4,
+        PROMPT, latents=ours.initial_noise(3), guidance_scale=GUIDANCE_SCALE, num_inference_steps=4,
         output_type="np",
     ).images[0]  # fmt: skip
     return image * 255

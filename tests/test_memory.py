@@ -73,8 +73,9 @@ def test_options_save_memory(tiny):
     parts = sd15.random_parts("meta", **TINY)
     idle = sum(4 * p.numel() for part in ("image_encoder", "vae") for p in parts[part].parameters())
     assert plain - offload == pytest.approx(idle, rel=0.05)
-    assert tuning(gradient_checkpointing=True) < 0.8 * plain
-    assert tuning(batch=4) > 1.3 * plain
+    large = tuning(batch=4)  # where activations outweigh the encoder
+    assert large > 1.3 * plain
+    assert tuning(batch=4, gradient_checkpointing=True) < 0.8 * large
 
 
 def test_advice(monkeypatch):

@@ -9,7 +9,7 @@ from dte_lab.dual_path import dual_path
 from dte_lab.encoder import EncoderPrediction
 from dte_lab.features import image_features, unet_features
 from dte_lab.pipeline import to_pil
-from dte_lab.sampling import Conditioning
+from dte_lab.sampling import GUIDANCE_SCALE, Conditioning
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_alpha_0_is_the_stock_pipeline_on_the_hard_word(pipe, concept):
     theirs = stock(
         prompt_embeds=pipe.prompt_encoder.plain([f"{word} on the beach"]),
         negative_prompt_embeds=pipe.prompt_encoder.plain([""]),
-        latents=pipe.initial_noise(2), num_inference_steps=3, guidance_scale=3.0,
+        latents=pipe.initial_noise(2), num_inference_steps=3, guidance_scale=GUIDANCE_SCALE,
     ).images[0]  # fmt: skip
     assert np.abs(pixels(ours) - pixels(theirs)).max() <= 1
 
