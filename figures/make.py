@@ -1,18 +1,26 @@
 """Draw the pictures of the README and the model card anew. Same seed, same picture.
 
-python figures/make.py [quickstart] [world]
+    python figures/make.py [quickstart] [world] [curve]
+    python figures/make.py --check
+
+Each picture carries a digest of the function that drew it and of the files that it was drawn from;
+`--check` fails where one of these has changed since.
 """
 
+import hashlib
+import inspect
 import io
+import json
 import sys
 import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from PIL import Image
 
 from dte_lab import DTEPipeline
-from dte_lab.backbone import load_backbone
+from dte_lab.backbone import WEIGHTS, load_backbone
 from dte_lab.files import write_atomically
 from dte_lab.images import read_image
 from dte_lab.panels import picture_grid
@@ -22,12 +30,14 @@ from dte_lab.world.data import rendered
 from dte_lab.world.evaluate import evaluation_items, generate
 
 HERE = Path(__file__).parent
+ROOT = HERE.parent
+PARTS = ["unet", "vae", "text_encoder"]
 SETTINGS = ("on the beach", "at night", "in the snow", "in the desert", "in the forest")
 
 
 def quickstart():
     """The README's example picture, then the concept in new settings."""
-    picture = read_image(HERE.parent / "examples" / "bus.png")
+    picture = read_image(ROOT / "examples" / "bus.png")
     pipe = DTEPipeline.from_pretrained("small")
     concept = pipe.personalize(picture)
     drawn = pipe.generate(concept, [f"a picture of S* {setting}" for setting in SETTINGS])
@@ -49,10 +59,69 @@ def world(seed=4848):
     return figure
 
 
-FIGURES = {"quickstart": quickstart, "world": world}
+def curve():
+    """What generated pictures show, and what the caption alone tells, against samples seen."""
+    points = json.loads((ROOT / "results" / "world_curve.json").read_text())["points"]
+    samples = [point["samples"] / 1e6 for point in points]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+
+    def draw(axis, key, label):
+        low, mean, high = ([p[key][part] for p in points] for part in ("low", "mean", "high"))
+        axis.plot(samples, mean, marker="o", label=label)
+        axis.fill_between(samples, low, high, alpha=0.15)
+
+    names = {"scene": "scene", "concept_top5": "thing among the best 5", "style": "style",
+             "concept_top1": "thing"}  # fmt: skip
+    for key, label in names.items():
+        draw(left, key, label)
+    draw(right, "told_error", None)
+    left.set_ylabel("share that is right")
+    right.set_ylabel("squared error from pure noise")
+    right.set_ylim(0)
+    left.legend(fontsize=8, loc="center", bbox_to_anchor=(0.72, 0.2))
+    for axis in (left, right):
+        axis.set(xscale="log", xlabel="samples seen, millions")
+        axis.set_xticks(samples, [f"{x:.1f}" for x in samples])
+        axis.minorticks_off()
+    return figure
+
+
+FIGURES = {  # name -> what draws it, and the files that it is drawn from
+    "quickstart": (quickstart, [*PARTS, "encoder", "examples/bus.png"]),
+    "world": (world, PARTS),
+    "curve": (curve, ["results/world_curve.json"]),
+}
+
+
+def digest(name):
+    """Of a figure's function and files, in hexadecimal."""
+    draw, sources = FIGURES[name]
+    found = hashlib.sha256(inspect.getsource(draw).encode())
+    for source in sources:
+        path = ROOT / source
+        if not path.is_file():  # a part of the small backbone
+            (path,) = (WEIGHTS / "small" / source).glob("*.safetensors")
+        found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+def stale():
+    """Names of the figures that are missing, or were drawn by or from something else."""
+    names = []
+    for name in FIGURES:
+        path = HERE / f"{name}.png"
+        if not path.is_file() or Image.open(path).info.get("Source") != digest(name):
+            names.append(name)
+    return names
+
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or FIGURES:
-        buffer = io.BytesIO()
-        FIGURES[name]().savefig(buffer, format="png", dpi=100)
-        write_atomically(HERE / f"{name}.png", buffer.getvalue())
+    if sys.argv[1:] == ["--check"]:
+        if names := stale():
+            sys.exit(f"Draw these figures anew: python figures/make.py {' '.join(names)}")
+    else:
+        for name in sys.argv[1:] or FIGURES:
+            buffer = io.BytesIO()
+            metadata = {"Source": digest(name)}
+            FIGURES[name][0]().savefig(buffer, format="png", dpi=100, metadata=metadata)
+            write_atomically(HERE / f"{name}.png", buffer.getvalue())
