@@ -234,6 +234,7 @@ def _tiny_run(out, steps, minutes=None, stop_after=None, device="cpu"):
     return train(out, model, config, loss, lambda model, step: {}, minutes, device)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_captured_steps_train_as_eager_ones(tmp_path, monkeypatch):
     captured = _tiny_run(tmp_path / "captured", 12, device="cuda")
