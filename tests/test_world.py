@@ -6,6 +6,7 @@ from collections import Counter, OrderedDict
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dte_lab.world import SCENES, STYLES, caption, concepts, render, split_names
 from dte_lab.world.autoencoder import PatchAutoencoder
@@ -163,7 +164,8 @@ def test_varied_concepts_are_other_concepts_made_of_the_same_pixels():
     varied = vary(rgba, 31)
     assert (varied[..., :3] <= varied[..., 3:] + 1e-6).all()  # still premultiplied
     plain, turned = ConceptPairs(varied=0), ConceptPairs(varied=1)
-    assert all(plain[i]["concept"] < len(concepts()) ** 2 <= turned[i]["concept"] for i in range(9))
+    pairs = len(concepts()) ** 2
+    assert all(plain[i]["concept"] < pairs <= turned[i]["concept"] for i in range(20))
 
 
 def test_mixed_concepts_are_half_of_one_beside_half_of_another():
@@ -312,6 +314,20 @@ def test_training_stops_on_a_gradient_that_is_not_finite(tmp_path):
     with pytest.raises(FloatingPointError, match="before 5"):
         train(tmp_path, model, config, lambda m: (m(torch.full((1, 2), torch.nan)).sum(), {}),
               lambda m, s: {})  # fmt: skip
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path):
+    model, seen = torch.nn.Linear(2, 1), []
+
+    def loss(model):
+        seen.append(0)
+        return model(torch.full((1, 2), torch.nan if len(seen) > 2 else 1.0)).sum(), {}
+
+    config = TrainConfig(40, 2, 1e-2, checkpoint_minutes=0)
+    with pytest.raises(FloatingPointError, match="before 3"):
+        train(tmp_path, model, config, loss, lambda m, s: {})
+    saved = load_file(tmp_path / "checkpoint.safetensors")
+    assert all(x.isfinite().all() for x in saved.values())
 
 
 def test_known_words_are_names_of_train_concepts_and_caption_words():

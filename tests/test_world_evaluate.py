@@ -105,7 +105,8 @@ def test_components_are_of_the_latents_and_pictures_are_decoded(pictures):
     shown = torch.stack(list(indices(items, pictures.names).values()), dim=1)
     latents = pictures.look_up(shown)
     expected = latent_bank(pictures.vae, [(*item, CANONICAL_SEED) for item in items])
-    torch.testing.assert_close(latents, expected.float(), atol=1e-2, rtol=0)
+    # in half precision, but for the last bit: other batches are summed in another order
+    torch.testing.assert_close(latents, expected.float(), rtol=1e-3, atol=1e-4)
     components = pictures.components(latents)
     assert components.shape == (2, TARGET)
     back = components @ torch.linalg.pinv(pictures.basis).T + pictures.mean

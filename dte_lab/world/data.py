@@ -21,7 +21,7 @@ Item = tuple[str, str, str, int]  # concept, style, scene, seed of the backgroun
 
 def to_tensor(pictures: np.ndarray) -> Tensor:
     """(B, 64, 64, 3) uint8 -> (B, 3, 64, 64) float in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2) / 127.5 - 1
+    return from_bytes(torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2))
 
 
 def random_item(rng: np.random.Generator, names: list[str]) -> Item:
@@ -43,6 +43,7 @@ def random_batch(
 
 
 def random_items(rng: np.random.Generator, size: int, split: str = "train") -> list[Item]:
+    """`size` random items of a split: see `random_item`."""
     names = split_names(split)
     return [random_item(rng, names) for _ in range(size)]
 

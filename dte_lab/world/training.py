@@ -173,6 +173,16 @@ def train(
         with log.open("a") as file:
             file.write(json.dumps({"step": step, "minutes": _minutes(start), **entry}) + "\n")
 
+    def log_means() -> None:
+        """Of the steps since the last line; a state behind one that is not finite is not saved."""
+        means = (total / count).tolist()
+        if not all(map(math.isfinite, means)):
+            raise FloatingPointError(
+                f"{out.name}: loss or gradient is not finite in the steps before {step}."
+            )
+        rate = config.learning_rate * schedule(step - 1, config)
+        write_log({**dict(zip(names, means, strict=True)), "learning_rate": rate})
+
     run, first, total, count = one_step, step, 0, 0
     with torch.cuda.stream(torch.cuda.Stream() if on_gpu(device) else None):
         while step < config.steps and not (minutes is not None and _minutes(start) >= minutes):
@@ -185,23 +195,20 @@ def train(
             total, count = total + run(), count + 1
             step += 1
             progress.update()
-            if step % config.log_every == 0 or step == config.steps:
-                means = (total / count).tolist()
-                if not all(map(math.isfinite, means)):
-                    raise FloatingPointError(
-                        f"{out.name}: loss or gradient is not finite in the steps before {step}."
-                    )
-                rate = config.learning_rate * schedule(step - 1, config)
-                write_log({**dict(zip(names, means, strict=True)), "learning_rate": rate})
+            save = (time.monotonic() - saved) / 60 > config.checkpoint_minutes
+            if step % config.log_every == 0 or step == config.steps or save:
+                log_means()
                 total, count = 0, 0
             samples, rest = divmod(step, config.sample_every)
             if (rest == 0 and samples.bit_count() == 1) or step == config.steps:
                 with torch.no_grad():
                     write_log(sample(ema, step))
-            if (time.monotonic() - saved) / 60 > config.checkpoint_minutes:
+            if save:
                 save_checkpoint(checkpoint, model, ema, optimizer, step)
                 saved = time.monotonic()
     progress.close()
+    if count:  # time was up between two lines
+        log_means()
     save_checkpoint(checkpoint, model, ema, optimizer, step)
     return ema
 
