@@ -135,9 +135,9 @@ class Backbone:
         pixels = (images.to(self.device, torch.float32) + 1) / 2
         if pixels.shape[-2:] != (size, size):
             pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
-        mean = pixels.new_tensor(self.image_processor.image_mean)[:, None, None]
-        std = pixels.new_tensor(self.image_processor.image_std)[:, None, None]
-        return ((pixels - mean) / std).to(self.dtype)
+        mean, std = self.image_processor.image_mean, self.image_processor.image_std
+        channels = zip(pixels.unbind(1), mean, std, strict=True)  # numbers: no copy to the device
+        return torch.stack([(c - m) / s for c, m, s in channels], dim=1).to(self.dtype)
 
 
 def backbone_folder(name):

@@ -3,6 +3,7 @@ training of the E4T-style baseline, `dte pretrain-e4t`.
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -40,12 +41,14 @@ def evaluate(
         Path | None, typer.Option(help="Folder of the encoder; by default the backbone's own.")
     ] = None,
     device: Device = "cpu",
+    processes: Annotated[int, typer.Option(min=1, help="That share the concepts.")] = 1,
 ) -> None:
     """Compare the tuning encoder with what people use instead; goes on where it stopped."""
     from dte_lab import cli
 
     cli.prepare_folder(out)
-    pipe = cli.load_pipeline(backbone, encoder, device)
+    load = partial(cli.load_pipeline, backbone, encoder, device)
+    pipe = load()
     try:
         from dte_lab.evaluation.edits import QUICK_SCENES, SCENE_EDITS
         from dte_lab.evaluation.methods import Methods
@@ -57,6 +60,7 @@ def evaluate(
         evaluate(
             out, pipe, specs, 6 if quick else concepts, seeds,
             QUICK_SCENES if quick else SCENE_EDITS, split, 10 if quick else 15,
+            processes=processes, load=load,
         )  # fmt: skip
     except ImportError as error:  # the outside judges
         raise ValueError(str(error)) from error
@@ -130,6 +134,7 @@ def pretrain_e4t(
     config = PretrainConfig(
         mixed_precision=mixed_precision, **given(steps=steps, max_minutes=minutes)
     )
-    encoder = E4TEncoder.from_backbone(parts)
-    fit_token_head(encoder, parts)
-    pretrain(parts, encoder, ConceptPairs(), config, out_dir=out)
+    start = partial(fit_token_head, backbone=parts)
+    pretrain(
+        parts, E4TEncoder.from_backbone(parts), ConceptPairs(), config, out_dir=out, start=start
+    )

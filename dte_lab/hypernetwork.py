@@ -124,6 +124,11 @@ class Trunk(nn.Module):
         self.blocks = nn.ModuleList([CrossBlock(width, num_heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(width)
 
+    def index_queries(self):
+        """Keep which queries each head answers, `groups`, on the device."""
+        for name, index in self.groups.items():
+            self.register_buffer(f"of_{name}", torch.tensor(index), persistent=False)
+
     def answers(self, tokens):
         queries = self.queries.expand(len(tokens), -1, -1)  # (B, Q, d)
         for block in self.blocks:
@@ -159,11 +164,12 @@ class LoRAHypernetwork(Trunk):
             std = (width * dim) ** -0.5 if name[0] == "A" else 0.0
             nn.init.normal_(head.weight, std=std)
             self.heads[name] = head
+        self.index_queries()
 
     def forward(self, tokens):
         answers, matrices = self.answers(tokens), {}  # (B, Q, d)
         for name, index in self.groups.items():
-            out = self.heads[name](answers[:, index])  # (B, q, dim*r)
+            out = self.heads[name](answers[:, self.get_buffer(f"of_{name}")])  # (B, q, dim*r)
             if name[0] == "A":
                 out = out.unflatten(-1, (-1, self.rank))  # (B, q, Din, r)
             else:
@@ -183,18 +189,22 @@ class FullHypernetwork(Trunk):
     def __init__(self, projections, width, num_heads, depth, offset_scale):
         super().__init__(len(projections), width, num_heads, depth)
         self.keys, self.offset_scale = sorted(projections), offset_scale
-        self.groups = {}  # (Din, Dout) -> the keys of that shape
+        self.groups = {}  # name of the head -> the keys of its shape
         for i, key in enumerate(self.keys):
-            self.groups.setdefault(tuple(projections[key]), []).append(i)
+            self.groups.setdefault("{}x{}".format(*projections[key]), []).append(i)
         self.heads = nn.ModuleDict()
-        for d_in, d_out in self.groups:
-            self.heads[f"{d_in}x{d_out}"] = head = nn.Linear(width, d_in * d_out, bias=False)
+        for name in self.groups:
+            d_in, d_out = map(int, name.split("x"))
+            self.heads[name] = head = nn.Linear(width, d_in * d_out, bias=False)
             nn.init.zeros_(head.weight)
+        self.index_queries()
 
     def forward(self, tokens):
         answers, offsets = self.answers(tokens), {}  # (B, Q, d)
-        for (d_in, d_out), index in self.groups.items():
-            out = self.heads[f"{d_in}x{d_out}"](answers[:, index]).unflatten(-1, (d_in, d_out))
+        for name, index in self.groups.items():
+            d_in, d_out = map(int, name.split("x"))
+            out = self.heads[name](answers[:, self.get_buffer(f"of_{name}")])
+            out = out.unflatten(-1, (d_in, d_out))
             out = out * self.offset_scale * d_in**-0.5  # (B, q, Din, Dout)
             eye = torch.eye(d_out, device=out.device).expand(len(out), -1, -1)
             offsets |= {self.keys[i]: (out[:, j], eye) for j, i in enumerate(index)}

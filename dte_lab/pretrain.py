@@ -43,7 +43,7 @@ from dte_lab.pipeline import DTEPipeline, to_pil
 from dte_lab.predictions import Predictions
 from dte_lab.tokens import PromptEncoder
 
-LOG, PREDICTIONS = "log.jsonl", "predictions.jsonl"
+LOG, PREDICTIONS, CHECKPOINT = "log.jsonl", "predictions.jsonl", "checkpoint.safetensors"
 FREE_TO_CHANGE = {  # between two pieces of one run
     "steps", "num_workers", "log_every", "checkpoint_every", "sample_every", "predict_every",
     "max_minutes",
@@ -85,7 +85,7 @@ class PretrainConfig:
 def pretrain(
     backbone, encoder, dataset, config=None, out_dir="runs/encoder",
     eval_images=(), eval_prompts=("a picture of S*",), watched_images=(), callback=None,
-    progress=True,
+    progress=True, start=None,
 ):  # fmt: skip
     """Train `encoder` in place; continues from `out_dir` when that holds a checkpoint.
 
@@ -95,6 +95,7 @@ def pretrain(
     for `load_encoder`), samples/ (grids of eval_images with their predictions) and, of
     watched_images, predictions.jsonl (see predictions.py).
     callback: called with a dict of each log line, and with {"step", "grid"} for each sample grid.
+    start: called with the fresh encoder, which it may change, where out_dir holds no checkpoint.
     Returns the encoder with its EMA weights loaded. Once all steps are done a call only does that.
 
     Raises ValueError when out_dir holds a run with other settings, the batch cannot be shared out
@@ -119,6 +120,8 @@ def pretrain(
     is_main = accelerator.is_main_process
     backbone.to(accelerator.device)
     encoder.to(accelerator.device).train().requires_grad_(True)
+    if start is not None and not (Path(out_dir) / CHECKPOINT).is_file():
+        start(encoder)
     prompt_encoder = PromptEncoder(backbone)
     feature_prompt = prompt_encoder.plain([encoder.dte.feature_prompt])
     out_dir = Path(out_dir)
@@ -306,7 +309,7 @@ def save_checkpoint(out_dir, encoder, optimizer, ema, config, step):
         "ema": {str(i): p for i, p in enumerate(ema.shadow_params)},
     }
     metadata = {"step": str(step), "config": json.dumps(_settings(encoder, config))}
-    write_state(out_dir / "checkpoint.safetensors", parts, optimizer, metadata)
+    write_state(out_dir / CHECKPOINT, parts, optimizer, metadata)
 
     final = out_dir / "encoder"
     final.mkdir(exist_ok=True)
@@ -321,7 +324,7 @@ def load_checkpoint(out_dir, encoder, optimizer, ema, config):
 
     Raises ValueError when settings other than `FREE_TO_CHANGE` have changed.
     """
-    path = out_dir / "checkpoint.safetensors"
+    path = out_dir / CHECKPOINT
     if not path.is_file():
         return 0
     parts, metadata = read_state(path)

@@ -128,13 +128,15 @@ class PromptEncoder:
     def __call__(self, prompts, v_star):
         """Encode prompts with v_star: (B, d) or (B, n, d), or a batch of 1 for all prompts.
 
+        prompts: B strings with the placeholder, or what `tokenize` returns for them.
         Raises ValueError when a prompt has no placeholder, or when the batch sizes disagree.
         """
         v_star = v_star[:, None] if v_star.ndim == 2 else v_star  # (B, n, d)
-        if v_star.shape[0] not in (1, len(prompts)):
-            raise ValueError(f"Got {len(prompts)} prompts but {v_star.shape[0]} embeddings v*.")
-        ids, slots = self.tokenize(prompts, v_star.shape[1])
-        v_star = v_star.expand(len(prompts), -1, -1)
+        tokenized = isinstance(prompts[0], torch.Tensor)
+        ids, slots = prompts if tokenized else self.tokenize(prompts, v_star.shape[1])  # (B, L)
+        if v_star.shape[0] not in (1, len(ids)):
+            raise ValueError(f"Got {len(ids)} prompts but {v_star.shape[0]} embeddings v*.")
+        v_star = v_star.expand(len(ids), -1, -1)
 
         def insert(module, args, embeddings):  # (B, L, d)
             index = slots.clamp(min=0)[..., None].expand(-1, -1, v_star.shape[-1])

@@ -4,6 +4,7 @@ Each training command writes logs, sample grids and checkpoints to `--out` and, 
 with the same folder, goes on where it stopped.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -84,11 +85,11 @@ def pretrain(
     encoder = TuningEncoder.from_backbone(parts, dte)
     if data is not None:
         dataset = load_pictures(data, parts.resolution)
-        shown = [dataset.pairs[0][0], dataset.pairs[len(dataset) // 2][0]]
+        shown, start = [dataset.pairs[0][0], dataset.pairs[len(dataset) // 2][0]], None
         prompts = ("a picture of S*",)
     elif parts.resolution <= 64:
         dataset = ConceptPairs()
-        fit_token_head(encoder, parts)
+        start = partial(fit_token_head, backbone=parts)
         shown = [render_image(name, "fluent", "white") for name in SAMPLE_CONCEPTS]
         prompts = ("a picture of S*", "a picture of S* on the beach")
     else:
@@ -113,6 +114,7 @@ def pretrain(
         eval_images=shown,
         eval_prompts=prompts,
         watched_images=shown,
+        start=start,
     )
 
 

@@ -203,7 +203,7 @@ def test_encoders_that_differ_in_one_thing_are_trained_alike_and_compared(
     pipe = DTEPipeline(tiny_backbone, tiny_encoder)
     monkeypatch.setattr(DTEPipeline, "from_pretrained", lambda name: pipe)
 
-    def pretrain(backbone, encoder, dataset, config, out_dir, watched_images):
+    def pretrain(backbone, encoder, dataset, config, out_dir, watched_images, start):
         trained.append((encoder.dte, len(dataset.names), config))
 
     monkeypatch.setattr(encoders, "pretrain", pretrain)

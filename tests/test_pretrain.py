@@ -131,6 +131,18 @@ def test_8_bit_optimizer_of_bitsandbytes(tiny_backbone, tiny_config, tmp_path):
     assert any(value.dtype == torch.uint8 for value in state.values())
 
 
+def test_a_start_changes_a_fresh_encoder_once(tiny_backbone, tiny_config, tmp_path):
+    started = []
+
+    def start(encoder):
+        started.append(torch.nn.init.zeros_(encoder.guess_share))
+
+    for steps in (1, 2):
+        config = dataclasses.replace(CONFIG, steps=steps, learning_rate=0.0)
+        trained = run(tiny_backbone, tiny_config, tmp_path, config, start=start)
+    assert len(started) == 1 and trained.guess_share == 0
+
+
 def in_pieces_as_whole(backbone, dte, tmp_path, config):
     whole = run(backbone, dte, tmp_path / "whole", config)
     piece = dataclasses.replace(config, max_minutes=0.0)

@@ -82,8 +82,8 @@ def test_render_takes_about_a_millisecond():
 def test_sprite_is_drawn_where_promised_and_nowhere_else():
     rgba = sprite("red apple", "noto", SPRITE_PX)
     box = np.s_[OFFSET : OFFSET + SPRITE_PX, OFFSET : OFFSET + SPRITE_PX]
-    empty = compose(np.zeros_like(rgba), "blue", 5)
-    full = compose(rgba, "blue", 5)
+    behind = background("blue", np.random.default_rng(5))
+    empty, full = (compose(drawn, "blue", behind) for drawn in (np.zeros_like(rgba), rgba))
     outside = np.ones((64, 64), bool)
     outside[box] = False
     assert np.array_equal(full[outside], empty[outside])

@@ -6,6 +6,7 @@ Trains each of VARIANTS into DIR/NAME (a run that was cut off goes on), then mea
 on held-out concepts in one run of the harness, as `dte evaluate` does.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -40,12 +41,11 @@ def train(
     encoder = TuningEncoder.from_backbone(backbone, DTEConfig(**options))
     pairs = ConceptPairs(count=concepts)
     seen = [name for name in pairs.names if name in split_names("train")]
-    fit_token_head(encoder, backbone, seen)
     config = PretrainConfig(steps=steps, checkpoint_every=200, mixed_precision=mixed_precision)
     watched = [render_image(concept, "fluent", "white") for concept in SAMPLE_CONCEPTS]
     pretrain(
         backbone, encoder, pairs, config, out_dir=runs / name,
-        watched_images=watched,
+        watched_images=watched, start=partial(fit_token_head, backbone=backbone, names=seen),
     )  # fmt: skip
     return runs / name / "encoder"
 

@@ -14,6 +14,9 @@ import io
 import json
 import platform
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
@@ -47,12 +50,15 @@ SHOWN = 6  # concepts whose pictures are kept
 def evaluate(
     out_dir, pipe: DTEPipeline, specs, count=60, seeds=2, scenes=SCENE_EDITS, split="test",
     num_inference_steps=15, guidance_scale=GUIDANCE_SCALE, seed=0, with_losses=False, progress=True,
+    processes=1, load=None,
 ):  # fmt: skip
     """Measure methods, given as in methods.py, and write the run's folder.
 
     count: concepts. seeds: pictures per edit. seed: of every method's optimisation. with_losses:
-    measure the diffusion LOSSES, too. The anchors "oracle" and "other" are always measured. Returns
-    the summary of `report.summarise`.
+    measure the diffusion LOSSES, too. The anchors "oracle" and "other" are always measured.
+    processes: so many share the concepts and the cores; each makes its `pipe` by `load()`, a
+    function that can be pickled.
+    Returns the summary of `report.summarise`.
     Raises ValueError for a wrong specification, and when out_dir holds a run with other settings.
     """
     out_dir, methods = Path(out_dir), Methods(pipe)
@@ -79,28 +85,84 @@ def evaluate(
     rows = resume(out_dir, settings)
     done = {(row["method"], row["concept"]) for row in rows}
 
-    judges, chosen = Measures(pipe.backbone), items(count, split)
-    jobs = [(i, item, method) for i, item in enumerate(chosen) for method in parsed]
-    bar = tqdm(jobs, desc="evaluate", disable=not progress)
-    for i, item, method in bar:
-        if (method.label, item.name) in done:
-            continue
-        bar.set_postfix_str(f"{item.name}, {method.label}")
-        wanted = edits(item, scenes)
-        sampling = (range(seeds), num_inference_steps, guidance_scale)
-        for concept, info, drawn in draw(
-            pipe, methods, method, item, chosen, wanted, sampling, seed
-        ):
-            if concept is not None and with_losses:
-                info = info | losses(pipe, concept, item, wanted)
-            rows += measured(judges, method, item, wanted, info, drawn)
-            if i < SHOWN:
-                keep(out_dir, item, method, info, drawn)
+    chosen = items(count, split)
+    make = (lambda: pipe) if processes == 1 else load
+    worker = Worker(make, out_dir, chosen, scenes, seeds, settings)
+    jobs = [
+        (i, method)
+        for i, item in enumerate(chosen)
+        for method in parsed
+        if (method.label, item.name) not in done
+    ]
+    total = len(chosen) * len(parsed)
+    bar = tqdm(initial=total - len(jobs), total=total, desc="evaluate", disable=not progress)
+    for new in in_processes(worker, jobs, processes, chunk=len(parsed)):
+        rows += new
         write_atomically(out_dir / "measures.csv", to_csv(rows))
+        bar.set_postfix_str(f"{new[0]['concept']}, {new[0]['method']}")
+        bar.update()
+    bar.close()
     summary = summarise(rows)
     document = {"settings": settings, "versions": versions(), "summary": summary}
     write_atomically(out_dir / "run.json", json.dumps(document, indent=1).encode())
     return summary
+
+
+class Worker:
+    """Measures a method on one of the chosen concepts: (i, Method) -> rows."""
+
+    def __init__(
+        self, load: Callable[[], DTEPipeline], out_dir: Path, chosen: list[Item], scenes, seeds,
+        settings,
+    ):  # fmt: skip
+        self.load, self.out_dir, self.chosen = load, out_dir, chosen
+        self.scenes, self.settings = scenes, settings
+        sampling = settings["num_inference_steps"], settings["guidance_scale"]
+        self.sampling = range(seeds), *sampling
+
+    @cached_property
+    def methods(self) -> Methods:
+        return Methods(self.load())
+
+    @cached_property
+    def judges(self) -> Measures:
+        return Measures(self.methods.pipe.backbone)
+
+    def __call__(self, job: tuple[int, Method]) -> list[dict]:
+        (i, method), pipe, rows = job, self.methods.pipe, []
+        item = self.chosen[i]
+        wanted = edits(item, self.scenes)
+        for concept, info, drawn in draw(
+            pipe, self.methods, method, item, self.chosen, wanted, self.sampling,
+            self.settings["seed"],
+        ):  # fmt: skip
+            if concept is not None and self.settings["with_losses"]:
+                info = info | losses(pipe, concept, item, wanted)
+            rows += measured(self.judges, method, item, wanted, info, drawn)
+            if i < SHOWN:
+                keep(self.out_dir, item, method, info, drawn)
+        return rows
+
+
+def in_processes(work: Callable, jobs: list, processes: int, chunk: int) -> Iterator:
+    """map(work, jobs), shared out to processes in chunks, in the order of the jobs."""
+    if processes == 1:
+        yield from map(work, jobs)
+        return
+    threads = max(1, torch.get_num_threads() // processes)
+    context = torch.multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, _begin, (work, threads)) as pool:
+        yield from pool.map(_work, jobs, chunksize=chunk)
+
+
+def _begin(work: Callable, threads: int) -> None:
+    global _worker
+    _worker = work
+    torch.set_num_threads(threads)
+
+
+def _work(job):
+    return _worker(job)
 
 
 def draw(pipe, methods, method: Method, item: Item, chosen, wanted, sampling, seed):

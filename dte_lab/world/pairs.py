@@ -5,6 +5,7 @@ in another scene and a quarter in another style as well, with the prompt that sa
 that, the background of the one picture becomes part of the concept.
 """
 
+from functools import cache
 from itertools import permutations
 
 import numpy as np
@@ -13,19 +14,26 @@ from torch.utils.data import Dataset
 
 from dte_lab.world.captions import caption, scene_words
 from dte_lab.world.data import random_item, to_tensor
-from dte_lab.world.scenes import SCENES, SPRITE_PX, compose
+from dte_lab.world.scenes import SCENES, SPRITE_PX, background, compose
 from dte_lab.world.sprites import STYLES, concepts, split_names, sprite
 
 SAME_PICTURE, OTHER_SCENE = 0.25, 0.5  # the rest: other scene and other style
 SHORT_PROMPT = 0.3  # of the prompts that name a scene alone: "S* at night", as people write
 MIXED = 0.5  # of the items: half of one concept beside half of another
 VARIED = 0.75  # of the items: the concept mirrored, turned and with its colours exchanged
+BACKGROUNDS = 64  # of each scene; they differ in shade and waves alone
 VARIANTS = [
     (mirrored, turns, order)
     for mirrored in (False, True)
     for turns in range(4)  # quarters
     for order in permutations(range(3))  # of red, green and blue
 ]  # the first is the concept as it is
+
+
+@cache
+def behind(scene: str, seed: int) -> np.ndarray:
+    """One of the BACKGROUNDS of a scene: (64, 64, 3)."""
+    return background(scene, np.random.default_rng(seed))
 
 
 def vary(rgba: np.ndarray, variant: int) -> np.ndarray:
@@ -78,7 +86,8 @@ class ConceptPairs(Dataset):
 
         def draw(style: str, scene: str, seed: int) -> np.ndarray:
             left, right = (sprite(half, style, SPRITE_PX) for half in (name, other))
-            return compose(vary(mix(left, right), variant), scene, seed)
+            rgba = vary(mix(left, right), variant)
+            return compose(rgba, scene, behind(scene, seed % BACKGROUNDS))
 
         image = draw(style, scene, seed)
         kind, prompt_style = rng.random(), None

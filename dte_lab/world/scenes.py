@@ -142,9 +142,9 @@ LIGHT = {  # what the light of a place does to the sprite: (multiply by, then mi
 }
 
 
-def compose(rgba: np.ndarray, scene: str, seed: int) -> np.ndarray:
-    """Put a premultiplied (48, 48, 4) sprite into a scene -> (64, 64, 3) uint8."""
-    picture = background(scene, np.random.default_rng(seed))
+def compose(rgba: np.ndarray, scene: str, behind: np.ndarray) -> np.ndarray:
+    """Put a premultiplied (48, 48, 4) sprite before a `background` of a scene: (64, 64, 3) uint8."""
+    picture = behind.copy()
     colour, alpha = rgba[..., :3], rgba[..., 3:]
     if scene in LIGHT:
         multiply, mixed, amount = LIGHT[scene]
@@ -159,7 +159,8 @@ def render(concept: str, style: str, scene: str, seed: int = 0) -> np.ndarray:
 
     Pure and quick (under 1 ms). Raises ValueError for an unknown concept, style or scene.
     """
-    return compose(sprite(concept, style, SPRITE_PX), scene, seed)
+    behind = background(scene, np.random.default_rng(seed))
+    return compose(sprite(concept, style, SPRITE_PX), scene, behind)
 
 
 def render_image(concept: str, style: str, scene: str, seed: int = 0) -> Image.Image:

@@ -1,0 +1,121 @@
+"""Pre-training of the tuning encoder for the small world, in the loop that trains the base model.
+
+What `dte pretrain` does with any pictures, with the small world's own: they are composed on the
+device, so that a GPU takes a whole step at once.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dte_lab.backbone import add_noise, load_backbone
+from dte_lab.baselines import E4TEncoder
+from dte_lab.config import DTEConfig
+from dte_lab.encoder import TuningEncoder
+from dte_lab.objective import objective
+from dte_lab.pipeline import DTEPipeline
+from dte_lab.predictions import Predictions
+from dte_lab.tokens import PromptEncoder
+from dte_lab.world.first_words import fit_token_head
+from dte_lab.world.pair_batches import PairBatches
+from dte_lab.world.pairs import ConceptPairs
+from dte_lab.world.scenes import render_image
+from dte_lab.world.sprites import split_names
+from dte_lab.world.training import TrainConfig, train
+
+WATCHED = ("strawberry", "peacock", "tractor", "cupcake")  # val: not trained on
+SHARED_TIMESTEP = 0.5  # as PretrainConfig.shared_timestep_probability
+
+
+def main(
+    out: Path,
+    backbone: str = "small",
+    steps: int = 10_000,
+    minutes: float | None = None,
+    batch_size: int = 32,
+    concepts: int | None = None,
+    e4t: bool = False,
+    device: str = "cpu",
+    mixed_precision: str = "no",
+    learning_rate: float = 1e-3,
+    muon_learning_rate: float | None = 3e-3,
+    **options,
+) -> Path:
+    """Train and save the EMA weights to `out/encoder`, which is returned.
+
+    concepts: how many to learn from, None for all. e4t: the E4T-style baseline instead. options: of
+    DTEConfig.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    backbone = load_backbone(backbone, device)
+    backbone.scheduler.alphas_cumprod = backbone.alphas_cumprod  # on the device once and for all
+    prompt_encoder = PromptEncoder(backbone)
+    if e4t:
+        encoder = E4TEncoder.from_backbone(backbone)
+    else:
+        encoder = TuningEncoder.from_backbone(backbone, DTEConfig(**options))
+    dte, T = encoder.dte, len(backbone.alphas_cumprod)
+    feature_prompt = prompt_encoder.plain([dte.feature_prompt])
+    if not (out / "checkpoint.safetensors").exists():
+        seen = set(ConceptPairs(count=concepts).names) & set(split_names("train"))
+        fit_token_head(encoder, backbone, sorted(seen))
+    batches = PairBatches(prompt_encoder, count=concepts)
+    torch.manual_seed(0)
+    unseen = PairBatches(prompt_encoder, ("val",), varied=0, mixed=0)(256)
+    pixels = DTEPipeline(backbone, encoder).pixels(
+        [render_image(name, "fluent", "white") for name in WATCHED]
+    )
+    watched = Predictions(out / "predictions.jsonl", backbone, encoder, pixels, prompt_encoder)
+
+    def losses_of(encoder: TuningEncoder, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        """v* (B, d) and the losses of one batch, with random noise and timesteps."""
+        B = len(batch["image"])
+        both = backbone.encode_images(torch.cat([batch["target"], batch["image"]])).float()
+        (latents, image_latents), (noise, own_noise) = both.chunk(2), torch.randn_like(both).chunk(2)
+        t, own_t = torch.randint(T, (2 * B,), device=device).chunk(2)
+        shared = torch.rand(B, device=device) < SHARED_TIMESTEP
+        noisy = torch.where(
+            shared[:, None, None, None],
+            add_noise(backbone, latents, noise, t),
+            add_noise(backbone, image_latents, own_noise, own_t),
+        )
+        feature_t = torch.where(shared, t, own_t)
+        features = encoder.unet_features(backbone, noisy, feature_t, feature_prompt)
+        clip = encoder.image_features(backbone, batch["image"])
+        prediction = encoder(clip, features, feature_t)
+        bank = encoder.bank.clone(), encoder.bank_concepts.clone()
+        with objective(
+            backbone, prompt_encoder, prediction, batch["prompts"], latents, noise, t, dte,
+            batch["concepts"], bank,
+        ) as losses:  # fmt: skip
+            return prediction.v_star, losses
+
+    def loss(encoder: TuningEncoder) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = batches(batch_size)
+        v_star, losses = losses_of(encoder, batch)
+        encoder.remember(v_star, batch["concepts"])
+        value = losses.pop("loss")
+        return value, losses
+
+    def sample(ema: TuningEncoder, step: int) -> dict[str, float]:
+        watched.write(ema, step)
+        torch.manual_seed(0)
+        return {"unseen_diffusion": losses_of(ema, unseen)[1]["diffusion"].item()}
+
+    config = TrainConfig(
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        muon_learning_rate=muon_learning_rate,
+        mixed_precision=mixed_precision,
+        log_every=20,
+        sample_every=4,
+    )
+    watched.write(encoder, 0)
+    ema = train(out, encoder, config, loss, sample, minutes, device)
+    ema.load_state_dict({**ema.state_dict(), **dict(encoder.named_buffers())}, strict=False)
+    ema.save_pretrained(out / "encoder")
+    return out / "encoder"
