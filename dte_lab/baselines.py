@@ -38,7 +38,7 @@ class BaselineConfig:
 
     batch_size: int = 8
     token_learning_rate: float = 0.1
-    lora_learning_rate: float = 4e-3
+    lora_learning_rate: float = 1.6e-2
     multiplicative_learning_rate: float = 1e-2
     prior_pictures: int = 8
 

@@ -280,7 +280,6 @@ app.command()(hardware_cli.doctor)
 app.command()(evaluation_cli.evaluate)
 app.command()(evaluation_cli.report)
 app.command()(evaluation_cli.export)
-app.command()(evaluation_cli.pretrain_e4t)
 app.add_typer(training_cli.world, name="world")
 
 

@@ -1,6 +1,4 @@
-"""The commands that measure and export: `dte evaluate`, `dte report`, `dte export`, and the
-training of the E4T-style baseline, `dte pretrain-e4t`.
-"""
+"""The commands that measure and export: `dte evaluate`, `dte report`, `dte export`."""
 
 import json
 from functools import partial
@@ -9,16 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dte_lab.training_cli import (
-    Backbone,
-    Device,
-    Minutes,
-    Out,
-    Precision,
-    Steps,
-    checked_precision,
-    given,
-)
+from dte_lab.training_cli import Backbone, Device, Out
 
 
 def evaluate(
@@ -109,32 +98,4 @@ def export(
         f'in diffusers: pipe.load_lora_weights("{out}"); '
         f'pipe.load_textual_inversion("{out}/learned_embeds.safetensors"); pipe("S* at night")\n'
         "they hold the soft path alone: what `dte generate --alpha 1` draws"
-    )
-
-
-def pretrain_e4t(
-    out: Out,
-    backbone: Backbone = "small",
-    steps: Steps = None,
-    minutes: Minutes = None,
-    device: Device = "cpu",
-    mixed_precision: Precision = "no",
-) -> None:
-    """Pre-train the E4T-style baseline on the small world, as `dte pretrain` does the encoder.
-
-    Writes OUT/encoder; `dte evaluate` looks for it in the backbone's folder, under e4t.
-    """
-    from dte_lab.backbone import load_backbone
-    from dte_lab.baselines import E4TEncoder
-    from dte_lab.pretrain import PretrainConfig, pretrain
-    from dte_lab.world.first_words import fit_token_head
-    from dte_lab.world.pairs import ConceptPairs
-
-    parts = load_backbone(backbone, device, checked_precision(mixed_precision))
-    config = PretrainConfig(
-        mixed_precision=mixed_precision, **given(steps=steps, max_minutes=minutes)
-    )
-    start = partial(fit_token_head, backbone=parts)
-    pretrain(
-        parts, E4TEncoder.from_backbone(parts), ConceptPairs(), config, out_dir=out, start=start
     )

@@ -34,10 +34,10 @@ def objective(
 ):  # fmt: skip
     """The loss and its terms, inside the dual path: call `backward` within the `with` block.
 
-    prediction: v_star (B, d) and offsets, or one (batch 1) for all samples. prompts: B, see
-    `PromptEncoder`. latents, noise: (B, C, h, w). timesteps: (B,). config: DTEConfig. concepts: (B,) ids that
-    tell which samples of the batch are negatives of each other. bank: more negatives, see
-    `regularise`.
+    prediction: v_star (B, d) and offsets, or one (batch 1) for all samples. prompts: B strings with
+    "S*", or their tokens. latents, noise: (B, C, h, w). timesteps: (B,). config: DTEConfig.
+    concepts: (B,) ids that tell which samples of the batch are negatives of each other. bank: more
+    negatives, see `regularise`.
     Yields scalars: "loss", "diffusion", and the regulariser's terms ("contrastive" and "norm").
 
     >>> with objective(...) as losses:

@@ -10,7 +10,7 @@ import torch
 
 from dte_lab import Concept, DTEConfig, DTEPipeline
 from dte_lab.cli import main
-from dte_lab.evaluation import encoders, run
+from dte_lab.evaluation import run
 from dte_lab.evaluation.edits import Item, edits, items, object_mask, object_region, truth
 from dte_lab.evaluation.methods import EXPERIMENTS, Methods, parse
 from dte_lab.evaluation.report import harmonic, least_steps, markdown, per_concept, summarise
@@ -194,26 +194,6 @@ def test_a_run_that_was_cut_off_goes_on_where_it_stopped(harness, tmp_path, monk
         harness(tmp_path / "whole", count=3)
     with pytest.raises(ValueError, match="given twice"):
         harness(tmp_path / "new", ("ti:1", "ti:2"))
-
-
-def test_encoders_that_differ_in_one_thing_are_trained_alike_and_compared(
-    tiny_backbone, tiny_encoder, tmp_path, monkeypatch
-):
-    asked, trained = {}, []
-    pipe = DTEPipeline(tiny_backbone, tiny_encoder)
-    monkeypatch.setattr(DTEPipeline, "from_pretrained", lambda name: pipe)
-
-    def pretrain(backbone, encoder, dataset, config, out_dir, watched_images, start):
-        trained.append((encoder.dte, len(dataset.names), config))
-
-    monkeypatch.setattr(encoders, "pretrain", pretrain)
-    monkeypatch.setattr(encoders, "evaluate", lambda *a, **given: asked.update(specs=a[2], **given))
-    monkeypatch.setattr(encoders, "report", lambda out: None)
-    encoders.main(tmp_path, tmp_path / "out", ["rank", "concepts"], steps=3, concepts=2)
-    assert len(asked["specs"]) == len(trained) == 9 and asked["count"] == 2
-    assert all(config == trained[0][2] for _, _, config in trained)
-    assert {dte.rank for dte, _, _ in trained} == {1, 2, 4, 8, 16}
-    assert {n for _, n, _ in trained} == {50, 100, 200, 400, 702}
 
 
 def synthetic():

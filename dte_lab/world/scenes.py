@@ -143,7 +143,7 @@ LIGHT = {  # what the light of a place does to the sprite: (multiply by, then mi
 
 
 def compose(rgba: np.ndarray, scene: str, behind: np.ndarray) -> np.ndarray:
-    """Put a premultiplied (48, 48, 4) sprite before a `background` of a scene: (64, 64, 3) uint8."""
+    """Put a premultiplied (48, 48, 4) sprite before a scene's background: (64, 64, 3) uint8."""
     picture = behind.copy()
     colour, alpha = rgba[..., :3], rgba[..., 3:]
     if scene in LIGHT:

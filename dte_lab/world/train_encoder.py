@@ -4,20 +4,21 @@ What `dte pretrain` does with any pictures, with the small world's own: they are
 device, so that a GPU takes a whole step at once.
 """
 
-import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dte_lab.backbone import add_noise, load_backbone
-from dte_lab.baselines import E4TEncoder
+from dte_lab.baselines import E4TEncoder, e4t_config
 from dte_lab.config import DTEConfig
 from dte_lab.encoder import TuningEncoder
 from dte_lab.objective import objective
 from dte_lab.pipeline import DTEPipeline
 from dte_lab.predictions import Predictions
 from dte_lab.tokens import PromptEncoder
+from dte_lab.training_cli import SAMPLE_CONCEPTS
 from dte_lab.world.first_words import fit_token_head
 from dte_lab.world.pair_batches import PairBatches
 from dte_lab.world.pairs import ConceptPairs
@@ -25,7 +26,7 @@ from dte_lab.world.scenes import render_image
 from dte_lab.world.sprites import split_names
 from dte_lab.world.training import TrainConfig, train
 
-WATCHED = ("strawberry", "peacock", "tractor", "cupcake")  # val: not trained on
+UNSEEN = 256  # pairs
 SHARED_TIMESTEP = 0.5  # as PretrainConfig.shared_timestep_probability
 
 
@@ -39,22 +40,23 @@ def main(
     e4t: bool = False,
     device: str = "cpu",
     mixed_precision: str = "no",
-    learning_rate: float = 1e-3,
-    muon_learning_rate: float | None = 3e-3,
     **options,
 ) -> Path:
     """Train and save the EMA weights to `out/encoder`, which is returned.
 
     concepts: how many to learn from, None for all. e4t: the E4T-style baseline instead. options: of
-    DTEConfig.
+    DTEConfig. The log's `unseen_diffusion` is the loss on UNSEEN pairs of val concepts, with the
+    same noise every time; predictions.jsonl is that of `dte pretrain`.
     """
     out = Path(out)
+    if torch.device(device).type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TensorFloat-32
     out.mkdir(parents=True, exist_ok=True)
     backbone = load_backbone(backbone, device)
     backbone.scheduler.alphas_cumprod = backbone.alphas_cumprod  # on the device once and for all
     prompt_encoder = PromptEncoder(backbone)
     if e4t:
-        encoder = E4TEncoder.from_backbone(backbone)
+        encoder = E4TEncoder.from_backbone(backbone, replace(e4t_config(), **options))
     else:
         encoder = TuningEncoder.from_backbone(backbone, DTEConfig(**options))
     dte, T = encoder.dte, len(backbone.alphas_cumprod)
@@ -64,9 +66,9 @@ def main(
         fit_token_head(encoder, backbone, sorted(seen))
     batches = PairBatches(prompt_encoder, count=concepts)
     torch.manual_seed(0)
-    unseen = PairBatches(prompt_encoder, ("val",), varied=0, mixed=0)(256)
+    unseen = PairBatches(prompt_encoder, ("val",), varied=0, mixed=0)(UNSEEN)
     pixels = DTEPipeline(backbone, encoder).pixels(
-        [render_image(name, "fluent", "white") for name in WATCHED]
+        [render_image(name, "fluent", "white") for name in SAMPLE_CONCEPTS]
     )
     watched = Predictions(out / "predictions.jsonl", backbone, encoder, pixels, prompt_encoder)
 
@@ -74,7 +76,8 @@ def main(
         """v* (B, d) and the losses of one batch, with random noise and timesteps."""
         B = len(batch["image"])
         both = backbone.encode_images(torch.cat([batch["target"], batch["image"]])).float()
-        (latents, image_latents), (noise, own_noise) = both.chunk(2), torch.randn_like(both).chunk(2)
+        latents, image_latents = both.chunk(2)  # (B, 96, 4, 4)
+        noise, own_noise = torch.randn_like(both).chunk(2)
         t, own_t = torch.randint(T, (2 * B,), device=device).chunk(2)
         shared = torch.rand(B, device=device) < SHARED_TIMESTEP
         noisy = torch.where(
@@ -108,8 +111,8 @@ def main(
     config = TrainConfig(
         steps=steps,
         batch_size=batch_size,
-        learning_rate=learning_rate,
-        muon_learning_rate=muon_learning_rate,
+        learning_rate=1e-3,
+        muon_learning_rate=3e-3,
         mixed_precision=mixed_precision,
         log_every=20,
         sample_every=4,

@@ -206,10 +206,10 @@ def train(
             if save:
                 save_checkpoint(checkpoint, model, ema, optimizer, step)
                 saved = time.monotonic()
+        if count:  # time was up between two lines
+            log_means()
+        save_checkpoint(checkpoint, model, ema, optimizer, step)  # and wait for the last step
     progress.close()
-    if count:  # time was up between two lines
-        log_means()
-    save_checkpoint(checkpoint, model, ema, optimizer, step)
     return ema
 
 
