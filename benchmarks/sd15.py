@@ -3,8 +3,9 @@
     python benchmarks/sd15.py --out results/
 
 Random weights: neither time nor memory depends on what they say, and nothing is downloaded. Writes
-sd15_CARD.json. Every setting is measured after a warm-up. Peak memory is that of torch's allocator
-(`max_memory_allocated`), which is what `dte memory` predicts; CUDA's own context is not in it.
+sd15_card_NAME.json. Every setting is measured after a warm-up. Peak memory is that of torch's
+allocator (`max_memory_allocated`), which is what `dte memory` predicts; CUDA's own context is not
+in it.
 """
 
 import argparse
@@ -146,7 +147,7 @@ def main():
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
         "rows": rows,
     }
-    path = out / f"sd15_{card.replace(' ', '_')}.json"
+    path = out / f"sd15_card_{card.replace(' ', '_')}.json"
     write_atomically(path, json.dumps(result, indent=1).encode())
     print(f"wrote {path}")
 

@@ -32,7 +32,7 @@ class TuneConfig:
     what: str = "predictions"
     batch_size: int = 8
     token_learning_rate: float = 0.1
-    offset_learning_rate: float = 4e-3
+    offset_learning_rate: float = 6e-3
     encoder_learning_rate: float = 1e-3
     prompts: tuple[str, ...] = ("a picture of S*",)
 

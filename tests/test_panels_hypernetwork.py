@@ -118,6 +118,15 @@ def test_pairs_figure_draws_points_and_intervals():
     np.testing.assert_allclose(segment[:, 0], [0.5, 0.75])
 
 
+def test_encoders_figure_has_a_line_per_number_of_steps_where_it_is_known():
+    groups = {"rank": {1: {8: 0.5, 16: 0.4}, 4: {8: 0.45}}, "things": {50: {8: 0.6, 16: 0.5}}}
+    left, right = ranks.encoders_figure(groups, (8, 16)).axes
+    lines = [(list(line.get_xdata()), list(line.get_ydata())) for line in left.get_lines()]
+    assert lines == [([1, 4], [0.5, 0.45]), ([1], [0.4])]
+    assert right.get_xlabel() == "things"
+    assert [tick.get_text() for tick in left.get_xticklabels()] == ["1", "4"]
+
+
 def test_distances_figure_has_a_line_per_concept_their_mean_and_the_floor():
     distances = {"cup": [0.4, 0.2, 0.1], "bus": [0.2, 0.2, 0.3]}
     (ax,) = ranks.distances_figure(distances, floor=0.05).axes

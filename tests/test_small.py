@@ -13,8 +13,8 @@ from skimage import data
 
 from dte_lab import Concept, DTEPipeline
 from dte_lab.backbone import WEIGHTS
-from dte_lab.world import SCENES, caption, render_image, split_names
-from dte_lab.world.evaluate import classify_scene, generate, table
+from dte_lab.world import SCENES, caption, curve, render_image, split_names
+from dte_lab.world.evaluate import classify_scene, generate, seeds_table, table
 
 # Any attempt to connect fails loudly.
 OFFLINE = """
@@ -43,9 +43,14 @@ def test_weights_are_under_35_mb_and_hold_no_pickle():
     assert not [f for f in WEIGHTS.rglob("*") if f.suffix in (".bin", ".pt", ".pth", ".ckpt")]
 
 
-def test_model_card_holds_the_measures_of_the_results_file():
-    results = json.loads((Path(__file__).parents[1] / "results" / "world.json").read_text())
-    assert table(results) in (WEIGHTS / "small" / "README.md").read_text()
+def test_model_card_holds_the_measures_of_the_results_files():
+    card = (WEIGHTS / "small" / "README.md").read_text()
+    folder = Path(__file__).parents[1] / "results"
+    files = ("world.json", "world_seed1.json", "world_curve.json")
+    shipped, other, measured = (json.loads((folder / name).read_text()) for name in files)
+    assert table(shipped) in card
+    assert seeds_table([shipped, other]) in card
+    assert curve.table(measured["points"]) in card
 
 
 @pytest.mark.parametrize("photo", ["chelsea", "coffee"])

@@ -69,6 +69,31 @@ def distances_figure(distances: Mapping[str, Sequence[float]], floor: float) -> 
     return figure
 
 
+def encoders_figure(
+    groups: Mapping[str, Mapping[int, Mapping[float, float]]], steps: Sequence[int]
+) -> Figure:
+    """Encoders that differ in one number, side by side: their error on unseen things over it.
+
+    groups: {what differs: {its value: {steps of training: error}}}. steps: one line for each.
+    """
+    figure = Figure(figsize=(4.2 * len(groups), 3.1), layout="constrained")
+    axes = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    for ax, (title, by_value) in zip(axes, groups.items(), strict=True):
+        for count, colour, marker in zip(steps, (MUTED, BEFORE, AFTER), "vso", strict=False):
+            x = [value for value, errors in by_value.items() if count in errors]
+            y = [by_value[value][count] for value in x]
+            ax.plot(x, y, color=colour, marker=marker, label=f"after {count} steps")
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(list(by_value), [str(value) for value in by_value])
+        ax.minorticks_off()
+        ax.set_xlabel(title)
+        ax.grid(axis="y", color=HAIRLINE)
+        plain(ax)
+    axes[0].set_ylabel("diffusion loss on unseen things")
+    axes[-1].legend(frameon=False, fontsize=9, loc="upper right")
+    return figure
+
+
 def rank_figure(
     picture: Image.Image, drawn: Image.Image, spectrum: Sequence[float], rank: int, distance: float
 ) -> Figure:

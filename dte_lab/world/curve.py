@@ -21,7 +21,14 @@ from dte_lab.files import write_atomically
 from dte_lab.world.captions import caption
 from dte_lab.world.clip import tokenize
 from dte_lab.world.data import rendered
-from dte_lab.world.evaluate import Classifier, evaluation_items, generate, interval, scene_hits
+from dte_lab.world.evaluate import (
+    Classifier,
+    evaluation_items,
+    generate,
+    interval,
+    percent,
+    scene_hits,
+)
 from dte_lab.world.sprites import split_names
 
 
@@ -60,6 +67,21 @@ def main(
             | {"told_error": interval(told_error(b, items))}
         )
         write_atomically(out, json.dumps({"config": config, "points": points}, indent=1).encode())
+
+    print(table(points))
+
+
+def table(points: list[dict]) -> str:
+    """The curve as the Markdown table of the model card."""
+    rows = [
+        "| Steps of 512 | Samples | Concept, top-1 | Concept, top-5 | Style | Scene | Told error |",
+        "|---" * 7 + "|",
+    ]
+    for point in points:
+        cells = [f"{point['steps']:,}", f"{point['samples'] / 1e6:.2f} M"]
+        cells += [percent(point[m]) for m in ("concept_top1", "concept_top5", "style", "scene")]
+        rows.append("| " + " | ".join([*cells, f"{point['told_error']['mean']:.3f}"]) + " |")
+    return "\n".join(rows)
 
 
 if __name__ == "__main__":

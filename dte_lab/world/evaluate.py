@@ -276,6 +276,31 @@ def main(out: Path, backbone: str = "small", n: int = 500) -> dict:
     return results
 
 
+SHOWN = {  # of generated pictures
+    "scene": "scene", "style": "style",
+    "concept_top1": "concept, top-1", "concept_top5": "concept, top-5",
+}  # fmt: skip
+
+
+def percent(value: dict) -> str:
+    """A mean with its interval, of shares from 0 to 1."""
+    mean, low, high = (100 * value[key] for key in ("mean", "low", "high"))
+    return f"{mean:.1f} % [{low:.1f}, {high:.1f}]"
+
+
+def seeds_table(by_seed: list[dict]) -> str:
+    """The generated pictures' measures of several seeds beside each other, for the model card."""
+    n = by_seed[0]["generated_seen"]["scene"]["n"]
+    seeds = [f"seed {i}" for i in range(len(by_seed))]
+    heads = [f"Generated, n = {n} each", f"{seeds[0]} (shipped)", *seeds[1:]]
+    rows = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for key in ("seen", "novel"):
+        for measure, name in SHOWN.items():
+            cells = [percent(results[f"generated_{key}"][measure]) for results in by_seed]
+            rows.append(f"| {name}, {key} combinations | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
 def table(results: dict) -> str:
     """The measures as the Markdown table of the model card."""
     rows = ["| Measure | Value | 95 % interval | n |", "|---|---|---|---|"]
@@ -295,19 +320,13 @@ def table(results: dict) -> str:
         ("outside_group_of_val_concepts", "the outside classifier, the same"),
     ):
         rows.append(share(name, results[key]))
-    names = {
-        "scene": "scene",
-        "style": "style",
-        "concept_top1": "concept, top-1",
-        "concept_top5": "concept, top-5",
-    }
     kinds = {
         "generated": "generated pictures",
         "autoencoder": "the autoencoder's reconstructions",
         "true": "true renderings",
     }
     for key in ("seen", "novel"):
-        for measure, name in names.items():
+        for measure, name in SHOWN.items():
             for kind, text in kinds.items():
                 value = results[f"{kind}_{key}"][measure]
                 rows.append(share(f"{text}, {key} combinations: {name}", value))

@@ -231,8 +231,8 @@ show(
 # we draw: without a setting in the prompt, and in three scenes. The seed is always the same.
 
 # %%
-STEPS = (0, 2, 4, 8, 12, 25, 50, 100, 150)
-DRAWN = (0, 4, 12, 25, 50, 150)
+STEPS = (0, 2, 4, 8, 12, 25, 50)
+DRAWN = (0, 4, 12, 25, 50)
 record, start = [], time.perf_counter()
 
 
@@ -263,18 +263,17 @@ pictures = {
 }
 
 # %%
-LOOK = (0, 4, 12, 50, 150)
 references = {"no setting": picture} | dict(zip(list(prompts)[1:], to_pil(true), strict=True))
 show(
     picture_grid(
         [
-            [references[name]] + [pictures[n, name] for n in LOOK]
+            [references[name]] + [pictures[n, name] for n in DRAWN]
             for name in ("no setting", "night")
         ],
-        ["the truth", *(f"{n} steps" for n in LOOK)],
+        ["the truth", *(f"{n} steps" for n in DRAWN)],
         ["no setting", "at night"],
     ),
-    f"Two rows of drawings after {', '.join(map(str, LOOK))} steps, without a setting and at "
+    f"Two rows of drawings after {', '.join(map(str, DRAWN))} steps, without a setting and at "
     "night, each beside the true picture.",
 )
 
@@ -562,7 +561,7 @@ def measured_mb(noise_levels):
     return peak.read()
 
 
-batches = (1, 2, 4, 8, 16)
+batches = (1, 4, 16)
 expected = [predicted_mb(batch) for batch in batches]
 measured = [measured_mb(batch) for batch in batches]
 measured = None if None in measured else measured
@@ -583,10 +582,11 @@ show(
 # ### Stable Diffusion 1.5 on a card of 15 GB
 #
 # That is what a free T4 has. The bars are **predictions** by the same trace at full size, without
-# weights and without a GPU. The choices: how many noise levels a step has (`batch`), the side of
-# the picture, half or full precision of what is frozen, *gradient checkpointing* (activations are
-# computed anew instead of kept: less memory, about a third slower) and *offload* (image encoder
-# and autoencoder wait on the CPU). Which of them is the cheapest way to make it fit?
+# weights and without a GPU; `benchmarks/sd15_memory.py` made them, and we make one of them anew.
+# The choices: how many noise levels a step has (`batch`), the side of the picture, half or full
+# precision of what is frozen, *gradient checkpointing* (activations are computed anew instead of
+# kept: less memory, about a third slower) and *offload* (image encoder and autoencoder wait on the
+# CPU). Which of them is the cheapest way to make it fit?
 
 # %%
 from dte_lab.memory import Setting, predict
@@ -594,21 +594,18 @@ from dte_lab.panels.tuning import card_figure
 from dte_lab.sd15 import random_parts
 
 CARD = 15
-choices = [
-    Setting(batch=4, dtype="fp32"),
-    Setting(batch=16),
-    Setting(batch=16, resolution=384),
-    Setting(batch=16, gradient_checkpointing=True),
-    Setting(batch=4),
-    Setting(batch=1, gradient_checkpointing=True, offload=True),
-]
-bytes_needed = {str(c): predict(c, ("tuning",))["tuning"] for c in choices}
-
-known = {}
-for file in sorted(RESULTS.glob("sd15_*.json")):
+bytes_needed, choices, known = {}, [], {}
+for row in json.loads((RESULTS / "sd15_memory.json").read_text())["rows"]:
+    choices.append(Setting(**row["setting"]))
+    bytes_needed[str(choices[-1])] = row["bytes"]
+for file in sorted(RESULTS.glob("sd15_card_*.json")):
     for row in json.loads(file.read_text())["rows"]:
         if (peak := row["measured"]["tuning"]["bytes"]) is not None:
             known[str(Setting(**row["setting"]))] = peak / 1e9
+
+first = str(choices[0])
+live = predict(choices[0], ("tuning",))["tuning"]
+print(f"{first}: {live / 1e9:.2f} GB predicted here, {bytes_needed[first] / 1e9:.2f} in the file")
 
 parts = random_parts("meta")
 weights = {k: count(v.parameters()) for k, v in parts.items() if isinstance(v, torch.nn.Module)}
@@ -622,7 +619,7 @@ print(
     "before the first activation"
 )
 print(
-    f"measured so far: {len(known)} settings, in results/sd15_*.json"
+    f"measured so far: {len(known)} settings, in results/sd15_card_*.json"
     if known
     else "measured so far: none; benchmarks/sd15.py would, on a GPU, and put it beside this"
 )
@@ -716,7 +713,7 @@ if not reason:
 from dte_lab.baselines import dreambooth_lora, textual_inversion
 from dte_lab.panels.tuning import captioned_grid
 
-UP_TO = 96
+UP_TO = 40
 budget = record[11]["seconds"]  # of our 12 steps
 tracks = {"tuning encoder": {0: (predicted.seconds, predicted)}}
 tracks["tuning encoder"] |= {
@@ -730,7 +727,7 @@ for name, method in (
     tracks[name] = {n: (c.info["seconds"], c) for n, c in states.items()}
 
 # %%
-shares, rows = (0.25, 1, 4), []
+shares, rows = (0.25, 1, 2), []
 for track in tracks.values():
     row = []
     for share in shares:
