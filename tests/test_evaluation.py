@@ -196,6 +196,10 @@ def test_a_run_that_was_cut_off_goes_on_where_it_stopped(harness, tmp_path, monk
         harness(tmp_path / "new", ("ti:1", "ti:2"))
 
 
+def test_processes_share_the_jobs_and_keep_their_order():
+    assert list(run.in_processes(abs, [-3, 2, -1], processes=2, chunk=1)) == [3, 2, 1]
+
+
 def synthetic():
     """Two concepts, one scene and one style edit; identity margins that are easy to check."""
     rows = []

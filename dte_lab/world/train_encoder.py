@@ -61,7 +61,8 @@ def main(
         encoder = TuningEncoder.from_backbone(backbone, DTEConfig(**options))
     dte, T = encoder.dte, len(backbone.alphas_cumprod)
     feature_prompt = prompt_encoder.plain([dte.feature_prompt])
-    if not (out / "checkpoint.safetensors").exists():
+    fresh = not (out / "checkpoint.safetensors").exists()
+    if fresh:
         seen = set(ConceptPairs(count=concepts).names) & set(split_names("train"))
         fit_token_head(encoder, backbone, sorted(seen))
     batches = PairBatches(prompt_encoder, count=concepts)
@@ -117,7 +118,8 @@ def main(
         log_every=20,
         sample_every=4,
     )
-    watched.write(encoder, 0)
+    if fresh:
+        watched.write(encoder, 0)
     ema = train(out, encoder, config, loss, sample, minutes, device)
     ema.load_state_dict({**ema.state_dict(), **dict(encoder.named_buffers())}, strict=False)
     ema.save_pretrained(out / "encoder")
