@@ -50,8 +50,10 @@ def words_figure(
         ax.bar_label(bars, fmt="%.2f", padding=3, fontsize=8, color=MUTED)
     ax.set_yticks(range(len(words)), words)
     ax.invert_yaxis()
+    smallest = min(min(values) for values in cosines.values())
     largest = max(max(values) for values in cosines.values())
-    ax.set_xlim(min(0, *(min(values) for values in cosines.values())), 1.15 * largest)
+    room = 0.15 * largest  # for the numbers beside the bars
+    ax.set_xlim(smallest - room if smallest < 0 else 0, largest + room)
     ax.set_xlabel("cosine similarity")
     if len(cosines) > 1:
         ax.legend(frameon=False, loc="lower right")
