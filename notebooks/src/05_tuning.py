@@ -582,14 +582,14 @@ show(
 # ### Stable Diffusion 1.5 on a card of 15 GB
 #
 # That is what a free T4 has. The bars are **predictions** by the same trace at full size, without
-# weights and without a GPU; `benchmarks/sd15_memory.py` made them, and we make one of them anew.
+# weights and without a GPU; `benchmarks/sd15_memory.py` made them, `dte memory` makes others.
 # The choices: how many noise levels a step has (`batch`), the side of the picture, half or full
 # precision of what is frozen, *gradient checkpointing* (activations are computed anew instead of
 # kept: less memory, about a third slower) and *offload* (image encoder and autoencoder wait on the
 # CPU). Which of them is the cheapest way to make it fit?
 
 # %%
-from dte_lab.memory import Setting, predict
+from dte_lab.memory import Setting
 from dte_lab.panels.tuning import card_figure
 from dte_lab.sd15 import random_parts
 
@@ -602,10 +602,6 @@ for file in sorted(RESULTS.glob("sd15_card_*.json")):
     for row in json.loads(file.read_text())["rows"]:
         if (peak := row["measured"]["tuning"]["bytes"]) is not None:
             known[str(Setting(**row["setting"]))] = peak / 1e9
-
-first = str(choices[0])
-live = predict(choices[0], ("tuning",))["tuning"]
-print(f"{first}: {live / 1e9:.2f} GB predicted here, {bytes_needed[first] / 1e9:.2f} in the file")
 
 parts = random_parts("meta")
 weights = {k: count(v.parameters()) for k, v in parts.items() if isinstance(v, torch.nn.Module)}
