@@ -30,7 +30,7 @@ PROMPT = f"a picture of {placeholder_token}"
 
 @dataclass
 class BaselineConfig:
-    """Values are ours; the learning rates were the best of three or four on val, at 12 steps.
+    """Values are ours; the learning rates were the best of a few on val, at 12 steps.
 
     `token_learning_rate` is in units of a word's typical embedding entry. `batch_size` noise levels
     per step, as in our own tuning. Prior preservation draws `prior_pictures` of the class with the

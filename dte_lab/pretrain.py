@@ -417,10 +417,8 @@ def prepare(backbone, batch, config, step, rank=0, processes=1):
 
     t, noise, own_t, own_noise = timesteps(), normal(), timesteps(), normal()
     shared = share(torch.rand(B, generator=generator)) < config.shared_timestep_probability
-    feature_latents = torch.where(
-        shared[:, None, None, None],
-        add_noise(backbone, latents, noise, t),
-        add_noise(backbone, image_latents, own_noise, own_t),
+    feature_latents, feature_t = seen_by_features(
+        backbone, shared, (latents, noise, t), (image_latents, own_noise, own_t)
     )
     return {
         "images": batch["image"],
@@ -429,9 +427,20 @@ def prepare(backbone, batch, config, step, rank=0, processes=1):
         "noise": noise,
         "timesteps": t,
         "feature_latents": feature_latents,
-        "feature_timesteps": torch.where(shared, t, own_t),
+        "feature_timesteps": feature_t,
         "concepts": batch["concept"].to(device),
     }
+
+
+def seen_by_features(backbone, shared, target, image):
+    """The noisy latents (B, C, h, w) and timesteps (B,) that the UNet features are taken from.
+
+    target, image: latents, noise and timesteps. shared: (B,) bool, the target's where true.
+    """
+    noisy = torch.where(
+        shared[:, None, None, None], add_noise(backbone, *target), add_noise(backbone, *image)
+    )
+    return noisy, torch.where(shared, target[-1], image[-1])
 
 
 @torch.no_grad()

@@ -86,8 +86,9 @@ def evaluate(
     done = {(row["method"], row["concept"]) for row in rows}
 
     chosen = items(count, split)
-    make = (lambda: pipe) if processes == 1 else load
-    worker = Worker(make, out_dir, chosen, scenes, seeds, settings)
+    worker = Worker(load, out_dir, chosen, settings)
+    if processes == 1:
+        worker.methods = methods
     jobs = [
         (i, method)
         for i, item in enumerate(chosen)
@@ -112,13 +113,9 @@ class Worker:
     """Measures a method on one of the chosen concepts: (i, Method) -> rows."""
 
     def __init__(
-        self, load: Callable[[], DTEPipeline], out_dir: Path, chosen: list[Item], scenes, seeds,
-        settings,
-    ):  # fmt: skip
-        self.load, self.out_dir, self.chosen = load, out_dir, chosen
-        self.scenes, self.settings = scenes, settings
-        sampling = settings["num_inference_steps"], settings["guidance_scale"]
-        self.sampling = range(seeds), *sampling
+        self, load: Callable[[], DTEPipeline], out_dir: Path, chosen: list[Item], settings
+    ):
+        self.load, self.out_dir, self.chosen, self.settings = load, out_dir, chosen, settings
 
     @cached_property
     def methods(self) -> Methods:
@@ -129,14 +126,14 @@ class Worker:
         return Measures(self.methods.pipe.backbone)
 
     def __call__(self, job: tuple[int, Method]) -> list[dict]:
-        (i, method), pipe, rows = job, self.methods.pipe, []
+        (i, method), pipe, rows, s = job, self.methods.pipe, [], self.settings
         item = self.chosen[i]
-        wanted = edits(item, self.scenes)
+        wanted = edits(item, s["scenes"])
+        sampling = range(s["seeds"]), s["num_inference_steps"], s["guidance_scale"]
         for concept, info, drawn in draw(
-            pipe, self.methods, method, item, self.chosen, wanted, self.sampling,
-            self.settings["seed"],
-        ):  # fmt: skip
-            if concept is not None and self.settings["with_losses"]:
+            pipe, self.methods, method, item, self.chosen, wanted, sampling, s["seed"]
+        ):
+            if concept is not None and s["with_losses"]:
                 info = info | losses(pipe, concept, item, wanted)
             rows += measured(self.judges, method, item, wanted, info, drawn)
             if i < SHOWN:

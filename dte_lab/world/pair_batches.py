@@ -3,8 +3,6 @@
 A GPU sees thousands of pairs a second, and more than a processor could draw.
 """
 
-from itertools import permutations
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,11 +20,10 @@ from dte_lab.world.pairs import (
     VARIED,
     ConceptPairs,
     behind,
+    vary,
 )
 from dte_lab.world.scenes import BOX, LIGHT, SCENES, SPRITE_PX
 from dte_lab.world.sprites import STYLES, concepts, sprite
-
-ORDERS = list(permutations(range(3)))  # of colours, as in VARIANTS
 
 
 class PairBatches:
@@ -60,10 +57,9 @@ class PairBatches:
                 if not held_out(name, style, scene)
             ]
         )
-        pixels = np.arange(SPRITE_PX**2).reshape(SPRITE_PX, SPRITE_PX)
-        turned = [np.rot90(x, turns) for x in (pixels, pixels[:, ::-1]) for turns in range(4)]
-        self.turned = on_device(np.stack(turned)).flatten(1)  # (8, 48 * 48): where a pixel is from
-        self.orders = on_device([[*order, 3] for order in ORDERS])  # (6, 4)
+        numbers = np.arange(SPRITE_PX**2 * 4).reshape(SPRITE_PX, SPRITE_PX, 4)
+        sources = [vary(numbers, variant) for variant in range(len(VARIANTS))]
+        self.sources = on_device(sources).flatten(1)  # (48, 48 * 48 * 4): where each is taken from
         plain = ((1, 1, 1), (0, 0, 0), 0)
         light = zip(*(LIGHT.get(scene, plain) for scene in SCENES), strict=True)
         self.multiply, self.tint, self.amount = (on_device(x).float() for x in light)
@@ -107,9 +103,7 @@ class PairBatches:
         middle, which = SPRITE_PX // 2, self.random(len(name), BACKGROUNDS)
         left, right = self.sprites[name, style], self.sprites[other, style]
         rgba = torch.cat([left[:, :, :middle], right[:, :, middle:]], dim=2).float() / 255
-        turned, order = self.turned[variant // len(ORDERS)], self.orders[variant % len(ORDERS)]
-        rgba = rgba.flatten(1, 2).gather(1, turned[..., None].expand(-1, -1, 4))
-        rgba = rgba.gather(2, order[:, None].expand_as(rgba)).unflatten(1, (SPRITE_PX, SPRITE_PX))
+        rgba = rgba.flatten(1).gather(1, self.sources[variant]).view_as(rgba)
         colour, alpha = rgba[..., :3], rgba[..., 3:]  # (B, 48, 48, ...)
         multiply, tint, amount = (
             x[scene].reshape(len(scene), 1, 1, -1) for x in (self.multiply, self.tint, self.amount)

@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dte_lab.backbone import add_noise, load_backbone
+from dte_lab.backbone import load_backbone
 from dte_lab.baselines import E4TEncoder, e4t_config
 from dte_lab.config import DTEConfig
 from dte_lab.encoder import TuningEncoder
 from dte_lab.objective import objective
 from dte_lab.pipeline import DTEPipeline
 from dte_lab.predictions import Predictions
+from dte_lab.pretrain import PREDICTIONS, PretrainConfig, seen_by_features
 from dte_lab.tokens import PromptEncoder
 from dte_lab.training_cli import SAMPLE_CONCEPTS
 from dte_lab.world.first_words import fit_token_head
@@ -27,7 +28,6 @@ from dte_lab.world.sprites import split_names
 from dte_lab.world.training import TrainConfig, train
 
 UNSEEN = 256  # pairs
-SHARED_TIMESTEP = 0.5  # as PretrainConfig.shared_timestep_probability
 
 
 def main(
@@ -71,7 +71,7 @@ def main(
     pixels = DTEPipeline(backbone, encoder).pixels(
         [render_image(name, "fluent", "white") for name in SAMPLE_CONCEPTS]
     )
-    watched = Predictions(out / "predictions.jsonl", backbone, encoder, pixels, prompt_encoder)
+    watched = Predictions(out / PREDICTIONS, backbone, encoder, pixels, prompt_encoder)
 
     def losses_of(encoder: TuningEncoder, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         """v* (B, d) and the losses of one batch, with random noise and timesteps."""
@@ -80,13 +80,10 @@ def main(
         latents, image_latents = both.chunk(2)  # (B, 96, 4, 4)
         noise, own_noise = torch.randn_like(both).chunk(2)
         t, own_t = torch.randint(T, (2 * B,), device=device).chunk(2)
-        shared = torch.rand(B, device=device) < SHARED_TIMESTEP
-        noisy = torch.where(
-            shared[:, None, None, None],
-            add_noise(backbone, latents, noise, t),
-            add_noise(backbone, image_latents, own_noise, own_t),
+        shared = torch.rand(B, device=device) < PretrainConfig.shared_timestep_probability
+        noisy, feature_t = seen_by_features(
+            backbone, shared, (latents, noise, t), (image_latents, own_noise, own_t)
         )
-        feature_t = torch.where(shared, t, own_t)
         features = encoder.unet_features(backbone, noisy, feature_t, feature_prompt)
         clip = encoder.image_features(backbone, batch["image"])
         prediction = encoder(clip, features, feature_t)
@@ -101,8 +98,7 @@ def main(
         batch = batches(batch_size)
         v_star, losses = losses_of(encoder, batch)
         encoder.remember(v_star, batch["concepts"])
-        value = losses.pop("loss")
-        return value, losses
+        return losses.pop("loss"), losses
 
     def sample(ema: TuningEncoder, step: int) -> dict[str, float]:
         watched.write(ema, step)
