@@ -188,6 +188,9 @@ def load_backbone(
         backbone.vae.enable_slicing()  # picture by picture: the decoder is what needs most memory
     if gradient_checkpointing:
         backbone.unet.enable_gradient_checkpointing()
+    if torch.device(device).type == "cpu":  # where 3x3 convolutions become almost twice as fast
+        for module in (backbone.unet, backbone.vae):
+            module.to(memory_format=torch.channels_last)
     return backbone.to(device)
 
 

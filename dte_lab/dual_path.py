@@ -121,8 +121,10 @@ class DualPathProcessor:
         """x A B, per sample: (B, T, Din) -> (B, T, Dout)."""
         if projection not in self.offsets:
             return 0
-        a, b = self.offsets[projection]
-        return x @ a.to(x) @ b.to(x)
+        a, b = (matrix.to(x) for matrix in self.offsets[projection])
+        if len(a) == 1:  # one product in place of B
+            a, b = a[0], b[0]
+        return x @ a @ b
 
 
 class BlockPathProcessor(DualPathProcessor):

@@ -32,6 +32,13 @@ def test_backbone_is_frozen_and_sized(tiny_backbone):
         assert not any(p.requires_grad for p in module.parameters())
 
 
+def test_convolutions_are_in_the_layout_that_is_fast_on_a_cpu():
+    backbone = load_backbone("small", device="cpu")
+    for module in (backbone.unet, backbone.vae):
+        weights = [w for w in module.parameters() if w.dim() == 4 and w.shape[-1] > 1]
+        assert weights and all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+
+
 def test_latents_round_trip_shapes_and_scale(tiny_backbone, tiny_pixels):
     latents = tiny_backbone.encode_images(tiny_pixels)
     assert latents.shape == (3, 4, 8, 8)

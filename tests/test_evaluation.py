@@ -13,7 +13,14 @@ from dte_lab.cli import main
 from dte_lab.evaluation import run
 from dte_lab.evaluation.edits import Item, edits, items, object_mask, object_region, truth
 from dte_lab.evaluation.methods import EXPERIMENTS, Methods, parse
-from dte_lab.evaluation.report import harmonic, least_steps, markdown, per_concept, summarise
+from dte_lab.evaluation.report import (
+    harmonic,
+    least_steps,
+    markdown,
+    paired,
+    per_concept,
+    summarise,
+)
 from dte_lab.pipeline import to_pil
 from dte_lab.world.evaluate import classify_scene
 from dte_lab.world.scenes import SCENES
@@ -179,8 +186,9 @@ def test_a_run_that_was_cut_off_goes_on_where_it_stopped(harness, tmp_path, monk
 
     def rows(folder):
         with open(tmp_path / folder / "measures.csv", newline="") as file:
-            timed = ("seconds", "extra_memory_mb")
-            return [{k: v for k, v in r.items() if k not in timed} for r in csv.DictReader(file)]
+            return [
+                {k: v for k, v in r.items() if k not in run.TIMES} for r in csv.DictReader(file)
+            ]
 
     assert rows("whole") == rows("parts")
     assert len(rows("whole")) == 2 * 3 * 5  # concepts x edits x (dte twice, lora, two anchors)
@@ -194,6 +202,29 @@ def test_a_run_that_was_cut_off_goes_on_where_it_stopped(harness, tmp_path, monk
         harness(tmp_path / "whole", count=3)
     with pytest.raises(ValueError, match="given twice"):
         harness(tmp_path / "new", ("ti:1", "ti:2"))
+    with pytest.raises(ValueError, match="need `load`"):
+        harness(tmp_path / "new", processes=2)
+
+
+def test_a_finished_run_can_be_given_more_methods(harness, tmp_path, monkeypatch):
+    whole = harness(tmp_path / "whole", ("dte:1", "ti:1", "lora:1"))
+    harness(tmp_path / "parts", ("dte:1", "lora:1"))
+    fit, calls = Methods.concepts, []
+
+    def counted(self, method, pixels, seed):
+        calls.append(method.name)
+        return fit(self, method, pixels, seed)
+
+    monkeypatch.setattr(Methods, "concepts", counted)
+    parts = harness(tmp_path / "parts", ("dte:1", "ti:1", "lora:1"))
+    assert calls == ["ti", "ti"]
+
+    def untimed(lines):
+        return [{k: v for k, v in line.items() if k not in run.TIMES} for line in lines]
+
+    assert untimed(parts) == untimed(whole)
+    with pytest.raises(ValueError, match="other settings.*methods"):
+        harness(tmp_path / "parts", ("dte:1", "lora:1"))
 
 
 def test_processes_share_the_jobs_and_keep_their_order():
@@ -236,6 +267,9 @@ def test_summary_scales_identity_by_the_truth_and_pairs_by_concept():
     assert ahead["low"] == pytest.approx(min(differences))
     assert "ahead" not in summary["dte", 12]
     assert least_steps(rows) == {"dte": {"animals": 12}}
+    (line,) = paired(rows, "dte", "ti")
+    assert line["steps"] == 12 and line["identity_scaled"]["n"] == 2
+    assert line["identity_scaled"]["mean"] == pytest.approx((0.1 + 0.3) / 0.5 / 2)
     text = markdown(summarise(rows))
     assert "| Textual Inversion | 12 | 2 |" in text and "| true rendering |  | 2 |" in text
 

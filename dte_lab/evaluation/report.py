@@ -11,7 +11,7 @@ from dte_lab.world.evaluate import interval
 
 REFERENCE = "dte"
 FOLLOWING = ("truth_similarity", "truth_rmse")  # measured on style edits
-OF_CONCEPT = (*WORD_MEASURES, *LOSSES, "seconds", "extra_memory_mb")
+OF_CONCEPT = (*WORD_MEASURES, *LOSSES, "seconds", "seconds_per_picture", "extra_memory_mb")
 NAMES = {
     "dte": "tuning encoder", "ti": "Textual Inversion", "lora": "DreamBooth LoRA",
     "lora-prior": "DreamBooth LoRA, prior kept", "e4t": "E4T-style encoder",
@@ -35,7 +35,7 @@ def per_concept(rows) -> dict[tuple[str, int], dict[str, dict[str, float]]]:
             if bool(int(row["is_style"])) == (name in FOLLOWING):
                 cell[name].append(float(row[name]))
         for name in OF_CONCEPT:
-            if row[name]:
+            if row.get(name):
                 cell[name].append(float(row[name]))
     table = {
         key: {
@@ -83,6 +83,21 @@ def summarise(rows) -> list[dict]:
     return summary
 
 
+def paired(rows, one: str, other: str) -> list[dict]:
+    """Method `one` minus method `other`, both by label: per number of steps that both have, measure
+    -> {mean, low, high, n} of the differences by concept.
+    """
+    table = per_concept(rows)
+    lines = []
+    for steps in [s for method, s in table if method == one and (other, s) in table]:
+        first, second = table[one, steps], table[other, steps]
+        both = [(first[concept], second[concept]) for concept in first if concept in second]
+        shared = [k for k in both[0][0] if k != "group" and all(k in a and k in b for a, b in both)]
+        values = {k: interval(np.array([a[k] - b[k] for a, b in both])) for k in shared}
+        lines.append({"steps": steps, **values})
+    return lines
+
+
 def least_steps(rows, share=0.95) -> dict[str, dict[str, int]]:
     """{method: {group: the least number of steps with `share` of its best mean `fidelity`}}."""
     means = defaultdict(lambda: defaultdict(dict))
@@ -108,7 +123,8 @@ COLUMNS = {
     "identity": "similarity to input", "clip_i_small": "CLIP-I (small)",
     "clip_t_small": "CLIP-T (small)",
     "word_similarity": "words (MiniLM)", "word_similarity_small": "words (small CLIP)",
-    "diversity": "diversity", "seconds": "seconds", "extra_memory_mb": "extra MB",
+    "diversity": "diversity", "seconds": "seconds",
+    "seconds_per_picture": "seconds per picture", "extra_memory_mb": "extra MB",
 }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 A run's folder holds measures.csv (one row per method, steps, concept and edit; what belongs to a
 concept stands in each of its rows), run.json (settings, versions, and at the end the summary) and
 pictures/ (of the first concepts: edits from left to right, seeds from top to bottom). A run that
-was cut off goes on where it stopped.
+was cut off goes on where it stopped, and one that is finished can be given more methods.
 """
 
 import csv
@@ -16,6 +16,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +27,7 @@ from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
 from dte_lab import __version__
+from dte_lab.baselines import BaselineConfig
 from dte_lab.evaluation.edits import SCENE_EDITS, Item, edits, items, truth
 from dte_lab.evaluation.measures import (
     LOSSES,
@@ -40,9 +42,11 @@ from dte_lab.evaluation.report import summarise
 from dte_lab.files import write_atomically
 from dte_lab.pipeline import DTEPipeline, to_pil
 from dte_lab.sampling import GUIDANCE_SCALE
+from dte_lab.tuning import TuneConfig
 
 KEYS = ["method", "steps", "concept", "group", "input_style", "input_scene", "edit", "is_style"]
-CONCEPT_MEASURES = [*WORD_MEASURES, *LOSSES, "nearest_words", "seconds", "extra_memory_mb"]
+TIMES = ["seconds", "seconds_per_picture", "extra_memory_mb"]
+CONCEPT_MEASURES = [*WORD_MEASURES, *LOSSES, "nearest_words", *TIMES]
 COLUMNS = [*KEYS, *PICTURE_MEASURES, *CONCEPT_MEASURES]
 SHOWN = 6  # concepts whose pictures are kept
 
@@ -59,7 +63,8 @@ def evaluate(
     processes: so many share the concepts and the cores; each makes its `pipe` by `load()`, a
     function that can be pickled.
     Returns the summary of `report.summarise`.
-    Raises ValueError for a wrong specification, and when out_dir holds a run with other settings.
+    Raises ValueError for a wrong specification, for processes without `load`, and when out_dir
+    holds a run with other settings or with methods that are not among these.
     """
     out_dir, methods = Path(out_dir), Methods(pipe)
     specs = list(dict.fromkeys([*(s for s in specs if s not in ANCHORS), *ANCHORS]))
@@ -73,13 +78,16 @@ def evaluate(
         )
     if seeds < 2:
         raise ValueError("Diversity needs at least 2 seeds.")
+    if processes > 1 and load is None:
+        raise ValueError("Several processes need `load`, with which each makes its own pipe.")
     settings = {
         "methods": specs, "split": split, "concepts": count, "scenes": list(scenes),
         "seeds": seeds, "seed": seed, "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale, "with_losses": with_losses,
         "backbone": pipe.backbone.name,
         "weights": fingerprint(pipe.backbone.unet, pipe.backbone.text_encoder, pipe.encoder),
-        "dte": pipe.encoder.config.get("dte"),
+        "dte": pipe.encoder.config.get("dte"), "tuning": asdict(TuneConfig()),
+        "baselines": asdict(BaselineConfig()),
     }  # fmt: skip
     settings = json.loads(json.dumps(settings))
     rows = resume(out_dir, settings)
@@ -103,6 +111,9 @@ def evaluate(
         bar.set_postfix_str(f"{new[0]['concept']}, {new[0]['method']}")
         bar.update()
     bar.close()
+    names = [item.name for item in chosen]
+    rows.sort(key=lambda row: (names.index(row["concept"]), labels.index(row["method"])))
+    write_atomically(out_dir / "measures.csv", to_csv(rows))
     summary = summarise(rows)
     document = {"settings": settings, "versions": versions(), "summary": summary}
     write_atomically(out_dir / "run.json", json.dumps(document, indent=1).encode())
@@ -180,8 +191,11 @@ def draw(pipe, methods, method: Method, item: Item, chosen, wanted, sampling, se
     concepts = methods.concepts(method, item.picture(), seed)
     peak = memory.read()
     for concept in concepts.values():
+        start = time.perf_counter()
         drawn = draw_concept(pipe, concept, wanted, sampling)
-        yield concept, concept.info | {"extra_memory_mb": peak}, drawn
+        each = (time.perf_counter() - start) / drawn.shape[:2].numel()
+        info = {"seconds_per_picture": each, "extra_memory_mb": peak}
+        yield concept, concept.info | info, drawn
 
 
 def draw_concept(pipe, concept, wanted, sampling) -> torch.Tensor:
@@ -201,7 +215,7 @@ def measured(judges, method: Method, item: Item, wanted, info, drawn) -> list[di
     words = [word for word, _ in info.get("words_after", [])]
     own = {
         **judges.words(item.name, words), "nearest_words": " ".join(words),
-        **{key: info.get(key) for key in ("seconds", "extra_memory_mb", *LOSSES)},
+        **{key: info.get(key) for key in (*TIMES, *LOSSES)},
     }  # fmt: skip
     rows = []
     for edit, values in zip(wanted, judges.pictures(drawn, item, wanted), strict=True):
@@ -236,14 +250,17 @@ def read_csv(path) -> list[dict]:
 def resume(out_dir: Path, settings) -> list[dict]:
     """The rows of an earlier call with the same settings, or none; writes the settings first.
 
-    Raises ValueError when the folder holds a run with other settings.
+    Methods may have been added since. Raises ValueError when the folder holds a run with other
+    settings.
     """
     path = out_dir / "run.json"
     if path.is_file():
-        check_settings(out_dir, json.loads(path.read_text())["settings"], settings)
-    else:
-        document = {"settings": settings, "versions": versions()}
-        write_atomically(path, json.dumps(document, indent=1).encode())
+        before = json.loads(path.read_text())["settings"]
+        if set(before["methods"]) <= set(settings["methods"]):
+            before["methods"] = settings["methods"]
+        check_settings(out_dir, before, settings)
+    document = {"settings": settings, "versions": versions()}
+    write_atomically(path, json.dumps(document, indent=1).encode())
     table = out_dir / "measures.csv"
     return read_csv(table) if table.is_file() else []
 

@@ -10,6 +10,7 @@ where it was cut off. Needs the extra `evaluate`.
 import json
 import math
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -150,6 +151,7 @@ def main(
     split: Annotated[str, typer.Option(help="test or val.")] = "test",
     steps: Annotated[str, typer.Option(help="Numbers of steps, with commas between.")] = STEPS,
     device: str = "cpu",
+    processes: Annotated[int, typer.Option(min=1, help="That share the concepts.")] = 1,
 ) -> None:
     """Measure the methods over the number of their steps."""
     from dte_lab import cli
@@ -158,10 +160,13 @@ def main(
     from dte_lab.files import write_atomically
 
     cli.quiet_libraries()
-    pipe = cli.load_pipeline("small", None, device)
+    load = partial(cli.load_pipeline, "small", None, device)
+    pipe = load()
     specs = [s.replace(STEPS, steps) for s in Methods(pipe).experiment("steps")]
     specs = [spec for spec in specs if not spec.startswith("lora-prior")]
-    evaluate(run, pipe, specs, concepts, split=split, with_losses=True)
+    evaluate(
+        run, pipe, specs, concepts, split=split, with_losses=True, processes=processes, load=load
+    )
     settings = json.loads((run / "run.json").read_text())["settings"]
     document = {
         "settings": settings, "versions": versions(), "share": SHARE,

@@ -572,6 +572,47 @@ for start, label in begins.items():
 # term may well not reach it: it pulls towards whatever words are nearest, be they right or wrong.
 # The last measure is the price: a larger diffusion loss with the term means a worse fit.
 #
+# ### In pictures
+#
+# Words are a means. What we want is a thing that is itself *and* does as the prompt says. So the
+# two encoders that were pre-trained alike, but for the term, drew things of the `test` split in ten
+# scenes: from their prediction and after tuning (`dte evaluate`, from the folder of
+# `python -m dte_lab.evaluation.encoders`; its call is in `results/editability/run.json`). *Identity*
+# is 0 for any other thing and 1 for true pictures, as an outside network sees it. The differences
+# are paired again. An editable word that costs no identity would be a difference above zero in the
+# second column and none below it in the first.
+
+# %%
+from dte_lab.evaluation.report import paired, summarise
+from dte_lab.evaluation.run import read_csv
+
+rows = read_csv(results / "editability" / "measures.csv")
+without = next(row["method"] for row in rows if row["method"].startswith("dte@"))
+kinds = {"dte": "contrastive", without: "none"}
+means = [
+    line | {"regulariser": kinds[line["method"]], "after": line["steps"] > 0}
+    for line in summarise(rows)
+    if line["method"] in kinds
+]
+differences = [line | {"after": line["steps"] > 0} for line in paired(rows, "dte", without)]
+titles = {
+    "identity_scaled": "identity",
+    "scene": "share of pictures\nwith the right scene",
+    "fidelity": "harmonic mean\nof the two",
+    "clip_t_small": "CLIP-T (small):\npicture and prompt",
+}
+for line in differences:
+    print(f"with minus without, {line['steps']} steps (n = {line['scene']['n']}): ", end="")
+    print("; ".join(f"{measure} {said(line[measure])}" for measure in titles))
+show(
+    comparison_figure(means, differences, titles),
+    "Identity, right scenes, their harmonic mean and CLIP-T before and after tuning, for encoders "
+    "trained with the contrastive term and without, and the paired differences: "
+    + "; ".join(f"{name} {said(differences[-1][name])}" for name in titles)
+    + ".",
+)
+
+# %% [markdown]
 # ### On the map
 #
 # A path of `v*` has as many dimensions as the embedding. To look at it we need a plane. **UMAP**
@@ -753,9 +794,10 @@ for measure, found in spread.items():
 #   histogram: those on the left have no neighbour worth the name.
 # - **A weight that hides in the optimiser.** AdamW divides every gradient by its own size. A term
 #   that is small beside the diffusion loss stays small; one that is the only one acts in full.
-# - **One number for editability.** Near words need not mean obedient prompts. `dte evaluate
-#   --experiment regulariser` draws edits with every regulariser of `dte_lab/contrastive.py` and
-#   measures them as well.
+# - **Two encoders.** One was trained with the term and one without. Another pair would differ from
+#   this one by chance, and the intervals, over concepts, do not know of it. `dte evaluate
+#   --experiment regulariser` draws edits with every regulariser of `dte_lab/contrastive.py`, all
+#   from the same prediction.
 #
 # ## To take along
 #
