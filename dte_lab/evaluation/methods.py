@@ -39,7 +39,12 @@ ALPHAS = (0, 0.25, 0.5, 0.7, 0.85, 1)
 TABLE = ["dte:0,12", "ti:12", "lora:12", "lora-prior:12", "e4t:12"]
 EXPERIMENTS = {
     "table": TABLE,
-    "long": [*TABLE, "ti@batch_size=4:500", "lora@batch_size=8@lora_learning_rate=0.003:120"],
+    "long": [
+        *TABLE,
+        "dte@num_steps=50:25,50",
+        "ti@batch_size=4:500",
+        "lora@batch_size=8@lora_learning_rate=0.003:120",
+    ],
     "quick": ["dte:0,2", "ti:2", "lora:2", "lora-prior:2", "e4t:2"],
     "steps": [f"{name}:{STEPS}" for name in ("dte", "ti", "lora", "lora-prior", "e4t")],
     "blend": [

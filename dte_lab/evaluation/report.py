@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from textwrap import wrap
+from textwrap import fill
 
 import numpy as np
 
@@ -156,9 +156,9 @@ def steps_table(rows) -> str:
 
 
 def name_of(label: str) -> str:
-    """'dte@rank=2' -> 'tuning encoder, rank=2'."""
+    """'dte@rank=2' -> 'tuning encoder, rank=2'; the number of steps is told beside it."""
     name, *options = label.split("@")
-    return ", ".join([NAMES[name], *options])
+    return ", ".join([NAMES[name], *(o for o in options if not o.startswith("num_steps="))])
 
 
 def _cell(value) -> str:
@@ -191,7 +191,7 @@ def picture_sheet(run_dir, summary, count=2):
                 row.append(strip.crop((i * size, 0, (i + 1) * size, size)))
             rows.append(row)
             labels.append(f"{folder.name.replace('-', ' ')}: {edit}")
-    columns = ["\n".join(wrap(name_of(k), 20)) + f"\n{n} steps" * (n > 0) for k, n in steps.items()]
+    columns = [fill(name_of(k), 20) + f"\n{n} steps" * (n > 0) for k, n in steps.items()]
     return contact_sheet(rows, labels, ["input", *columns])
 
 
@@ -207,7 +207,7 @@ def tradeoff(summary):
             x["mean"], y["mean"], fmt="osD^vP*X"[i % 8], color=f"C{i % 10}",
             xerr=[[x["mean"] - x["low"]], [x["high"] - x["mean"]]],
             yerr=[[y["mean"] - y["low"]], [y["high"] - y["mean"]]],
-            label=f"{name_of(line['method'])}, {line['steps']} steps", capsize=2,
+            label=fill(f"{name_of(line['method'])}, {line['steps']} steps", 40), capsize=2,
         )  # fmt: skip
     n = summary[0]["identity"]["n"]
     axes.set(
