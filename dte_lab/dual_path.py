@@ -122,7 +122,7 @@ class DualPathProcessor:
         if projection not in self.offsets:
             return 0
         a, b = (matrix.to(x) for matrix in self.offsets[projection])
-        if len(a) == 1:  # one product in place of B
+        if len(a) == len(b) == 1:  # one product for the whole batch
             a, b = a[0], b[0]
         return x @ a @ b
 

@@ -576,11 +576,11 @@ for start, label in begins.items():
 #
 # Words are a means. What we want is a thing that is itself *and* does as the prompt says. So the
 # two encoders that were pre-trained alike, but for the term, drew things of the `test` split in ten
-# scenes: from their prediction and after tuning (`dte evaluate`, from the folder of
-# `python -m dte_lab.evaluation.encoders`; its call is in `results/editability/run.json`). *Identity*
-# is 0 for any other thing and 1 for true pictures, as an outside network sees it. The differences
-# are paired again. An editable word that costs no identity would be a difference above zero in the
-# second column and none below it in the first.
+# scenes: from their prediction and after tuning. (`python -m dte_lab.evaluation.encoders` trained
+# them, `dte evaluate` measured; how, is in `results/editability/run.json`.) *Identity* is 0 for any
+# other thing and 1 for true pictures, as an outside network sees it. The differences are paired
+# again. An editable word that costs no identity would be a difference above zero in the second
+# column and none below it in the first.
 
 # %%
 from dte_lab.evaluation.report import paired, summarise
@@ -613,6 +613,11 @@ show(
 )
 
 # %% [markdown]
+# How to read it. Look at the scale of the second column first: nearly every scene is right, with
+# either encoder. The dual path (notebook 04) already holds the prompt, and few steps are not enough
+# to lose it. Where a measure stands at its ceiling, the term has nothing to give; and what holds
+# `v*` beside the words leaves it less free to be this one thing.
+#
 # ### On the map
 #
 # A path of `v*` has as many dimensions as the embedding. To look at it we need a plane. **UMAP**
