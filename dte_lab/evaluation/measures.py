@@ -40,6 +40,7 @@ LOSSES = {
     "loss": "diffusion loss of the input picture, on noise that is the same for all",
     "loss_elsewhere": "the same of the true renderings of the edits, under the edits' prompts",
 }
+TIMES = ("seconds", "seconds_per_picture", "extra_memory_mb")  # what a concept costs
 
 
 class Measures:

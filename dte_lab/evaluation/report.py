@@ -6,12 +6,12 @@ from textwrap import fill
 
 import numpy as np
 
-from dte_lab.evaluation.measures import LOSSES, PICTURE_MEASURES, WORD_MEASURES
+from dte_lab.evaluation.measures import LOSSES, PICTURE_MEASURES, TIMES, WORD_MEASURES
 from dte_lab.world.evaluate import interval
 
 REFERENCE = "dte"
 FOLLOWING = ("truth_similarity", "truth_rmse")  # measured on style edits
-OF_CONCEPT = (*WORD_MEASURES, *LOSSES, "seconds", "seconds_per_picture", "extra_memory_mb")
+OF_CONCEPT = (*WORD_MEASURES, *LOSSES, *TIMES)
 NAMES = {
     "dte": "tuning encoder", "ti": "Textual Inversion", "lora": "DreamBooth LoRA",
     "lora-prior": "DreamBooth LoRA, prior kept", "e4t": "E4T-style encoder",

@@ -32,6 +32,7 @@ from dte_lab.evaluation.edits import SCENE_EDITS, Item, edits, items, truth
 from dte_lab.evaluation.measures import (
     LOSSES,
     PICTURE_MEASURES,
+    TIMES,
     WORD_MEASURES,
     Measures,
     losses,
@@ -45,7 +46,6 @@ from dte_lab.sampling import GUIDANCE_SCALE
 from dte_lab.tuning import TuneConfig
 
 KEYS = ["method", "steps", "concept", "group", "input_style", "input_scene", "edit", "is_style"]
-TIMES = ["seconds", "seconds_per_picture", "extra_memory_mb"]
 CONCEPT_MEASURES = [*WORD_MEASURES, *LOSSES, "nearest_words", *TIMES]
 COLUMNS = [*KEYS, *PICTURE_MEASURES, *CONCEPT_MEASURES]
 SHOWN = 6  # concepts whose pictures are kept
