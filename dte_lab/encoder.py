@@ -26,6 +26,8 @@ from dte_lab.features import ImageFeatures, image_features, unet_feature_dim, un
 from dte_lab.hypernetwork import FeatureFusion, TokenHead, build_hypernetwork
 from dte_lab.tokens import PromptEncoder, TokenTable
 
+ABLATIONS = ("contrastive", "none", "l2", "nearest")  # shipped for "small", by their regulariser
+
 
 @dataclass
 class EncoderPrediction:
@@ -204,14 +206,19 @@ def word_clip_embeddings(backbone, table, batch_size=256):
 
 
 def load_encoder(name_or_path, backbone, table=None):
-    """Load a TuningEncoder: "small" or a directory that `save_pretrained` wrote.
+    """Load a TuningEncoder: a directory that `save_pretrained` wrote, or a shipped one.
 
+    Shipped are "small" and, trained alike but for the regulariser, the ABLATIONS: "small/none".
     Raises ValueError when there is none, or when it was trained for another backbone.
     """
-    is_small = name_or_path == "small"
-    path = WEIGHTS / "small" / "encoder" if is_small else Path(name_or_path)
+    path = Path(name_or_path)
+    if path == Path("small"):
+        path = WEIGHTS / "small" / "encoder"
+    elif path.parent == Path("small") and path.name in ABLATIONS:
+        path = WEIGHTS / "small" / "ablations" / path.name
     if not (path / "config.json").is_file():
-        raise ValueError(f"No encoder at {path}: give 'small' or a directory that holds one.")
+        names = ", ".join(["small", *(f"small/{name}" for name in ABLATIONS)])
+        raise ValueError(f"No encoder at {path}: give a directory that holds one, or of {names}.")
     encoder = TuningEncoder.from_pretrained(path, low_cpu_mem_usage=False)
     table = table or TokenTable(backbone)
     for key, value in encoder_dimensions(backbone, table, encoder.dte).items():

@@ -39,7 +39,7 @@ class DTEPipeline:
     def from_pretrained(cls, backbone="small", encoder=None, device="cpu", dtype=None, **options):
         """Load a backbone ("small", "sd15" or a directory) and its encoder.
 
-        encoder: "small" or a directory; by default the folder `encoder` of the backbone. Where
+        encoder: as `load_encoder` takes it; by default the folder `encoder` of the backbone. Where
         there is none, as for "sd15", tuning starts from the nearest word, see zero_shot.py.
         dtype and options: see `load_backbone`.
         Raises ValueError when one is missing or they do not fit together.

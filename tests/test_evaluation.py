@@ -126,6 +126,12 @@ def test_a_tuned_concept_is_that_of_personalize_at_each_number_of_steps(
         assert concept.nearest_words == alone.nearest_words
     lower = methods.concepts(parse("dte@rank=1:0"), pixels, seed=2)[0]
     assert {b.shape[-2] for _, b in lower.offsets.values()} == {1}
+    method = parse("dte@rank=1@refresh=2:0")
+    redrawn = run.draw_concept(
+        methods.pipe_of(method), methods.concepts(method, pixels, seed=2)[0],
+        edits(Item("cat", "noto", "white"), ["beach"])[:1], ([0], 3, 1.5),
+    )  # fmt: skip
+    assert redrawn.isfinite().all(), "an encoder cut to a lower rank can predict anew, too"
     for wrong, message in (("dte@rank=3:1", "rank 1 to 2"), ("e4t:1", "No E4T encoder")):
         with pytest.raises(ValueError, match=message):
             methods.check(parse(wrong))

@@ -13,6 +13,7 @@ from skimage import data
 
 from dte_lab import Concept, DTEPipeline
 from dte_lab.backbone import WEIGHTS
+from dte_lab.encoder import ABLATIONS, load_encoder
 from dte_lab.world import SCENES, caption, curve, render_image, split_names
 from dte_lab.world.evaluate import classify_scene, generate, seeds_table, table
 
@@ -36,11 +37,24 @@ def concept(pipe):
     return pipe.personalize(render_image("strawberry", "fluent", "white"), progress=False)
 
 
-def test_weights_are_under_35_mb_and_hold_no_pickle():
-    base = [f for f in WEIGHTS.rglob("*.safetensors") if f.parent.name not in ("encoder", "e4t")]
-    assert sum(f.stat().st_size for f in base) < 35e6
-    assert sum(f.stat().st_size for f in WEIGHTS.rglob("*")) < 60e6
+def test_base_model_is_under_35_mb_all_that_is_shipped_under_80_and_nothing_is_a_pickle():
+    parts = ("text_encoder", "image_encoder", "vae", "unet")
+    base = [f for part in parts for f in (WEIGHTS / "small" / part).rglob("*.safetensors")]
+    assert len(base) == len(parts) and sum(f.stat().st_size for f in base) < 35e6
+    assets = WEIGHTS.parent / "world" / "assets"
+    assert sum(f.stat().st_size for d in (WEIGHTS, assets) for f in d.rglob("*")) < 80e6
     assert not [f for f in WEIGHTS.rglob("*") if f.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+
+
+def test_encoders_of_the_ablation_are_shipped(pipe):
+    picture = render_image("strawberry", "fluent", "white")
+    cosines = {}
+    for kind in ABLATIONS:
+        other = DTEPipeline(pipe.backbone, load_encoder(f"small/{kind}", pipe.backbone))
+        assert other.encoder.dte.regulariser == kind
+        [(_, cosines[kind]), *_] = other.personalize(picture, 0, progress=False).nearest_words
+    assert cosines["nearest"] > 0.99, "it sets v* to a word"
+    assert cosines["contrastive"] > cosines["none"]
 
 
 def test_model_card_holds_the_measures_of_the_results_files():

@@ -92,7 +92,7 @@ def concept_rows(
         names = {"concept": item.name, "group": item.group}
         return names | dict(zip(SETTING, setting, strict=True)) | measures
 
-    [(_, _, true)] = draw(pipe, None, parse("oracle"), item, [item], asked, sampling, seed)
+    [(_, _, true)] = draw(None, parse("oracle"), item, [item], asked, sampling, seed)
     rows = [row((None, None, None), true)]
     concept = pipe.personalize(to_pil(item.picture()), num_steps, seed, progress=False)
     for setting in SETTINGS:

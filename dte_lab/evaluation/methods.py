@@ -3,7 +3,7 @@
 dte:0,12                        the tuning encoder, predicted only and after 12 steps
 dte@alpha_blend=1:12            a variant: any field of DTEConfig or TuneConfig
 dte@rank=1:12                   the prediction cut to a lower rank before tuning (SVD)
-dte@encoder=FOLDER:12           another encoder, say one trained without a regulariser
+dte@encoder=small/none:12       another encoder, by name or folder; this one had no regulariser
 ti:12,500   lora:12   lora-prior:12   e4t:12       baselines; fields of BaselineConfig
 oracle, other                   the true rendering, and that of another concept: the scale
 """
@@ -108,8 +108,13 @@ class LowRank:
     def __getattr__(self, name):
         return getattr(self.encoder, name)
 
+    def __call__(self, *arguments):
+        return self._cut(self.encoder(*arguments))
+
     def predict(self, *arguments):
-        prediction = self.encoder.predict(*arguments)
+        return self._cut(self.encoder.predict(*arguments))
+
+    def _cut(self, prediction):
         return replace(prediction, offsets=truncate(prediction.offsets, self.rank))
 
 
@@ -144,7 +149,7 @@ class Methods:
         """Raises ValueError for a method whose encoder is missing, or options that cannot be."""
         if method.name in ANCHORS:
             return
-        encoder = self._pipe(method).encoder
+        encoder = self.pipe_of(method).encoder
         given = {key: v for key, v in method.options.items() if key != "encoder"}
         if method.name != "dte":
             BaselineConfig(**given)
@@ -159,7 +164,7 @@ class Methods:
 
     def concepts(self, method: Method, pixels, seed: int) -> dict[int, Concept]:
         """{steps: Concept} from pictures (n, 3, H, W) in [-1, 1]."""
-        pipe = self._pipe(method)
+        pipe = self.pipe_of(method)
         if method.name != "dte":
             config = {key: v for key, v in method.options.items() if key != "encoder"}
             fit = BASELINES[method.name]
@@ -168,9 +173,6 @@ class Methods:
 
     def _tuned(self, pipe, method, pixels, seed):
         dte, config = self._settings(method, pipe.encoder)
-        if "rank" in method.options:
-            pipe = copy.copy(pipe)
-            pipe.encoder = LowRank(pipe.encoder, method.options["rank"])
         start, states = time.perf_counter(), {}
 
         def callback(state):  # its v* and offsets are those before the step
@@ -195,16 +197,20 @@ class Methods:
         tuning = {key: given.pop(key) for key in list(given) if key in _names(TuneConfig)}
         return replace(encoder.dte, **given), TuneConfig(**tuning)
 
-    def _pipe(self, method):
-        path = method.options.get("encoder")
-        if method.name != "e4t" and path is None:
-            return self.pipe
-        backbone = self.pipe.backbone
-        path = path or str(_e4t(backbone))
-        if (method.name, path) not in self.pipes:
-            load = load_e4t if method.name == "e4t" else load_encoder
-            self.pipes[method.name, path] = DTEPipeline(backbone, load(path, backbone))
-        return self.pipes[method.name, path]
+    def pipe_of(self, method: Method) -> DTEPipeline:
+        """The pipeline with the encoder of a method that is no anchor."""
+        path, rank = method.options.get("encoder"), method.options.get("rank")
+        backbone, pipe = self.pipe.backbone, self.pipe
+        if method.name == "e4t" or path is not None:
+            path = path or str(_e4t(backbone))
+            if (method.name, path) not in self.pipes:
+                load = load_e4t if method.name == "e4t" else load_encoder
+                self.pipes[method.name, path] = DTEPipeline(backbone, load(path, backbone))
+            pipe = self.pipes[method.name, path]
+        if rank is not None:
+            pipe = copy.copy(pipe)
+            pipe.encoder = LowRank(pipe.encoder, rank)
+        return pipe
 
 
 def _names(config):

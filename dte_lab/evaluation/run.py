@@ -142,7 +142,7 @@ class Worker:
         wanted = edits(item, s["scenes"])
         sampling = range(s["seeds"]), s["num_inference_steps"], s["guidance_scale"]
         for concept, info, drawn in draw(
-            pipe, self.methods, method, item, self.chosen, wanted, sampling, s["seed"]
+            self.methods, method, item, self.chosen, wanted, sampling, s["seed"]
         ):
             if concept is not None and s["with_losses"]:
                 info = info | losses(pipe, concept, item, wanted)
@@ -173,7 +173,7 @@ def _work(job):
     return _worker(job)
 
 
-def draw(pipe, methods, method: Method, item: Item, chosen, wanted, sampling, seed):
+def draw(methods, method: Method, item: Item, chosen, wanted, sampling, seed):
     """Yield (concept, its info, its edits drawn (E, S, 3, 64, 64)) per number of steps.
 
     An anchor has no concept.
@@ -187,6 +187,7 @@ def draw(pipe, methods, method: Method, item: Item, chosen, wanted, sampling, se
         pictures = [torch.stack([truth(shown, e, 100 + s) for s in sampling[0]]) for e in wanted]
         yield None, {"num_steps": 0}, torch.stack(pictures)
         return
+    pipe = methods.pipe_of(method)  # its encoder predicts again where `refresh` asks for it
     memory = PeakMemory(pipe.backbone.device)
     concepts = methods.concepts(method, item.picture(), seed)
     peak = memory.read()
