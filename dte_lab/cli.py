@@ -47,7 +47,7 @@ BackboneName = Annotated[
 ]
 EncoderFolder = Annotated[
     Path | None,
-    typer.Option("--encoder", help="Folder of the encoder; by default the backbone's own."),
+    typer.Option("--encoder", help="A folder, or small/none; by default the backbone's own."),
 ]
 Alpha = Annotated[
     float | None,

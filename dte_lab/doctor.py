@@ -112,9 +112,10 @@ def _backbone(name, device):
 
 def _encoder(backbone, encoder):
     from dte_lab.backbone import backbone_folder
+    from dte_lab.encoder import encoder_folder
 
-    folder = encoder or backbone_folder(backbone) / "encoder"
-    if (Path(folder) / "config.json").is_file():
+    folder = encoder_folder(encoder or backbone_folder(backbone) / "encoder")
+    if (folder / "config.json").is_file():
         return Finding("encoder", str(folder))
     if encoder or backbone == "small":
         return Finding("encoder", f"there is none at {folder}", False)

@@ -205,17 +205,22 @@ def word_clip_embeddings(backbone, table, batch_size=256):
     return torch.cat(embeddings)
 
 
-def load_encoder(name_or_path, backbone, table=None):
-    """Load a TuningEncoder: a directory that `save_pretrained` wrote, or a shipped one.
-
-    Shipped are "small" and, trained alike but for the regulariser, the ABLATIONS: "small/none".
-    Raises ValueError when there is none, or when it was trained for another backbone.
-    """
+def encoder_folder(name_or_path) -> Path:
+    """Where an encoder lies: "small", an ablation of it such as "small/none", or a directory."""
     path = Path(name_or_path)
     if path == Path("small"):
-        path = WEIGHTS / "small" / "encoder"
-    elif path.parent == Path("small") and path.name in ABLATIONS:
-        path = WEIGHTS / "small" / "ablations" / path.name
+        return WEIGHTS / "small" / "encoder"
+    if path.parent == Path("small") and path.name in ABLATIONS:
+        return WEIGHTS / "small" / "ablations" / path.name
+    return path
+
+
+def load_encoder(name_or_path, backbone, table=None):
+    """Load a TuningEncoder by its `encoder_folder`, one that `save_pretrained` wrote.
+
+    Raises ValueError when there is none, or when it was trained for another backbone.
+    """
+    path = encoder_folder(name_or_path)
     if not (path / "config.json").is_file():
         names = ", ".join(["small", *(f"small/{name}" for name in ABLATIONS)])
         raise ValueError(f"No encoder at {path}: give a directory that holds one, or of {names}.")

@@ -27,7 +27,7 @@ def evaluate(
     seeds: Annotated[int, typer.Option(min=2, help="Pictures per edit.")] = 2,
     backbone: Backbone = "small",
     encoder: Annotated[
-        Path | None, typer.Option(help="Folder of the encoder; by default the backbone's own.")
+        Path | None, typer.Option(help="A folder, or small/none; by default the backbone's own.")
     ] = None,
     device: Device = "cpu",
     processes: Annotated[int, typer.Option(min=1, help="That share the concepts.")] = 1,

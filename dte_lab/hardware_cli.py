@@ -95,7 +95,7 @@ def doctor(
     backbone: Annotated[
         str, typer.Option(help="small, sd15, or a folder in the Stable Diffusion layout.")
     ] = "small",
-    encoder: Annotated[Path | None, typer.Option(help="Folder of the encoder.")] = None,
+    encoder: Annotated[Path | None, typer.Option(help="A folder, or small/none.")] = None,
     device: Device = None,
     out: Annotated[Path, typer.Option(help="Where results would go.")] = Path("."),
 ) -> None:

@@ -46,7 +46,10 @@ EXPERIMENTS = {
         "lora@batch_size=8@lora_learning_rate=0.003:120",
     ],
     "quick": ["dte:0,2", "ti:2", "lora:2", "lora-prior:2", "e4t:2"],
-    "steps": [f"{name}:{STEPS}" for name in ("dte", "ti", "lora", "lora-prior", "e4t")],
+    "steps": [
+        *(f"{name}:{STEPS}" for name in ("dte", "ti", "lora", "lora-prior", "e4t")),
+        "dte@offset_learning_rate=0.002:12,25,50,100",  # the shipped rate was chosen at 12 steps
+    ],
     "blend": [
         f"dte@alpha_blend={alpha}@pairing={pairing}@granularity={granularity}:12"
         for pairing in PAIRINGS

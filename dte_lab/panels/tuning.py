@@ -12,6 +12,7 @@ from dte_lab.panels.shared import (
     BEFORE,
     GREEN,
     PINK,
+    SKY,
     draw,
     figure_panel,
     one_picture,
@@ -24,6 +25,7 @@ STYLES = {  # colour, marker, line of each method
     "ti": (BEFORE, "s", "--"),
     "lora": (GREEN, "^", "-."),
     "e4t": (PINK, "D", ":"),
+    "dte@offset_learning_rate=0.002": (SKY, "P", "-"),
 }
 PAPER_STEPS = 12
 
@@ -99,13 +101,13 @@ def quality_figure(
         ax.set_title(title, fontsize=10, color=INK)
         plain(ax)
         if over == "steps":
-            _step_axis(ax, x)
+            _step_axis(ax, [p["steps"] for m in curves.values() for p in m[measure]])
         else:
             ax.set_xscale("log")
             ax.xaxis.set_major_formatter("{x:g}")
             ax.set_xlabel("seconds")
     figure.legend(
-        *ax.get_legend_handles_labels(), loc="outside lower center", ncols=len(curves),
+        *ax.get_legend_handles_labels(), loc="outside lower center", ncols=min(3, len(curves)),
         frameon=False,
     )  # fmt: skip
     return figure
@@ -178,7 +180,7 @@ def least_figure(least: Mapping[str, dict], names: Mapping[str, str]) -> Figure:
     for method in methods:
         colour, marker, line = STYLES[method]
         ax.plot([], [], color=colour, marker=marker, linestyle=line, label=names[method])
-    figure.legend(loc="outside lower center", ncols=len(methods), frameon=False)
+    figure.legend(loc="outside lower center", ncols=min(2, len(methods)), frameon=False)
     plain(ax)
     return figure
 
