@@ -647,9 +647,18 @@ for path, label in {"dual path": "dte", "soft path alone": "dte@alpha_blend=1"}.
 #
 # And the other two? The same differences from the encoder without a term, dual path, for all that
 # the paper compares. The last number is the outside judge's: how much nearer the words near `v*`
-# come to the thing's name.
+# come to the thing's name. First: how many different words stand nearest to the predictions?
 
 # %%
+for kind in ABLATIONS:
+    label = "dte" if kind == "contrastive" else f"dte@encoder=small/{kind}"
+    first = {
+        row["concept"]: row["nearest_words"].split()[0]
+        for row in rows
+        if (row["method"], row["steps"]) == (label, "0")
+    }
+    print(f"{kind:12} {len(set(first.values())):3} nearest words for {len(first)} things")
+print()
 measured = {"identity_scaled": "identity", "scene": "scene", "fidelity": "harmonic mean"}
 measured |= {"word_similarity": "words (MiniLM)"}
 for kind in ("contrastive", "l2", "nearest"):
@@ -659,6 +668,10 @@ for kind in ("contrastive", "l2", "nearest"):
         print("; ".join(f"{title} {said(line[m])}" for m, title in measured.items()))
 
 # %% [markdown]
+# L2 hardly differs from no term. The nearest word itself is the worst of all, and the first lines
+# say how it came to that: the encoder gave up on the word. It says the same one whatever the
+# picture shows, and leaves the thing to the offsets. A word that must be exact has no room to learn.
+#
 # ### On the map
 #
 # A path of `v*` has as many dimensions as the embedding. To look at it we need a plane. **UMAP**
