@@ -669,8 +669,8 @@ for kind in ("contrastive", "l2", "nearest"):
 
 # %% [markdown]
 # L2 hardly differs from no term. The nearest word itself is the worst of all, and the first lines
-# say how it came to that: the encoder gave up on the word. It says the same one whatever the
-# picture shows, and leaves the thing to the offsets. A word that must be exact has no room to learn.
+# show what became of it: this encoder says the same word whatever the picture shows, and leaves the
+# thing to the offsets. (Why it gave up on the word is not tested here.)
 #
 # ### On the map
 #
