@@ -223,7 +223,7 @@ def load_encoder(name_or_path, backbone, table=None):
     path = encoder_folder(name_or_path)
     if not (path / "config.json").is_file():
         names = ", ".join(["small", *(f"small/{name}" for name in ABLATIONS)])
-        raise ValueError(f"No encoder at {path}: give a directory that holds one, or of {names}.")
+        raise ValueError(f"No encoder at {path}: give a folder that holds one, or one of {names}.")
     encoder = TuningEncoder.from_pretrained(path, low_cpu_mem_usage=False)
     table = table or TokenTable(backbone)
     for key, value in encoder_dimensions(backbone, table, encoder.dte).items():
