@@ -26,7 +26,7 @@ from dte_lab.features import ImageFeatures, image_features, unet_feature_dim, un
 from dte_lab.hypernetwork import FeatureFusion, TokenHead, build_hypernetwork
 from dte_lab.tokens import PromptEncoder, TokenTable
 
-ABLATIONS = ("contrastive", "none", "l2", "nearest")  # shipped for "small", by their regulariser
+ABLATIONS = ("contrastive", "none")  # shipped for "small", by their regulariser
 
 
 @dataclass

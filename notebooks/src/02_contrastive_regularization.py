@@ -575,19 +575,19 @@ for start, label in begins.items():
 # ### Four encoders
 #
 # The paper sets the term against three others: no term at all, L2 to the word of the thing's class,
-# and `v*` replaced by its nearest word. One encoder of each kind comes with the package, alike but
-# for this (`python -m dte_lab.evaluation.encoders` trained them). Here is what they predict.
+# and `v*` replaced by its nearest word. `python -m dte_lab.evaluation.encoders` trained one encoder
+# of each kind, alike but for this. The first two come with the package. Here is what they predict.
 
 # %%
 from dte_lab.encoder import ABLATIONS, load_encoder
 
-four = {
+shipped = {
     kind: DTEPipeline(pipe.backbone, load_encoder(f"small/{kind}", pipe.backbone))
     for kind in ABLATIONS
 }
 for name, picture in zip(SAMPLE_CONCEPTS, pictures, strict=True):
     print(f"{name}\n  {'trained with':12} cosine  nearest words")
-    for kind, of_kind in four.items():
+    for kind, of_kind in shipped.items():
         words = of_kind.personalize(picture, num_steps=0, progress=False).nearest_words
         print(f"  {kind:12} {words[0][1]:6.2f}  {', '.join(word for word, _ in words)}")
 
@@ -650,8 +650,11 @@ for path, label in {"dual path": "dte", "soft path alone": "dte@alpha_blend=1"}.
 # come to the thing's name. First: how many different words stand nearest to the predictions?
 
 # %%
-for kind in ABLATIONS:
-    label = "dte" if kind == "contrastive" else f"dte@encoder=small/{kind}"
+labels = {"contrastive": "dte", "none": "dte@encoder=small/none"}
+labels |= {
+    kind: f"dte@encoder=runs/encoders/regulariser-{kind}/encoder" for kind in ("l2", "nearest")
+}
+for kind, label in labels.items():
     first = {
         row["concept"]: row["nearest_words"].split()[0]
         for row in rows
@@ -662,8 +665,7 @@ print()
 measured = {"identity_scaled": "identity", "scene": "scene", "fidelity": "harmonic mean"}
 measured |= {"word_similarity": "words (MiniLM)"}
 for kind in ("contrastive", "l2", "nearest"):
-    label = "dte" if kind == "contrastive" else f"dte@encoder=small/{kind}"
-    for line in paired(rows, label, "dte@encoder=small/none"):
+    for line in paired(rows, labels[kind], labels["none"]):
         print(f"{kind:12} {line['steps']:2} steps: ", end="")
         print("; ".join(f"{title} {said(line[m])}" for m, title in measured.items()))
 
