@@ -118,13 +118,16 @@ def test_pairs_figure_draws_points_and_intervals():
     np.testing.assert_allclose(segment[:, 0], [0.5, 0.75])
 
 
-def test_encoders_figure_has_a_line_per_number_of_steps_where_it_is_known():
-    groups = {"rank": {1: {8: 0.5, 16: 0.4}, 4: {8: 0.45}}, "things": {50: {8: 0.6, 16: 0.5}}}
-    left, right = ranks.encoders_figure(groups, (8, 16)).axes
+def test_encoders_figure_shows_every_seed_the_interval_and_the_longer_run():
+    cell = {"by_seed": [0.1, 0.3], "minus_base": {"mean": 0.2, "low": 0.05, "high": 0.4}}
+    groups = {"rank": {1: {"once": 0.5} | cell, 2: {"once": 0.4}}, "things": {50: {"once": 0.6}}}
+    left, right = ranks.encoders_figure(groups, "rank 4").axes
     lines = [(list(line.get_xdata()), list(line.get_ydata())) for line in left.get_lines()]
-    assert lines == [([1, 4], [0.5, 0.45]), ([1], [0.4])]
-    assert right.get_xlabel() == "things"
-    assert [tick.get_text() for tick in left.get_xticklabels()] == ["1", "4"]
+    assert ([1, 2], [0.5, 0.4]) in lines and ([1.12, 1.12], [0.1, 0.3]) in lines
+    (bar,) = left.containers
+    np.testing.assert_allclose(bar[2][0].get_segments()[0], [[1, 0.05], [1, 0.4]])
+    assert right.get_xlabel() == "things" and "rank 4" in left.get_ylabel()
+    assert [tick.get_text() for tick in left.get_xticklabels()] == ["1", "2"]
 
 
 def test_distances_figure_has_a_line_per_concept_their_mean_and_the_floor():

@@ -5,11 +5,13 @@ from collections import Counter
 
 import pytest
 import torch
+import typer
 
 from dte_lab.backbone import load_backbone
 from dte_lab.baselines import load_e4t
 from dte_lab.encoder import load_encoder
 from dte_lab.evaluation import encoders
+from dte_lab.evaluation.measures import PICTURE_MEASURES
 from dte_lab.tokens import PromptEncoder
 from dte_lab.world import concepts, split_names, train_encoder
 from dte_lab.world.captions import held_out
@@ -63,6 +65,14 @@ def test_prompts_say_what_the_target_shows(backbone, batches):
     assert on_red and (red[:, 0] > red[:, 1:].max(1).values + 0.5).all()
 
 
+def test_only_draws_one_concept(batches):
+    name = batches.names[3]
+    batch = batches.only(name)(50)
+    left = batch["concepts"] % len(concepts())
+    assert set(left.tolist()) == {concepts()[name].index}
+    assert len(batches.shown) > len(batches.only(name).shown) > 0
+
+
 def test_pictures_are_no_held_out_combinations_and_ids_tell_concepts_apart(batches):
     names = split_names("val")
     for n, s, b in batches.shown[::50].tolist():
@@ -76,8 +86,9 @@ def test_pictures_are_no_held_out_combinations_and_ids_tell_concepts_apart(batch
 
 @pytest.mark.parametrize(("e4t", "pieces"), [(False, (2, 4)), (True, (2,))])
 def test_it_trains_an_encoder_that_loads(backbone, tmp_path, monkeypatch, e4t, pieces):
-    monkeypatch.setattr(train_encoder, "fit_token_head", lambda *args: None)
+    monkeypatch.setattr(train_encoder, "fit_token_head", lambda *args, **options: None)
     monkeypatch.setattr(train_encoder, "UNSEEN", 2)
+    monkeypatch.setattr(train_encoder, "UNSEEN_EACH", 1)
     for steps in pieces:
         path = train_encoder.main(
             tmp_path, steps=steps, batch_size=2, concepts=10, width=32, e4t=e4t
@@ -90,26 +101,73 @@ def test_it_trains_an_encoder_that_loads(backbone, tmp_path, monkeypatch, e4t, p
     assert [x["step"] for x in log if "unseen_diffusion" in x] == list(pieces)
     lines = (tmp_path / "predictions.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, *pieces]
+    by_concept = json.loads((tmp_path / train_encoder.BY_CONCEPT).read_text())
+    assert list(by_concept) == split_names("val")
+    assert all(0 < error < 10 for error in by_concept.values())
+
+
+def test_a_seed_changes_the_first_weights_and_what_training_draws(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_encoder, "fit_token_head", lambda *args, **options: None)
+    monkeypatch.setattr(train_encoder, "UNSEEN", 2)
+    monkeypatch.setattr(train_encoder, "UNSEEN_EACH", 1)
+    logs = []
+    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train_encoder.main(tmp_path / folder, steps=1, batch_size=2, seed=seed, width=32)
+        lines = (tmp_path / folder / "log.jsonl").read_text().splitlines()
+        logs.append([json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)])
+    assert logs[0] == logs[1] != logs[2]
 
 
 def test_variants_of_the_encoder_are_trained_once_and_gathered(tmp_path, monkeypatch):
     trained = []
 
-    def main(out, **options):
-        trained.append(options)
-        (out / "encoder").mkdir(parents=True)
-        (out / "encoder" / "config.json").write_text("{}")
+    def main(out, seed, **options):
+        trained.append(out.name)
+        out.mkdir(parents=True)
         lines = [{"step": s, "minutes": 1.0, "unseen_diffusion": 1 / s} for s in (4, 8)]
         (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        config = {"batch_size": 128, "learning_rate": 1e-3, "seed": 0}
-        (out / "config.json").write_text(json.dumps(config))
+        (out / "config.json").write_text(json.dumps({"batch_size": 128, "learning_rate": 1e-3}))
+        errors = {"cat": 0.5 + seed, "dog": 0.7 + seed + 0.1 * ("rank" in options)}
+        (out / train_encoder.BY_CONCEPT).write_text(json.dumps(errors))
 
     monkeypatch.setattr(train_encoder, "main", main)
     for _ in range(2):
-        encoders.main(tmp_path / "runs", tmp_path / "encoders.json", steps=8)
+        encoders.main(tmp_path / "runs", tmp_path / "one.json", steps=8)
     assert len(trained) == len(encoders.VARIANTS) == 13
-    found = json.loads((tmp_path / "encoders.json").read_text())["variants"]
+    found = json.loads((tmp_path / "one.json").read_text())["variants"]
     by_name = {row["name"]: row for row in found}
     assert by_name["base"]["unseen"] == [[4, 0.25], [8, 0.125]]
     sizes = [by_name[name]["offsets"] for name in ("rank-1", "base", "rank-16")]
     assert sizes[1] == 4 * sizes[0] and sizes[2] == 16 * sizes[0]
+
+    encoders.main(tmp_path / "runs", tmp_path / "two.json", "rank-1", seeds=2)
+    assert trained[13:] == ["base-seed1", "rank-1-seed1"]
+    summary = json.loads((tmp_path / "two.json").read_text())["summary"]
+    base, rank = summary["base"], summary["rank-1"]
+    assert base["by_seed"] == [0.6, 1.6] and base["mean"]["mean"] == pytest.approx(1.1)
+    assert base["minus_base"]["high"] == 0 and rank["minus_base"]["n"] == 2
+    assert rank["minus_base"]["mean"] == pytest.approx(0.05)
+    with pytest.raises(typer.BadParameter, match="no variant 'rank-3': take of base, rank-1"):
+        encoders.main(tmp_path / "runs", tmp_path / "three.json", "rank-3")
+
+
+def test_pictures_of_variants_are_compared_by_concept_over_seeds():
+    def rows(method, values, steps=12):
+        return [
+            {
+                "method": method, "steps": steps, "concept": concept, "group": "animals",
+                "is_style": 0, **dict.fromkeys(PICTURE_MEASURES, 1.0), "scene": value,
+            }
+            for concept, value in zip(("cat", "dog"), values, strict=True)
+        ]  # fmt: skip
+
+    path = "dte@encoder=runs/{}/encoder"
+    run = [
+        *rows("oracle", (1, 1), 0), *rows(path.format("base"), (0.2, 0.4)),
+        *rows(path.format("base-seed1"), (0.4, 0.6)), *rows(path.format("rank-1"), (0.5, 0.5)),
+        *rows(path.format("rank-1-seed1"), (0.5, 0.9)),
+    ]  # fmt: skip
+    found = encoders.compare_pictures(run, "scene")[12]
+    assert found["base"]["by_seed"] == [0.3, 0.5] and found["rank-1"]["by_seed"] == [0.5, 0.7]
+    minus = found["rank-1"]["minus_base"]  # cat: 0.5 - 0.3, dog: 0.7 - 0.5
+    assert minus["n"] == 2 and [minus[k] for k in ("low", "high")] == pytest.approx([0.2, 0.2])

@@ -2,22 +2,28 @@
 
     python -m dte_lab.evaluation.encoders --runs DIR --out results/encoders.json [--device cuda]
 
-Trains each of VARIANTS into DIR/NAME, unless it lies there, and gathers their errors on things that
-no training saw: the diffusion loss of 256 pairs of val concepts, the same for all.
+Trains each of VARIANTS, or of those that are named, into DIR/NAME unless it lies there, further
+seeds into DIR/NAME-seed1 and so on. Gathers their errors on things that no training saw: the
+diffusion loss on pairs of val concepts, the same for all.
 """
 
 import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 
 from dte_lab.backbone import load_backbone
 from dte_lab.config import DTEConfig
 from dte_lab.dual_path import projection_shapes
+from dte_lab.evaluation.methods import ANCHORS
+from dte_lab.evaluation.report import per_concept
 from dte_lab.evaluation.run import versions, write_document
 from dte_lab.hypernetwork import count_parameters
 from dte_lab.world import train_encoder
+from dte_lab.world.evaluate import interval
 
 # The paper's next check 3, open question 1, and what its contrastive term is compared with. `base`
 # is a member of each group: rank 4, all 702 concepts, contrastive.
@@ -29,41 +35,94 @@ VARIANTS = {
 }
 
 
-def variant(run: Path, name: str, shapes: dict) -> dict:
-    """What is known of a finished run; `unseen`: [steps, error] pairs."""
+def folder(runs: Path, name: str, seed: int) -> Path:
+    return runs / (f"{name}-seed{seed}" if seed else name)
+
+
+def variant(run: Path, name: str, seed: int, shapes: dict) -> dict:
+    """What is known of a finished run. `unseen`: [steps, error] pairs; `by_concept`: the errors at
+    the end, one per val concept in their order."""
     options = VARIANTS[name]
     dte = DTEConfig(**{k: v for k, v in options.items() if k != "concepts"})
     sizes = count_parameters(shapes, dte.rank, dte.width, dte.num_heads, dte.trunk_depth)
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     unseen = {x["step"]: round(x["unseen_diffusion"], 5) for x in log if "unseen_diffusion" in x}
+    by_concept = json.loads((run / train_encoder.BY_CONCEPT).read_text())
     return {
-        "name": name, **options, "hypernetwork": sizes["hypernetwork"],
+        "name": name, **options, "seed": seed, "hypernetwork": sizes["hypernetwork"],
         "offsets": sizes["offsets"], "steps": log[-1]["step"], "minutes": log[-1]["minutes"],
         "unseen": sorted(unseen.items()),
+        "by_concept": [round(error, 5) for error in by_concept.values()],
     }  # fmt: skip
+
+
+def compare(errors: dict[tuple[str, int], np.ndarray]) -> dict[str, dict]:
+    """{name: {by_seed, mean, minus_base}} from {(name, seed): one number per concept, (n,)}.
+
+    The mean over the seeds and its difference to that of `base` have intervals over the concepts.
+    """
+    by_name = defaultdict(list)
+    for (name, _), values in errors.items():
+        by_name[name].append(np.asarray(values))
+    base = np.mean(by_name["base"], axis=0)
+    return {
+        name: {
+            "by_seed": [round(float(values.mean()), 5) for values in seeds],
+            "mean": interval(np.mean(seeds, axis=0)),
+            "minus_base": interval(np.mean(seeds, axis=0) - base),
+        }
+        for name, seeds in by_name.items()
+    }
+
+
+def compare_pictures(rows, measure: str = "fidelity") -> dict[int, dict[str, dict]]:
+    """{steps of tuning: what `compare` says of a measure} from the rows of `dte evaluate`.
+
+    Its methods are dte@encoder=DIR/NAME/encoder, with NAME as `folder` writes it.
+    """
+    errors = defaultdict(dict)
+    for (method, steps), of_method in per_concept(rows).items():
+        if method not in ANCHORS:
+            name, _, seed = Path(method.partition("encoder=")[2]).parent.name.partition("-seed")
+            values = [of_method[concept][measure] for concept in sorted(of_method)]
+            errors[steps][name, int(seed or 0)] = np.array(values)
+    return {steps: compare(of_steps) for steps, of_steps in errors.items()}
 
 
 def main(
     runs: Annotated[Path, typer.Option(help="Folder of the trained encoders.")],
     out: Annotated[Path, typer.Option(help="The results' file.")] = Path("results/encoders.json"),
+    variants: Annotated[str, typer.Option(help="Names with commas between.")] = ",".join(VARIANTS),
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Of pre-training.")] = 680,
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs a step.")] = 128,
     device: str = "cpu",
 ) -> None:
     """Train and compare the encoders."""
-    for name, options in VARIANTS.items():
-        if not (runs / name / "encoder" / "config.json").is_file():
+    names = dict.fromkeys(["base", *variants.split(",")])
+    if unknown := names.keys() - VARIANTS.keys():
+        raise typer.BadParameter(f"no variant {unknown.pop()!r}: take of {', '.join(VARIANTS)}.")
+    chosen = [(name, seed) for name in names for seed in range(seeds)]
+    for name, seed in chosen:
+        run = folder(runs, name, seed)
+        if not (run / train_encoder.BY_CONCEPT).is_file():
             train_encoder.main(
-                runs / name, steps=steps, batch_size=batch_size, device=device, **options
+                run, steps=steps, batch_size=batch_size, seed=seed, device=device, **VARIANTS[name]
             )
     shapes = projection_shapes(load_backbone("small").unet)
     config = json.loads((runs / "base" / "config.json").read_text())
-    settings = {key: config[key] for key in ("batch_size", "learning_rate", "seed")}
-    found = [variant(runs / name, name, shapes) for name in VARIANTS]
-    document = {"settings": {**settings, "pairs": train_encoder.UNSEEN}, "versions": versions()}
-    write_document(out, document | {"variants": found}, ("variants",))
-    for row in found:
-        typer.echo(f"{row['name']:22}" + "  ".join(f"{s}: {e:.4f}" for s, e in row["unseen"]))
+    settings = {key: config[key] for key in ("batch_size", "learning_rate")}
+    settings |= {"pairs": train_encoder.UNSEEN, "pairs_each": train_encoder.UNSEEN_EACH}
+    rows = [variant(folder(runs, name, seed), name, seed, shapes) for name, seed in chosen]
+    summary = compare({(row["name"], row["seed"]): row["by_concept"] for row in rows})
+    document = {"settings": settings, "versions": versions(), "summary": summary, "variants": rows}
+    write_document(out, document, ("variants",))
+    for name, found in summary.items():
+        r = found["minus_base"]
+        typer.echo(
+            f"{name:22}{found['mean']['mean']:.4f}"
+            f"  minus base {r['mean']:+.4f} [{r['low']:+.4f}, {r['high']:+.4f}], n = {r['n']}"
+        )
 
 
 if __name__ == "__main__":

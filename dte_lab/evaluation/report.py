@@ -1,6 +1,7 @@
 """From a run's rows to tables with bootstrap intervals over concepts, and figures."""
 
 import json
+import re
 from collections import defaultdict
 from textwrap import fill
 
@@ -156,8 +157,12 @@ def steps_table(rows) -> str:
 
 
 def name_of(label: str) -> str:
-    """'dte@rank=2' -> 'tuning encoder, rank=2'; the number of steps is told beside it."""
+    """'dte@rank=2' -> 'tuning encoder, rank=2'; the number of steps is told beside it.
+
+    Of an encoder that `encoders.py` trained, DIR/NAME/encoder, the NAME is told.
+    """
     name, *options = label.split("@")
+    options = [re.sub(r"^encoder=.*?([^/]+)/encoder$", r"encoder=\1", o) for o in options]
     return ", ".join([NAMES[name], *(o for o in options if not o.startswith("num_steps="))])
 
 
@@ -196,47 +201,62 @@ def picture_sheet(run_dir, summary, count=2):
 
 
 def tradeoff(summary):
-    """Figure: scaled identity against right scenes, with 95 % intervals over concepts."""
+    """Figure: scaled identity against right scenes, with 95 % intervals over concepts.
+
+    A method has one colour and marker; the number of steps stands beside each of its points.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 6.4), layout="constrained")
     axes = figure.subplots()
-    for i, line in enumerate(s for s in summary if s["method"] not in ("oracle", "other")):
-        x, y = line["scene"], line["identity_scaled"]
+    for i, (name, points) in enumerate(by_name(summary).items()):
+        x, y = ([point[k] for point in points] for k in ("scene", "identity_scaled"))
         axes.errorbar(
-            x["mean"], y["mean"], fmt="osD^vP*X"[i % 8], color=f"C{i % 10}",
-            xerr=[[x["mean"] - x["low"]], [x["high"] - x["mean"]]],
-            yerr=[[y["mean"] - y["low"]], [y["high"] - y["mean"]]],
-            label=fill(f"{name_of(line['method'])}, {line['steps']} steps", 40), capsize=2,
+            [v["mean"] for v in x], [v["mean"] for v in y],
+            xerr=[[v["mean"] - v["low"] for v in x], [v["high"] - v["mean"] for v in x]],
+            yerr=[[v["mean"] - v["low"] for v in y], [v["high"] - v["mean"] for v in y]],
+            fmt="osD^vP*X"[i % 8], color=f"C{i % 10}", capsize=2, elinewidth=1,
+            label=fill(name, 40),
         )  # fmt: skip
+        for point, a, b in zip(points, x, y, strict=True):
+            axes.annotate(
+                str(point["steps"]), (a["mean"], b["mean"]), (5, 4), color=f"C{i % 10}",
+                textcoords="offset points", fontsize="small",
+            )  # fmt: skip
     n = summary[0]["identity"]["n"]
     axes.set(
         xlabel="prompt fidelity: share of right scenes",
         ylabel="identity: 0 like any concept, 1 the true rendering",
-        title=f"{n} held-out concepts, 95 % bootstrap intervals",
+        title=f"{n} held-out concepts, 95 % intervals; numbers: steps of tuning",
     )
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
     return figure
 
 
+def by_name(summary) -> dict[str, list[dict]]:
+    """{name of a method: its lines of the summary, fewest steps first}, without the anchors."""
+    lines = defaultdict(list)
+    for line in summary:
+        if line["method"] not in ("oracle", "other"):
+            lines[name_of(line["method"])].append(line)
+    return {name: sorted(found, key=lambda line: line["steps"]) for name, found in lines.items()}
+
+
 def curves(summary):
     """Figure: measures over the number of steps, for methods with several; None without one."""
     from matplotlib.figure import Figure
 
-    lines = defaultdict(list)
-    for line in summary:
-        lines[line["method"]].append(line)
-    lines = {k: sorted(v, key=lambda x: x["steps"]) for k, v in lines.items() if len(v) > 1}
+    lines = {name: points for name, points in by_name(summary).items() if len(points) > 1}
     if not lines:
         return None
     panels = {k: COLUMNS[k] for k in ("fidelity", "identity_scaled", "scene")}
     figure = Figure(figsize=(4 * len(panels), 3.6), layout="constrained")
     for axes, (name, title) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        for i, (method, points) in enumerate(lines.items()):
+        for i, (label, points) in enumerate(lines.items()):
             steps = [point["steps"] for point in points]
             mean, low, high = ([p[name][k] for p in points] for k in ("mean", "low", "high"))
-            axes.plot(steps, mean, marker="o", ms=3, color=f"C{i}", label=name_of(method))
+            axes.plot(steps, mean, marker="o", ms=3, color=f"C{i}", label=label)
             axes.fill_between(steps, low, high, color=f"C{i}", alpha=0.15, lw=0)
         axes.set_xscale("symlog", linthresh=1)
         axes.set(title=title, xlabel="steps", ylim=(0, 1))

@@ -2,9 +2,9 @@
 
     python -m dte_lab.evaluation.steps --out results/steps.json
 
-Runs the experiment `steps` of `dte evaluate` without prior preservation: each method optimises a
-concept once, and is looked at on the way. `--run` is that run's folder; the same command goes on
-where it was cut off. Needs the extra `evaluate`.
+Runs the experiment `steps` of `dte evaluate`: each method optimises a concept once, and is looked
+at on the way. `--run` is that run's folder; the same command goes on where it was cut off. Needs
+the extra `evaluate`.
 """
 
 import json
@@ -163,7 +163,6 @@ def main(
     load = partial(cli.load_pipeline, "small", None, device)
     pipe = load()
     specs = [s.replace(STEPS, steps) for s in Methods(pipe).experiment("steps")]
-    specs = [spec for spec in specs if not spec.startswith("lora-prior")]
     evaluate(
         run, pipe, specs, concepts, split=split, with_losses=True, processes=processes, load=load
     )

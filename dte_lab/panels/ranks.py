@@ -69,28 +69,40 @@ def distances_figure(distances: Mapping[str, Sequence[float]], floor: float) -> 
     return figure
 
 
-def encoders_figure(
-    groups: Mapping[str, Mapping[int, Mapping[float, float]]], steps: Sequence[int]
-) -> Figure:
-    """Encoders that differ in one number, side by side: their error on unseen things over it.
+def encoders_figure(groups: Mapping[str, Mapping[int, Mapping]], base: str) -> Figure:
+    """Encoders that differ in one number: how far their error is from that of the encoder `base`.
 
-    groups: {what differs: {its value: {steps of training: error}}}. steps: one line for each.
+    groups: {what differs: {its value: {by_seed, minus_base, once}}}. by_seed: differences, one per
+    seed; minus_base: their mean with its interval over concepts, {mean, low, high}; both may be
+    missing. once: the difference in a single longer run.
     """
-    figure = Figure(figsize=(4.2 * len(groups), 3.1), layout="constrained")
+    figure = Figure(figsize=(4.4 * len(groups), 3.5), layout="constrained")
     axes = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     for ax, (title, by_value) in zip(axes, groups.items(), strict=True):
-        for count, colour, marker in zip(steps, (MUTED, BEFORE, AFTER), "vso", strict=False):
-            x = [value for value, errors in by_value.items() if count in errors]
-            y = [by_value[value][count] for value in x]
-            ax.plot(x, y, color=colour, marker=marker, label=f"after {count} steps")
+        ax.axhline(0, color=HAIRLINE, linewidth=1)
+        ax.plot(
+            list(by_value), [cell["once"] for cell in by_value.values()], "s:", color=BEFORE,
+            markersize=5, label="a longer run, once",
+        )  # fmt: skip
+        repeated = {value: cell for value, cell in by_value.items() if "by_seed" in cell}
+        for value, cell in repeated.items():
+            seeds = cell["by_seed"]
+            ax.plot([1.12 * value] * len(seeds), seeds, ".", color=AFTER, alpha=0.6)
+        r = [cell["minus_base"] for cell in repeated.values()]
+        error = [[x["mean"] - x["low"] for x in r], [x["high"] - x["mean"] for x in r]]
+        ax.errorbar(
+            list(repeated), [x["mean"] for x in r], yerr=error, fmt="o-", color=AFTER, capsize=3,
+            markersize=5, label="mean over seeds (dots), 95 % interval over concepts",
+        )  # fmt: skip
         ax.set_xscale("log", base=2)
         ax.set_xticks(list(by_value), [str(value) for value in by_value])
         ax.minorticks_off()
         ax.set_xlabel(title)
-        ax.grid(axis="y", color=HAIRLINE)
         plain(ax)
-    axes[0].set_ylabel("diffusion loss on unseen things")
-    axes[-1].legend(frameon=False, fontsize=9, loc="upper right")
+    axes[0].set_ylabel(f"diffusion loss on unseen things,\nminus that of {base}")
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False
+    )
     return figure
 
 

@@ -13,6 +13,7 @@ from dte_lab.panels.shared import (
     GREEN,
     PINK,
     SKY,
+    VERMILION,
     draw,
     figure_panel,
     one_picture,
@@ -24,6 +25,7 @@ STYLES = {  # colour, marker, line of each method
     "dte": (AFTER, "o", "-"),
     "ti": (BEFORE, "s", "--"),
     "lora": (GREEN, "^", "-."),
+    "lora-prior": (VERMILION, "v", (0, (3, 1, 1, 1, 1, 1))),
     "e4t": (PINK, "D", ":"),
     "dte@offset_learning_rate=0.002": (SKY, "P", "-"),
 }

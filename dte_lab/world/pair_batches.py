@@ -3,6 +3,8 @@
 A GPU sees thousands of pairs a second, and more than a processor could draw.
 """
 
+import copy
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -38,7 +40,7 @@ class PairBatches:
     ):  # fmt: skip
         device = prompt_encoder.text_encoder.device
         self.varied, self.mixed, self.device = varied, mixed, device
-        names = ConceptPairs(splits, count=count).names
+        names = self.names = ConceptPairs(splits, count=count).names
 
         def on_device(array) -> Tensor:
             return torch.as_tensor(np.asarray(array), device=device)
@@ -73,6 +75,12 @@ class PairBatches:
 
     def chance(self, size: int, share: float) -> Tensor:
         return torch.rand(size, device=self.device) < share
+
+    def only(self, name: str) -> "PairBatches":
+        """The same for pictures of one of the concepts alone; they may be mixed with others."""
+        one = copy.copy(self)
+        one.shown = self.shown[self.shown[:, 0] == self.names.index(name)]
+        return one
 
     def __call__(self, size: int) -> dict:
         """image, target (B, 3, 64, 64) in [-1, 1]; prompts, tokenized; concepts (B,)."""

@@ -4,6 +4,7 @@ What `dte pretrain` does with any pictures, with the small world's own: they are
 device, so that a GPU takes a whole step at once.
 """
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from dte_lab.backbone import load_backbone
 from dte_lab.baselines import E4TEncoder, e4t_config
 from dte_lab.config import DTEConfig
 from dte_lab.encoder import TuningEncoder
+from dte_lab.files import write_atomically
 from dte_lab.objective import objective
 from dte_lab.pipeline import DTEPipeline
 from dte_lab.predictions import Predictions
@@ -27,7 +29,9 @@ from dte_lab.world.scenes import render_image
 from dte_lab.world.sprites import split_names
 from dte_lab.world.training import TrainConfig, train
 
-UNSEEN = 256  # pairs
+UNSEEN = 256  # pairs of val concepts, for the log
+UNSEEN_EACH = 16  # pairs of each val concept, at the end
+BY_CONCEPT = "unseen.json"
 
 
 def main(
@@ -38,15 +42,18 @@ def main(
     batch_size: int = 32,
     concepts: int | None = None,
     e4t: bool = False,
+    seed: int = 0,
     device: str = "cpu",
     mixed_precision: str = "no",
     **options,
 ) -> Path:
     """Train and save the EMA weights to `out/encoder`, which is returned.
 
-    concepts: how many to learn from, None for all. e4t: the E4T-style baseline instead. options: of
-    DTEConfig. The log's `unseen_diffusion` is the loss on UNSEEN pairs of val concepts, with the
-    same noise every time; predictions.jsonl is that of `dte pretrain`.
+    concepts: how many to learn from, None for all. e4t: the E4T-style baseline instead. seed: of
+    the first weights and of all that training draws. options: of DTEConfig.
+    The log's `unseen_diffusion` is the loss on UNSEEN pairs of val concepts, and `out/unseen.json`
+    that of the saved weights by concept, UNSEEN_EACH pairs each, with the same pairs and noise for
+    every run; predictions.jsonl is that of `dte pretrain`.
     """
     out = Path(out)
     if torch.device(device).type == "cuda":
@@ -56,18 +63,19 @@ def main(
     backbone.scheduler.alphas_cumprod = backbone.alphas_cumprod  # on the device once and for all
     prompt_encoder = PromptEncoder(backbone)
     if e4t:
-        encoder = E4TEncoder.from_backbone(backbone, replace(e4t_config(), **options))
+        encoder = E4TEncoder.from_backbone(backbone, replace(e4t_config(), **options), seed=seed)
     else:
-        encoder = TuningEncoder.from_backbone(backbone, DTEConfig(**options))
+        encoder = TuningEncoder.from_backbone(backbone, DTEConfig(**options), seed=seed)
     dte, T = encoder.dte, len(backbone.alphas_cumprod)
     feature_prompt = prompt_encoder.plain([dte.feature_prompt])
     fresh = not (out / "checkpoint.safetensors").exists()
     if fresh:
         seen = set(ConceptPairs(count=concepts).names) & set(split_names("train"))
-        fit_token_head(encoder, backbone, sorted(seen))
+        fit_token_head(encoder, backbone, sorted(seen), seed=seed)
     batches = PairBatches(prompt_encoder, count=concepts)
     torch.manual_seed(0)
-    unseen = PairBatches(prompt_encoder, ("val",), varied=0, mixed=0)(UNSEEN)
+    val = PairBatches(prompt_encoder, ("val",), varied=0, mixed=0)
+    unseen = val(UNSEEN)
     pixels = DTEPipeline(backbone, encoder).pixels(
         [render_image(name, "fluent", "white") for name in SAMPLE_CONCEPTS]
     )
@@ -110,7 +118,9 @@ def main(
         batch_size=batch_size,
         learning_rate=1e-3,
         muon_learning_rate=3e-3,
+        warmup_steps=min(TrainConfig.warmup_steps, steps // 5),
         mixed_precision=mixed_precision,
+        seed=seed,
         log_every=20,
         sample_every=4,
     )
@@ -119,4 +129,11 @@ def main(
     ema = train(out, encoder, config, loss, sample, minutes, device)
     ema.load_state_dict({**ema.state_dict(), **dict(encoder.named_buffers())}, strict=False)
     ema.save_pretrained(out / "encoder")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        by_concept = {
+            name: losses_of(ema, val.only(name)(UNSEEN_EACH))[1]["diffusion"].item()
+            for name in val.names
+        }
+    write_atomically(out / BY_CONCEPT, json.dumps(by_concept, indent=1).encode())
     return out / "encoder"
