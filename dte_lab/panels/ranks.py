@@ -99,7 +99,7 @@ def encoders_figure(groups: Mapping[str, Mapping[int, Mapping]], base: str) -> F
         ax.minorticks_off()
         ax.set_xlabel(title)
         plain(ax)
-    axes[0].set_ylabel(f"diffusion loss on unseen things,\nminus that of {base}")
+    axes[0].set_ylabel(f"loss on unseen things minus\nthat of {base}", fontsize=9)
     figure.legend(
         *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False
     )

@@ -151,9 +151,9 @@ def least_figure(least: Mapping[str, dict], names: Mapping[str, str]) -> Figure:
     least: {group: {level, n, methods: {method: {steps, low, high}}}} of results/steps.json.
     What never satisfies stands in a column of its own on the right.
     """
-    figure = Figure(figsize=(7.5, 1.1 + 0.62 * len(least)), layout="constrained")
-    ax = figure.add_subplot()
     found = [method for group in least.values() for method in group["methods"].values()]
+    figure = Figure(figsize=(7.5, 1.1 + 0.15 * len(found)), layout="constrained")
+    ax = figure.add_subplot()
     numbers = [value for m in found for value in m.values() if value is not None]
     most = max([PAPER_STEPS, *numbers])
     never = 2.5 * most
@@ -161,7 +161,7 @@ def least_figure(least: Mapping[str, dict], names: Mapping[str, str]) -> Figure:
         count = len(group["methods"])
         for i, (method, found) in enumerate(group["methods"].items()):
             colour, marker, line = STYLES[method]
-            y = row + (i - (count - 1) / 2) * 0.6 / count
+            y = row + (i - (count - 1) / 2) * 0.8 / count
             at, low, high = (
                 never if found[k] is None else found[k] for k in ("steps", "low", "high")
             )

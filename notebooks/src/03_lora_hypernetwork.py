@@ -685,10 +685,16 @@ show(
 # %% [markdown]
 # #### Encoders trained with other ranks, and on fewer things
 #
-# `python -m dte_lab.evaluation.encoders` pre-trained one encoder per rank, one for whole matrices,
-# and some that saw fewer things, all with the same small budget on one GPU. Their error is the
-# diffusion loss on pairs of `val` things: same things, same noise for all. One run each, so there
-# is no interval: trust an order that holds from point to point and from line to line.
+# `python -m dte_lab.evaluation.encoders` pre-trains encoders that differ in one thing: one per
+# rank, one for whole matrices, some that see fewer things. Their error is the diffusion loss on
+# pairs of `val` things, which none of them has seen; things, pairs and noise are the same for all.
+# It was done twice: with more time on a GPU, every encoder once (`results/encoders.json`), and with
+# less time on a CPU, some of them from three seeds each (`results/encoders_seeds.json`). A seed
+# changes the first weights, and all that training draws.
+#
+# A single run cannot tell a better encoder from a luckier one. So look at the seeds (dots) before
+# you believe a difference. The bars are 95 % intervals over the things, paired: the error on every
+# thing minus the error of the rank 4 encoder on the same thing, both means over the seeds.
 
 # %%
 import json
@@ -697,38 +703,58 @@ from pathlib import Path
 from dte_lab.panels.ranks import encoders_figure
 
 RESULTS = next(p / "results" for p in Path.cwd().parents if (p / "results").is_dir())
-document = json.loads((RESULTS / "encoders.json").read_text())
-errors = {row["name"]: dict(row["unseen"]) for row in document["variants"]}
-sizes = {row["name"]: row for row in document["variants"]}
-names = {1: "rank-1", 2: "rank-2", 4: "base", 8: "rank-8", 16: "rank-16", "whole": "rank-full"}
-batch, n_pairs = document["settings"]["batch_size"], document["settings"]["pairs"]
-print(f"steps of {batch} pairs; loss on {n_pairs} pairs of unseen things")
-print("  rank   predicted numbers  hypernetwork  256 steps  512 steps")
-for rank, name in names.items():
-    late = f"{errors[name][512]:.4f}" if 512 in errors[name] else "-"  # the time was up before
+longer = {r["name"]: r for r in json.loads((RESULTS / "encoders.json").read_text())["variants"]}
+repeated = json.loads((RESULTS / "encoders_seeds.json").read_text())
+summary, shorter = repeated["summary"], repeated["variants"][0]
+n_seeds, n_things = len(summary["base"]["by_seed"]), summary["base"]["mean"]["n"]
+of_rank = {1: "rank-1", 2: "rank-2", 4: "base", 8: "rank-8", 16: "rank-16"}
+of_count = {n: f"concepts-{n}" for n in (50, 100, 200, 400)} | {702: "base"}
+
+print("A: 512 steps of 128 pairs, once.")
+print(f"B: {shorter['steps']} steps of {repeated['settings']['batch_size']} pairs, {n_seeds} seeds,")
+print(f"   and the mean of their differences to rank 4 with 702 things (n = {n_things})")
+print(f"{'numbers':>20}{'hypernetwork':>14}{'s per step':>12}{'A':>9}   B")
+for label, name in [
+    *((f"rank {rank}", name) for rank, name in of_rank.items()), ("whole", "rank-full"),
+    *((f"{n} things", name) for n, name in of_count.items() if name != "base"),
+]:  # fmt: skip
+    row, found = longer[name], summary.get(name)
+    error = dict(row["unseen"]).get(512)  # whole matrices: the time was up before
+    cells = f"{'-' if error is None else f'{error:.4f}':>9}"
+    if found:
+        r = found["minus_base"]
+        cells += "   " + " ".join(f"{error:.4f}" for error in found["by_seed"])
+        cells += f"   {r['mean']:+.4f} [{r['low']:+.4f}, {r['high']:+.4f}]"
     print(
-        f"{rank:>6}{sizes[name]['offsets']:>20,}{sizes[name]['hypernetwork']:>14,}"
-        f"{errors[name][256]:>11.4f}{late:>11}"
+        f"{label:<10}{row['offsets']:>10,}{row['hypernetwork']:>14,}"
+        f"{60 * row['minutes'] / row['steps']:>12.2f}{cells}"
     )
-by_rank_trained = {rank: errors[name] for rank, name in names.items() if rank != "whole"}
-by_count = {n: errors[f"concepts-{n}"] for n in (50, 100, 200, 400)} | {702: errors["base"]}
+
+
+def differences(name):
+    """For the figure: how far the errors of an encoder are from those of rank 4."""
+    once = dict(longer[name]["unseen"])[512] - dict(longer["base"]["unseen"])[512]
+    if name not in summary:
+        return {"once": once}
+    seeds = zip(summary[name]["by_seed"], summary["base"]["by_seed"], strict=True)
+    by_seed = [ours - base for ours, base in seeds]
+    return {"once": once, "by_seed": by_seed, "minus_base": summary[name]["minus_base"]}
+
+
 show(
     encoders_figure(
-        {"rank": by_rank_trained, "things seen in training": by_count}, (128, 256, 512)
+        {
+            "rank": {rank: differences(name) for rank, name in of_rank.items()},
+            "things seen in training": {n: differences(name) for n, name in of_count.items()},
+        },
+        "rank 4, 702 things",
     ),
-    "Loss on unseen things after 512 steps. By rank: "
-    + ", ".join(f"{r} {e[512]:.3f}" for r, e in by_rank_trained.items())
-    + ". By the number of things seen in training: "
-    + ", ".join(f"{n} {e[512]:.3f}" for n, e in by_count.items())
-    + ".",
+    "Loss on unseen things minus that of the encoder of rank 4 that saw 702 things, over the rank "
+    "and over the number of things seen in training; the numbers are printed above.",
 )
 
 # %% [markdown]
-# Read both panels with the budget in mind. A higher rank costs numbers, and the table says how
-# many; whole matrices cost the most, and within the same minutes they got through the fewest steps.
-# More things in training help most where there are few of them: compare a doubling on the left of
-# the curve with one on the right. (The pairs also mix halves of things, mirror and recolour them,
-# so that 50 things are more than they seem.)
+# TEXT
 
 # %% [markdown]
 # ## 7. To other software

@@ -381,7 +381,10 @@ show(
 # identity, and loses the prompt faster than it gains. The curve with `offset_learning_rate=0.002`
 # tests whether the rate is the reason. It is the same encoder at a third of its rate: behind at 12
 # steps, and ahead of itself later on. The E4T-style encoder, which tunes whole matrices, leads
-# where there are many steps; the next cell says how much of that lead the rate explains.
+# where there are many steps; the next cell says how much of that lead the rate explains. LoRA has
+# two curves: with its prior kept, it also learns pictures that the base model draws of the same
+# kind of thing. Ask of this what it is for: does it cost identity at few steps, and does it keep
+# the prompt at many?
 
 # %%
 from dte_lab.world.evaluate import interval
