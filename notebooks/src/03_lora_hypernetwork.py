@@ -754,7 +754,43 @@ show(
 )
 
 # %% [markdown]
-# TEXT
+# Read both panels with the budget in mind. A higher rank costs numbers, and the table says how
+# many; whole matrices cost the most, and within the same minutes they got through the fewest steps.
+# Is the order the same in every seed, and with both budgets? And which is worth more: another rank,
+# or more things to learn from? (The pairs also mix halves of things, mirror and recolour them, so
+# that 50 things are more than they seem.)
+#
+# A lower loss should show in pictures. The same encoders draw held-out `test` things, from the
+# prediction alone and after 12 steps of tuning (`results/encoders`; how, is in its `run.json`).
+# *Identity* is read by a network that took no part in training here, *scenes* are the share of
+# pictures with the scene that was asked for. Remember that tuning has the encoder's rank too: at
+# 12 steps a difference can come from what was predicted, or from what can be changed.
+
+# %%
+from dte_lab.evaluation.encoders import compare_pictures
+from dte_lab.evaluation.run import read_csv
+
+rows = read_csv(RESULTS / "encoders" / "measures.csv")
+labels = {"base": "rank 4, 702 things"} | {
+    name: f"rank {rank}" for rank, name in of_rank.items() if name != "base"
+} | {name: f"{n} things" for n, name in of_count.items() if name != "base"}  # fmt: skip
+MEASURED = {"identity_scaled": "identity", "scene": "scenes", "fidelity": "harmonic mean"}
+compared = {measure: compare_pictures(rows, measure) for measure in MEASURED}
+for steps, found in compared["fidelity"].items():
+    n = found["base"]["mean"]["n"]
+    print(f"after {steps} steps, n = {n} things, means over {n_seeds} seeds; minus rank 4 below:")
+    for name in found:
+        cells = ""
+        for measure, title in MEASURED.items():
+            r = compared[measure][steps][name]
+            mean, minus = r["mean"]["mean"], r["minus_base"]
+            cells += f"  {title} {mean:.3f}"
+            if name != "base":
+                cells += f" ({minus['mean']:+.3f} [{minus['low']:+.3f}, {minus['high']:+.3f}])"
+        print(f"  {labels[name]:<18}{cells}")
+
+# %% [markdown]
+# TEXT2
 
 # %% [markdown]
 # ## 7. To other software
