@@ -711,7 +711,8 @@ of_rank = {1: "rank-1", 2: "rank-2", 4: "base", 8: "rank-8", 16: "rank-16"}
 of_count = {n: f"concepts-{n}" for n in (50, 100, 200, 400)} | {702: "base"}
 
 print("A: 512 steps of 128 pairs, once.")
-print(f"B: {shorter['steps']} steps of {repeated['settings']['batch_size']} pairs, {n_seeds} seeds,")
+pairs = repeated["settings"]["batch_size"]
+print(f"B: {shorter['steps']} steps of {pairs} pairs, {n_seeds} seeds,")
 print(f"   and the mean of their differences to rank 4 with 702 things (n = {n_things})")
 print(f"{'numbers':>20}{'hypernetwork':>14}{'s per step':>12}{'A':>9}   B")
 for label, name in [
@@ -778,7 +779,7 @@ MEASURED = {"identity_scaled": "identity", "scene": "scenes", "fidelity": "harmo
 compared = {measure: compare_pictures(rows, measure) for measure in MEASURED}
 for steps, found in compared["fidelity"].items():
     n = found["base"]["mean"]["n"]
-    print(f"after {steps} steps, n = {n} things, means over {n_seeds} seeds; minus rank 4 below:")
+    print(f"after {steps} steps (n = {n} things, {n_seeds} seeds; in brackets: minus rank 4)")
     for name in found:
         cells = ""
         for measure, title in MEASURED.items():
@@ -790,7 +791,11 @@ for steps, found in compared["fidelity"].items():
         print(f"  {labels[name]:<18}{cells}")
 
 # %% [markdown]
-# TEXT2
+# Before tuning, the encoders draw alike: losses that differ by a hundredth are hard to see. After
+# 12 steps the rank decides, in every seed: of the three, 16 has the most identity and the best
+# harmonic mean, for a few scenes. The prediction is hardly the reason, as it was no better; more
+# likely, wider matrices change more in 12 steps at the same rate of learning. Fewer things to learn
+# from cost loss in every seed, but pictures of so few things are not enough to show it.
 
 # %% [markdown]
 # ## 7. To other software
