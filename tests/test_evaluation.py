@@ -17,6 +17,7 @@ from dte_lab.evaluation.report import (
     harmonic,
     least_steps,
     markdown,
+    name_of,
     paired,
     per_concept,
     summarise,
@@ -278,6 +279,13 @@ def test_summary_scales_identity_by_the_truth_and_pairs_by_concept():
     assert line["identity_scaled"]["mean"] == pytest.approx((0.1 + 0.3) / 0.5 / 2)
     text = markdown(summarise(rows))
     assert "| Textual Inversion | 12 | 2 |" in text and "| true rendering |  | 2 |" in text
+
+
+def test_names_tell_the_options_and_the_encoder_but_not_the_steps():
+    assert name_of("dte@num_steps=50@rank=2") == "tuning encoder, rank=2"
+    assert name_of("dte@encoder=small/none") == "tuning encoder, encoder=small/none"
+    trained = name_of("dte@alpha_blend=1@encoder=runs/encoders/rank-1-seed2/encoder")
+    assert trained == "tuning encoder, alpha_blend=1, encoder=rank-1-seed2"
 
 
 def test_report_writes_table_and_figures(tmp_path, capsys):

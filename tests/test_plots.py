@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dte_lab.plots import _font, _wrap, contact_sheet
+from dte_lab.plots import _font, _wrap, contact_sheet, mean_and_error
 
 
 def box_of(sheet, colour):
@@ -62,3 +62,11 @@ def test_long_labels_are_wrapped_and_cut():
 def test_labels_must_match(rows, row_labels, column_labels):
     with pytest.raises(ValueError, match=r"rows of pictures|pictures in a row"):
         contact_sheet(rows, row_labels, column_labels)
+
+
+def test_mean_and_error_are_what_errorbar_draws():
+    intervals = [{"mean": 2.0, "low": 1.5, "high": 4.0}, {"mean": 0.0, "low": -1.0, "high": 0.0}]
+    mean, error = mean_and_error(iter(intervals))
+    np.testing.assert_allclose(mean, [2, 0])
+    np.testing.assert_allclose(error, [[0.5, 1], [2, 0]])
+    assert mean_and_error([])[1].shape == (2, 0)

@@ -9,6 +9,7 @@ diffusion loss on pairs of val concepts, the same for all.
 
 import json
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -56,22 +57,22 @@ def variant(run: Path, name: str, seed: int, shapes: dict) -> dict:
     }  # fmt: skip
 
 
-def compare(errors: dict[tuple[str, int], np.ndarray]) -> dict[str, dict]:
-    """{name: {by_seed, mean, minus_base}} from {(name, seed): one number per concept, (n,)}.
+def compare(runs: Iterable[tuple[str, Sequence[float]]]) -> dict[str, dict]:
+    """{name: {by_seed, mean, minus_base}} from every run's (name, one number per concept).
 
     The mean over the seeds and its difference to that of `base` have intervals over the concepts.
     """
     by_name = defaultdict(list)
-    for (name, _), values in errors.items():
-        by_name[name].append(np.asarray(values))
-    base = np.mean(by_name["base"], axis=0)
+    for name, values in runs:
+        by_name[name].append(values)
+    means = {name: np.mean(seeds, axis=0) for name, seeds in by_name.items()}  # (n,)
     return {
         name: {
-            "by_seed": [round(float(values.mean()), 5) for values in seeds],
-            "mean": interval(np.mean(seeds, axis=0)),
-            "minus_base": interval(np.mean(seeds, axis=0) - base),
+            "by_seed": [round(float(np.mean(values)), 5) for values in by_name[name]],
+            "mean": interval(mean),
+            "minus_base": interval(mean - means["base"]),
         }
-        for name, seeds in by_name.items()
+        for name, mean in means.items()
     }
 
 
@@ -80,13 +81,13 @@ def compare_pictures(rows, measure: str = "fidelity") -> dict[int, dict[str, dic
 
     Its methods are dte@encoder=DIR/NAME/encoder, with NAME as `folder` writes it.
     """
-    errors = defaultdict(dict)
+    runs = defaultdict(list)
     for (method, steps), of_method in per_concept(rows).items():
         if method not in ANCHORS:
-            name, _, seed = Path(method.partition("encoder=")[2]).parent.name.partition("-seed")
+            name = Path(method.partition("encoder=")[2]).parent.name.partition("-seed")[0]
             values = [of_method[concept][measure] for concept in sorted(of_method)]
-            errors[steps][name, int(seed or 0)] = np.array(values)
-    return {steps: compare(of_steps) for steps, of_steps in errors.items()}
+            runs[steps].append((name, values))
+    return {steps: compare(of_steps) for steps, of_steps in runs.items()}
 
 
 def main(
@@ -114,7 +115,7 @@ def main(
     settings = {key: config[key] for key in ("batch_size", "learning_rate")}
     settings |= {"pairs": train_encoder.UNSEEN, "pairs_each": train_encoder.UNSEEN_EACH}
     rows = [variant(folder(runs, name, seed), name, seed, shapes) for name, seed in chosen]
-    summary = compare({(row["name"], row["seed"]): row["by_concept"] for row in rows})
+    summary = compare((row["name"], row["by_concept"]) for row in rows)
     document = {"settings": settings, "versions": versions(), "summary": summary, "variants": rows}
     write_document(out, document, ("variants",))
     for name, found in summary.items():

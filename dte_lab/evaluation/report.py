@@ -8,6 +8,8 @@ from textwrap import fill
 import numpy as np
 
 from dte_lab.evaluation.measures import LOSSES, PICTURE_MEASURES, TIMES, WORD_MEASURES
+from dte_lab.evaluation.methods import ANCHORS
+from dte_lab.plots import mean_and_error
 from dte_lab.world.evaluate import interval
 
 REFERENCE = "dte"
@@ -137,7 +139,7 @@ def markdown(summary) -> str:
         "|---|---|---|" + "---|" * len(shown),
     ]
     for line in summary:
-        steps = "" if line["method"] in ("oracle", "other") else line["steps"]
+        steps = "" if line["method"] in ANCHORS else line["steps"]
         cells = [name_of(line["method"]), str(steps), str(line["identity"]["n"])]
         cells += [_cell(line.get(name)) for name in shown]
         lines.append("| " + " | ".join(cells) + " |")
@@ -210,18 +212,17 @@ def tradeoff(summary):
     figure = Figure(figsize=(6.4, 6.4), layout="constrained")
     axes = figure.subplots()
     for i, (name, points) in enumerate(by_name(summary).items()):
-        x, y = ([point[k] for point in points] for k in ("scene", "identity_scaled"))
+        colour = f"C{i % 10}"
+        x, xerr = mean_and_error(point["scene"] for point in points)
+        y, yerr = mean_and_error(point["identity_scaled"] for point in points)
         axes.errorbar(
-            [v["mean"] for v in x], [v["mean"] for v in y],
-            xerr=[[v["mean"] - v["low"] for v in x], [v["high"] - v["mean"] for v in x]],
-            yerr=[[v["mean"] - v["low"] for v in y], [v["high"] - v["mean"] for v in y]],
-            fmt="osD^vP*X"[i % 8], color=f"C{i % 10}", capsize=2, elinewidth=1,
+            x, y, yerr, xerr, fmt="osD^vP*X"[i % 8], color=colour, capsize=2, elinewidth=1,
             label=fill(name, 40),
         )  # fmt: skip
-        for point, a, b in zip(points, x, y, strict=True):
+        for point, at in zip(points, zip(x, y, strict=True), strict=True):
             axes.annotate(
-                str(point["steps"]), (a["mean"], b["mean"]), (5, 4), color=f"C{i % 10}",
-                textcoords="offset points", fontsize="small",
+                str(point["steps"]), at, (5, 4), color=colour, textcoords="offset points",
+                fontsize="small",
             )  # fmt: skip
     n = summary[0]["identity"]["n"]
     axes.set(
@@ -238,7 +239,7 @@ def by_name(summary) -> dict[str, list[dict]]:
     """{name of a method: its lines of the summary, fewest steps first}, without the anchors."""
     lines = defaultdict(list)
     for line in summary:
-        if line["method"] not in ("oracle", "other"):
+        if line["method"] not in ANCHORS:
             lines[name_of(line["method"])].append(line)
     return {name: sorted(found, key=lambda line: line["steps"]) for name, found in lines.items()}
 

@@ -20,7 +20,7 @@ from dte_lab.panels.shared import (
     one_picture,
     plain,
 )
-from dte_lab.plots import INK, MUTED
+from dte_lab.plots import INK, MUTED, mean_and_error
 from dte_lab.world.evaluate import interval
 
 STYLES = {  # (pairing, granularity) -> colour, marker
@@ -137,10 +137,10 @@ def curves_figure(table, measures: Sequence[str] = tuple(NAMES)) -> Figure:
     for ax, measure in zip(figure.subplots(1, len(measures)), measures, strict=True):
         for i, (way, (colour, marker)) in enumerate(STYLES.items()):
             points = {key[2]: interval(row[measure]) for key, row in ways_of(table, way).items()}
-            mean, low, high = (np.array([p[k] for p in points.values()]) for k in KEYS)
+            mean, error = mean_and_error(points.values())
             shift = 0.012 * (i - 1.5) if i else 0  # so that bars at one alpha stand side by side
             ax.errorbar(
-                np.array(list(points)) + shift, mean, [mean - low, high - mean], color=colour,
+                np.array(list(points)) + shift, mean, error, color=colour,
                 marker=marker, markersize=5, linewidth=1.6 if i == 0 else 0.8, capsize=2,
                 linestyle="-" if i == 0 else ":", label=", ".join(way),
             )  # fmt: skip
@@ -151,9 +151,6 @@ def curves_figure(table, measures: Sequence[str] = tuple(NAMES)) -> Figure:
         *ax.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
     )
     return figure
-
-
-KEYS = ("mean", "low", "high")
 
 
 def ways_of(table, way: tuple[str, str]):

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dte_lab.panels.shared import AFTER, BEFORE, GREEN, draw, figure_panel, plain
-from dte_lab.plots import HAIRLINE, INK, MUTED
+from dte_lab.plots import HAIRLINE, INK, MUTED, mean_and_error
 
 
 def pairs_figure(
@@ -24,13 +24,10 @@ def pairs_figure(
     axes = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     for ax, (title, by_kind) in zip(axes, groups.items(), strict=True):
         for i, (kind, colour) in enumerate(zip(kinds, (AFTER, BEFORE, GREEN), strict=False)):
-            values, r = by_kind[kind], intervals[title][kind]
+            values, (mean, error) = by_kind[kind], mean_and_error([intervals[title][kind]])
             jitter = 0.12 * np.sin(np.arange(len(values)) * 2.4)  # fixed, so that points come apart
             ax.plot(values, i + jitter, "o", color=colour, alpha=0.6, markersize=4)
-            error = [[r["mean"] - r["low"]], [r["high"] - r["mean"]]]
-            ax.errorbar(
-                r["mean"], i + 0.32, xerr=error, fmt="D", color=INK, markersize=5, capsize=3
-            )
+            ax.errorbar(mean, i + 0.32, xerr=error, fmt="D", color=INK, markersize=5, capsize=3)
         ax.set_title(title, fontsize=10, color=INK)
         ax.grid(axis="x", color=HAIRLINE)
         plain(ax)
@@ -88,11 +85,10 @@ def encoders_figure(groups: Mapping[str, Mapping[int, Mapping]], base: str) -> F
         for value, cell in repeated.items():
             seeds = cell["by_seed"]
             ax.plot([1.12 * value] * len(seeds), seeds, ".", color=AFTER, alpha=0.6)
-        r = [cell["minus_base"] for cell in repeated.values()]
-        error = [[x["mean"] - x["low"] for x in r], [x["high"] - x["mean"] for x in r]]
+        mean, error = mean_and_error(cell["minus_base"] for cell in repeated.values())
         ax.errorbar(
-            list(repeated), [x["mean"] for x in r], yerr=error, fmt="o-", color=AFTER, capsize=3,
-            markersize=5, label="mean over seeds (dots), 95 % interval over concepts",
+            list(repeated), mean, error, fmt="o-", color=AFTER, capsize=3, markersize=5,
+            label="mean over seeds (dots), 95 % interval over concepts",
         )  # fmt: skip
         ax.set_xscale("log", base=2)
         ax.set_xticks(list(by_value), [str(value) for value in by_value])

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from dte_lab.panels.contrastive import WITH, WITHOUT
 from dte_lab.panels.shared import BLUE, SKY, plain, write_values
-from dte_lab.plots import INK, MUTED
+from dte_lab.plots import INK, MUTED, mean_and_error
 
 KINDS = {"contrastive": ("with the term", WITH, "o"), "none": ("without", WITHOUT, "s")}
 SETTINGS = ("num_positives", "temperature", "contrastive_weight")
@@ -49,8 +49,7 @@ def comparison_figure(
 
 
 def _errorbars(ax, x, values, colour, marker, label, dash):
-    mean, low, high = ([v[k] for v in values] for k in ("mean", "low", "high"))
-    error = [np.subtract(mean, low), np.subtract(high, mean)]
+    mean, error = mean_and_error(values)
     ax.errorbar(x, mean, error, color=colour, marker=marker, ls=dash, capsize=3, label=label, ms=5)
 
 
