@@ -23,8 +23,9 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig
 
 from dte_lab.backbone import WEIGHTS
-from dte_lab.dual_path import dual_path, projection_shapes
-from dte_lab.files import write_atomically
+from dte_lab.common.files import write_atomically
+from dte_lab.dual_path import dual_path
+from dte_lab.lora import projection_shapes
 
 GOAL = 1.25  # dual over single path, granularity "attention"
 

@@ -20,10 +20,10 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from dte_lab import DTEPipeline, TuneConfig, TuningEncoder, load_backbone, tune
+from dte_lab.common.files import write_atomically
 from dte_lab.encoder import DTEConfig
-from dte_lab.files import write_atomically
-from dte_lab.memory import DTYPES, Setting, predict
-from dte_lab.pretrain import PretrainConfig, build_optimizer, prepare, train_step
+from dte_lab.hardware.memory import DTYPES, Setting, predict
+from dte_lab.training.pretrain import PretrainConfig, build_optimizer, prepare, train_step
 
 SETTINGS = [
     Setting(batch=batch, gradient_checkpointing=options, offload=options)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from dte_lab.files import write_atomically
-from dte_lab.memory import Setting, predict
+from dte_lab.common.files import write_atomically
+from dte_lab.hardware.memory import Setting, predict
 
 CHOICES = [
     Setting(batch=4, dtype="fp32"),

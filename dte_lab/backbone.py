@@ -16,7 +16,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from transformers import (
     CLIPImageProcessor,
     CLIPTextModel,
@@ -287,9 +292,20 @@ def _config(folder):
 def _vae_class(root):
     name = _config(root / "vae").get("_class_name")
     if name == "PatchAutoencoder":
-        from dte_lab.world.autoencoder import PatchAutoencoder
+        from dte_lab.patch_autoencoder import PatchAutoencoder
 
         return PatchAutoencoder
     if name == "AutoencoderKL":
         return AutoencoderKL
     raise ValueError(f"The backbone at {root} has an autoencoder of unknown class {name}.")
+
+
+def stock_pipeline(vae, text_encoder, tokenizer, unet, scheduler):
+    """diffusers' StableDiffusionPipeline around these parts, without a bar; nothing is copied."""
+    # It insists on steps_offset 1, and warns before it sets it itself.
+    scheduler = type(scheduler).from_config(scheduler.config, steps_offset=1)
+    pipe = StableDiffusionPipeline(
+        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -20,8 +20,8 @@ from torch import nn
 
 from dte_lab import placeholder_token
 from dte_lab.concept import Concept
-from dte_lab.dual_path import attention_layers, projection_layer, projection_shapes
 from dte_lab.encoder import DTEConfig, EncoderPrediction, TuningEncoder
+from dte_lab.lora import attention_layers, projection_layer, projection_shapes
 from dte_lab.objective import objective
 from dte_lab.tuning import noise_levels
 

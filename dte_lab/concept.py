@@ -8,9 +8,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from dte_lab.dual_path import check_offsets, projection_shapes
+from dte_lab.common.files import write_atomically
 from dte_lab.encoder import DTEConfig
-from dte_lab.files import write_atomically
+from dte_lab.lora import check_offsets, projection_shapes
 
 FORMAT = "dte-concept-1"
 

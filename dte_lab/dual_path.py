@@ -17,7 +17,8 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
+from dte_lab.lora import PROJECTIONS, attention_layers, check_offsets, projection_shapes
+
 PAIRINGS = ("figure", "text")
 GRANULARITIES = ("attention", "block")
 
@@ -32,33 +33,6 @@ def alpha_at(alpha_blend, timesteps, num_timesteps):
         return alpha_blend
     first, last = alpha_blend
     return last + (first - last) * timesteps / num_timesteps
-
-
-def attention_layers(unet):
-    """{name: Attention} of the UNet's transformer blocks, in the order of their names.
-
-    attn1 is self-attention, attn2 cross-attention with the text.
-    """
-    return {
-        name: module
-        for name, module in sorted(unet.named_modules())
-        if name.endswith((".attn1", ".attn2")) and hasattr(module, "to_q")
-    }
-
-
-def projection_layer(attn, projection):
-    """The linear layer of one of PROJECTIONS in an Attention."""
-    return attn.to_out[0] if projection == "to_out" else getattr(attn, projection)
-
-
-def projection_shapes(unet):
-    """{"layer.projection": (Din, Dout)} of everything that offsets can change."""
-    shapes = {}
-    for name, attn in attention_layers(unet).items():
-        for projection in PROJECTIONS:
-            linear = projection_layer(attn, projection)
-            shapes[f"{name}.{projection}"] = (linear.in_features, linear.out_features)
-    return shapes
 
 
 class DualPathProcessor:
@@ -121,10 +95,7 @@ class DualPathProcessor:
         """x A B, per sample: (B, T, Din) -> (B, T, Dout)."""
         if projection not in self.offsets:
             return 0
-        a, b = (matrix.to(x) for matrix in self.offsets[projection])
-        if len(a) == len(b) == 1:  # one product for the whole batch
-            a, b = a[0], b[0]
-        return x @ a @ b
+        return low_rank_product(x, *self.offsets[projection])
 
 
 class BlockPathProcessor(DualPathProcessor):
@@ -257,14 +228,3 @@ def dual_path(
             hook.remove()
         path.clear()
 
-
-def check_offsets(offsets, shapes):
-    """Raise ValueError where offsets {key: (A, B)} do not fit the UNet's {key: (Din, Dout)}."""
-    for key, (a, b) in offsets.items():
-        if key not in shapes:
-            raise ValueError(f"The UNet has no projection {key}: the offsets are of another model.")
-        if (a.shape[-2], b.shape[-1]) != shapes[key] or a.shape[-1] != b.shape[-2]:
-            raise ValueError(
-                f"The offsets of {key} have shapes {tuple(a.shape)} and {tuple(b.shape)}, "
-                f"expected (B, {shapes[key][0]}, r) and (B, r, {shapes[key][1]})."
-            )

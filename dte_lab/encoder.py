@@ -21,9 +21,15 @@ from tqdm.auto import tqdm
 
 from dte_lab.backbone import WEIGHTS, add_noise
 from dte_lab.config import DTEConfig
-from dte_lab.dual_path import projection_shapes
-from dte_lab.features import ImageFeatures, image_features, unet_feature_dim, unet_features
-from dte_lab.hypernetwork import FeatureFusion, TokenHead, build_hypernetwork
+from dte_lab.features import (
+    FeatureFusion,
+    ImageFeatures,
+    image_features,
+    unet_feature_dim,
+    unet_features,
+)
+from dte_lab.hypernetwork import TokenHead, build_hypernetwork
+from dte_lab.lora import projection_shapes
 from dte_lab.tokens import PromptEncoder, TokenTable
 
 ABLATIONS = ("contrastive", "none")  # shipped for "small", by their regulariser

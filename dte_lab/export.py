@@ -14,7 +14,7 @@ from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from safetensors.torch import save
 
 from dte_lab import placeholder_token
-from dte_lab.files import write_atomically
+from dte_lab.common.files import write_atomically
 
 LORA, EMBEDDING = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"
 KOHYA = "kohya_lora.safetensors"

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from torch import nn
 
 
 class ImageFeatures(NamedTuple):
@@ -95,3 +97,52 @@ def _to_grid(x, grid):
     if x.shape[-1] >= grid:
         return F.adaptive_avg_pool2d(x, grid)
     return F.interpolate(x, (grid, grid), mode="nearest")
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions with a skip connection: (B, d, g, g) -> (B, d, g, g)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(8, width)
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.norm2 = nn.GroupNorm(8, width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        return x + self.conv2(F.silu(self.norm2(h)))
+
+
+def to_grid(x, grid):
+    """Patches (B, d, p, p) -> (B, d, grid, grid)."""
+    if x.shape[-1] == grid:
+        return x
+    return F.interpolate(x, (grid, grid), mode="bilinear", antialias=True)
+
+
+class FeatureFusion(nn.Module):
+    """CLIP and UNet features on one grid, mixed by convolutions: -> tokens (B, grid^2, d)."""
+
+    def __init__(self, clip_dim, embed_dim, unet_dim, width, grid, depth):
+        super().__init__()
+        self.grid = grid
+        self.clip_norm = nn.GroupNorm(1, clip_dim)
+        self.clip_in = nn.Conv2d(clip_dim, width, 1)
+        self.unet_in = nn.Conv2d(unet_dim, width, 1)
+        self.embed_in = nn.Linear(embed_dim, width)
+        self.time = nn.Sequential(Timesteps(width, True, 0), TimestepEmbedding(width, width))
+        self.blocks = nn.Sequential(*[ResBlock(width) for _ in range(depth)])
+        self.position = nn.Parameter(0.02 * torch.randn(grid**2, width))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, image_features: ImageFeatures, unet_features, timesteps):
+        patches, embeds = image_features
+        # contiguous: torch 2.13 crashes in GroupNorm's backward on a channels-last leaf on CPU.
+        clip = self.clip_in(self.clip_norm(patches.contiguous()))  # (B, d, p, p)
+        clip = to_grid(clip, self.grid)
+        # embeds are unit vectors: bring their entries to variance 1 before the projection.
+        whole = self.embed_in(embeds * embeds.shape[-1] ** 0.5) + self.time(timesteps)  # (B, d)
+        x = clip + self.unet_in(unet_features) + whole[:, :, None, None]  # (B, d, grid, grid)
+        x = self.blocks(x).flatten(2).transpose(1, 2)  # (B, grid^2, d)
+        return self.norm(x + self.position)

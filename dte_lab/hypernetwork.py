@@ -12,59 +12,9 @@ the paper gives neither the architecture nor the initialisation.)
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import nn
 
-from dte_lab.features import ImageFeatures
-
-
-class ResBlock(nn.Module):
-    """Two 3x3 convolutions with a skip connection: (B, d, g, g) -> (B, d, g, g)."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.norm1 = nn.GroupNorm(8, width)
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
-        self.norm2 = nn.GroupNorm(8, width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        return x + self.conv2(F.silu(self.norm2(h)))
-
-
-def to_grid(x, grid):
-    """Patches (B, d, p, p) -> (B, d, grid, grid)."""
-    if x.shape[-1] == grid:
-        return x
-    return F.interpolate(x, (grid, grid), mode="bilinear", antialias=True)
-
-
-class FeatureFusion(nn.Module):
-    """CLIP and UNet features on one grid, mixed by convolutions: -> tokens (B, grid^2, d)."""
-
-    def __init__(self, clip_dim, embed_dim, unet_dim, width, grid, depth):
-        super().__init__()
-        self.grid = grid
-        self.clip_norm = nn.GroupNorm(1, clip_dim)
-        self.clip_in = nn.Conv2d(clip_dim, width, 1)
-        self.unet_in = nn.Conv2d(unet_dim, width, 1)
-        self.embed_in = nn.Linear(embed_dim, width)
-        self.time = nn.Sequential(Timesteps(width, True, 0), TimestepEmbedding(width, width))
-        self.blocks = nn.Sequential(*[ResBlock(width) for _ in range(depth)])
-        self.position = nn.Parameter(0.02 * torch.randn(grid**2, width))
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, image_features: ImageFeatures, unet_features, timesteps):
-        patches, embeds = image_features
-        # contiguous: torch 2.13 crashes in GroupNorm's backward on a channels-last leaf on CPU.
-        clip = self.clip_in(self.clip_norm(patches.contiguous()))  # (B, d, p, p)
-        clip = to_grid(clip, self.grid)
-        # embeds are unit vectors: bring their entries to variance 1 before the projection.
-        whole = self.embed_in(embeds * embeds.shape[-1] ** 0.5) + self.time(timesteps)  # (B, d)
-        x = clip + self.unet_in(unet_features) + whole[:, :, None, None]  # (B, d, grid, grid)
-        x = self.blocks(x).flatten(2).transpose(1, 2)  # (B, grid^2, d)
-        return self.norm(x + self.position)
+from dte_lab.features import to_grid
 
 
 class TokenHead(nn.Module):
@@ -233,57 +183,3 @@ def count_parameters(projections, rank, width, num_heads, depth):
     sizes = [(i * o if rank == "full" else (i + o) * rank) for i, o in projections.values()]
     return {"hypernetwork": count(net), "heads": count(net.heads), "offsets": sum(sizes)}
 
-
-@torch.no_grad()
-def singular_values(offsets):
-    """{key: singular values (B, r)} of A B, largest first, from two thin QR decompositions.
-
-    A = Q R and B^T = P S give A B = Q (R S^T) P^T, whose singular values are those of R S^T.
-    """
-    values = {}
-    for key, (a, b) in offsets.items():
-        r = torch.linalg.qr(a.float()).R  # (B, min(Din, r), r)
-        s = torch.linalg.qr(b.float().mT).R  # (B, min(Dout, r), r)
-        values[key] = torch.linalg.svdvals(r @ s.mT)
-    return values
-
-
-def effective_rank(values):
-    """exp of the entropy of the normalised singular values (..., r): 1 to r, 0 for no offset.
-
-    (Roy and Vetterli 2007, "The effective rank".)
-    """
-    share = values / values.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
-    rank = torch.special.entr(share).sum(dim=-1).exp()
-    return torch.where(values.sum(dim=-1) > 0, rank, torch.zeros_like(rank))
-
-
-@torch.no_grad()
-def inner_products(offsets):
-    """Frobenius inner products of the samples' A B, summed over all keys: (B, B).
-
-    <A1 B1, A2 B2> = tr((A1 B1)^T A2 B2) is the sum over the entries of (A1^T A2) * (B1 B2^T), two
-    r x r matrices: no product A B is formed.
-    """
-    total = 0
-    for a, b in offsets.values():
-        left = torch.einsum("mir,nis->mnrs", a.float(), a.float())  # (B, B, r, r)
-        right = torch.einsum("mro,nso->mnrs", b.float(), b.float())  # (B, B, r, r)
-        total = total + (left * right).sum(dim=(-2, -1))  # (B, B)
-    return total
-
-
-@torch.no_grad()
-def truncate(offsets, rank):
-    """Offsets with the best approximation of A B of a lower rank (Eckart and Young).
-
-    Returns {key: (A (B, Din, rank), B (B, rank, Dout))}; the singular values are split evenly.
-    """
-    short = {}
-    for key, (a, b) in offsets.items():
-        q, r = torch.linalg.qr(a.float())
-        p, s = torch.linalg.qr(b.float().mT)
-        u, sigma, vh = torch.linalg.svd(r @ s.mT, full_matrices=False)
-        root = sigma[..., None, :rank].sqrt()  # (B, 1, rank)
-        short[key] = (q @ u[..., :rank] * root, root.mT * (vh[..., :rank, :] @ p.mT))
-    return short

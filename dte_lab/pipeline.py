@@ -11,17 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from PIL import Image
 from tqdm.auto import tqdm
 
-from dte_lab.backbone import load_backbone
+from dte_lab.backbone import load_backbone, stock_pipeline
+from dte_lab.common.images import read_image, to_bytes, to_pil, to_square_tensor
 from dte_lab.concept import Concept
 from dte_lab.config import refresh_interval
 from dte_lab.contrastive import word_in_use
 from dte_lab.dual_path import dual_path
 from dte_lab.encoder import load_encoder
-from dte_lab.images import read_image, to_square_tensor
-from dte_lab.sampling import GUIDANCE_SCALE, Conditioning, Refresher, stock_pipeline
+from dte_lab.sampling import GUIDANCE_SCALE, Conditioning, Refresher
 from dte_lab.tokens import PromptEncoder
 from dte_lab.tuning import TuneConfig, tune
 from dte_lab.zero_shot import ZeroShotStart
@@ -194,12 +193,3 @@ def peak_memory_mb(device):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KB on Linux
 
-
-def to_bytes(pixels):
-    """Pixels in [-1, 1] -> uint8, of the same shape."""
-    return ((pixels.float() + 1) * 127.5).round().to(torch.uint8)
-
-
-def to_pil(pixels):
-    """(B, 3, H, W) in [-1, 1] -> list of B PIL images."""
-    return [Image.fromarray(a) for a in to_bytes(pixels).permute(0, 2, 3, 1).cpu().numpy()]

@@ -6,7 +6,6 @@ change with t. What tuning added to the static prediction is added to each new o
 """
 
 import torch
-from diffusers import StableDiffusionPipeline
 
 from dte_lab.config import refresh_interval
 from dte_lab.contrastive import word_in_use
@@ -17,17 +16,6 @@ from dte_lab.features import ImageFeatures
 # Ours, chosen on val concepts for the small backbone: at 3 the colours saturate, and those of the
 # thing leak into the scene. Stable Diffusion 1.5 is mostly used with 7.5.
 GUIDANCE_SCALE = 1.5
-
-
-def stock_pipeline(vae, text_encoder, tokenizer, unet, scheduler):
-    """diffusers' StableDiffusionPipeline around these parts, without a bar; nothing is copied."""
-    # It insists on steps_offset 1, and warns before it sets it itself.
-    scheduler = type(scheduler).from_config(scheduler.config, steps_offset=1)
-    pipe = StableDiffusionPipeline(
-        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 class Refresher:

@@ -10,9 +10,9 @@ DreamBooth with LoRA).
 
 import torch
 
-from dte_lab.dual_path import projection_shapes
 from dte_lab.encoder import DTEConfig, EncoderPrediction, word_clip_embeddings
 from dte_lab.features import image_features
+from dte_lab.lora import projection_shapes
 from dte_lab.tokens import PromptEncoder
 
 

@@ -21,13 +21,13 @@ from PIL import Image
 
 from dte_lab import DTEPipeline
 from dte_lab.backbone import WEIGHTS, load_backbone
-from dte_lab.files import write_atomically
-from dte_lab.images import read_image
+from dte_lab.common.files import write_atomically
+from dte_lab.common.images import read_image
+from dte_lab.evaluation.base_model import evaluation_items, generate
 from dte_lab.panels import picture_grid
 from dte_lab.world.captions import caption
 from dte_lab.world.data import picture_grid as pixel_grid
 from dte_lab.world.data import rendered
-from dte_lab.world.evaluate import evaluation_items, generate
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent

@@ -115,7 +115,7 @@ def tiny_encoder(tiny_backbone, tiny_config):
 @pytest.fixture
 def tiny_offsets(tiny_backbone):
     """make(batch_size) -> random offsets of rank 2 for every projection."""
-    from dte_lab.dual_path import projection_shapes
+    from dte_lab.lora import projection_shapes
 
     def make(batch_size=1, rank=2, scale=0.3, seed=0):
         g = torch.Generator().manual_seed(seed)
@@ -133,7 +133,7 @@ def tiny_offsets(tiny_backbone):
 @pytest.fixture
 def merged_unet(tiny_backbone):
     """merge(offsets) -> a copy of the UNet with W + A B of sample 0 as its plain weights."""
-    from dte_lab.dual_path import PROJECTIONS
+    from dte_lab.lora import PROJECTIONS
 
     def merge(offsets):
         unet = copy.deepcopy(tiny_backbone.unet)

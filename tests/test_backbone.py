@@ -49,7 +49,7 @@ def test_latents_round_trip_shapes_and_scale(tiny_backbone, tiny_pixels):
 
 
 def test_clip_pixels_match_the_image_processor(tiny_backbone, picture):
-    from dte_lab.images import to_square_tensor
+    from dte_lab.common.images import to_square_tensor
 
     image = picture.resize((16, 16))
     ours = tiny_backbone.clip_pixels(to_square_tensor(image, 16)[None])

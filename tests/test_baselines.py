@@ -19,7 +19,7 @@ from dte_lab.baselines import (
 )
 from dte_lab.dual_path import dual_path
 from dte_lab.objective import diffusion_target
-from dte_lab.pretrain import PretrainConfig, pretrain
+from dte_lab.training.pretrain import PretrainConfig, pretrain
 
 CONFIG = BaselineConfig(batch_size=2, prior_pictures=2)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dte_lab.cli import check_prompts, distinct, main, picture_names
+from dte_lab.cli.app import check_prompts, distinct, main, picture_names
 
 PROMPTS = ["--prompt", "S* on the beach", "--prompt", "S* at night"]
 FAST = ["--num-inference-steps", "2"]
@@ -40,7 +40,7 @@ def photo(picture, tmp_path_factory):
 def finished(model, photo, tmp_path_factory):
     """Output folder of one `dte personalize` in a process of its own, and what it printed."""
     out = tmp_path_factory.mktemp("finished") / "new" / "folder"
-    command = [sys.executable, "-m", "dte_lab.cli", "personalize", photo, *PROMPTS, "--out", out]
+    command = [sys.executable, "-m", "dte_lab", "personalize", photo, *PROMPTS, "--out", out]
     command += ["--backbone", model, "--steps", "2", "--seed", "0", "--seed", "7", *FAST]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
@@ -270,7 +270,7 @@ def test_help_and_version(dte):
         ("world build", "dte_lab.world.build", ["--packages", "npm"]),
         ("world train autoencoder", "dte_lab.world.train_autoencoder", ["--out", "x"]),
         ("world train clip", "dte_lab.world.train_clip", ["--out", "x", "--parts", "y"]),
-        ("world evaluate", "dte_lab.world.evaluate", ["--out", "x.json"]),
+        ("world evaluate", "dte_lab.evaluation.base_model", ["--out", "x.json"]),
         (
             "world pack",
             "dte_lab.world.pack",
@@ -304,15 +304,14 @@ def test_pretrain_starts_a_run(dte, monkeypatch, model, tmp_path):
         assert encoder.config.clip_dim and encoder.dte.regulariser == "none"
         assert len(options["eval_images"]) == len(options["watched_images"]) == 4
 
-    monkeypatch.setattr("dte_lab.pretrain.pretrain", record)
+    monkeypatch.setattr("dte_lab.training.pretrain.pretrain", record)
     arguments = ["--backbone", model, "--steps", "3", "--regulariser", "none"]
     code, _, err = dte("pretrain", "--out", tmp_path, *arguments)
     assert code == 0, err
 
 
 def test_sample_concepts_were_never_trained_on():
-    from dte_lab.training_cli import SAMPLE_CONCEPTS
-    from dte_lab.world.sprites import split_names
+    from dte_lab.world.sprites import SAMPLE_CONCEPTS, split_names
 
     assert set(SAMPLE_CONCEPTS) <= set(split_names("val"))
 
@@ -321,7 +320,7 @@ def test_mistakes_of_ours_keep_their_traceback(monkeypatch):
     def broken(path):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("dte_lab.cli.read_image", broken)
+    monkeypatch.setattr("dte_lab.cli.app.read_image", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["personalize", "a.png", *PROMPTS, "--out", "x"])
 
@@ -330,7 +329,7 @@ def test_interrupt_is_quiet(monkeypatch, dte):
     def interrupted(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dte_lab.cli.read_image", interrupted)
+    monkeypatch.setattr("dte_lab.cli.app.read_image", interrupted)
     code, _, err = dte("personalize", "a.png", *PROMPTS, "--out", "x")
     assert code == 130 and len(err.splitlines()) <= 1
 

@@ -1,7 +1,8 @@
 import pytest
 
-from dte_lab import doctor, sd15
+from dte_lab import sd15
 from dte_lab.cli import main
+from dte_lab.hardware import doctor
 
 
 def run(*arguments):

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from dte_lab.dual_path import alpha_at, attention_layers, dual_path, projection_shapes
+from dte_lab.dual_path import alpha_at, dual_path
+from dte_lab.lora import attention_layers, projection_shapes
 
 B, L, D = 2, 16, 24
 T = torch.tensor([100, 700])

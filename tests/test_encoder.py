@@ -206,8 +206,8 @@ def test_default_size():
     """About 2 million parameters on a UNet like the small backbone's."""
     from diffusers import UNet2DConditionModel
 
-    from dte_lab.dual_path import projection_shapes
     from dte_lab.features import unet_feature_dim
+    from dte_lab.lora import projection_shapes
 
     unet = UNet2DConditionModel(
         sample_size=8,

@@ -10,7 +10,9 @@ import torch
 
 from dte_lab import Concept, DTEConfig, DTEPipeline
 from dte_lab.cli import main
+from dte_lab.common.images import to_pil
 from dte_lab.evaluation import run
+from dte_lab.evaluation.base_model import classify_scene
 from dte_lab.evaluation.edits import Item, edits, items, object_mask, object_region, truth
 from dte_lab.evaluation.methods import EXPERIMENTS, Methods, parse
 from dte_lab.evaluation.report import (
@@ -22,8 +24,6 @@ from dte_lab.evaluation.report import (
     per_concept,
     summarise,
 )
-from dte_lab.pipeline import to_pil
-from dte_lab.world.evaluate import classify_scene
 from dte_lab.world.scenes import SCENES
 from dte_lab.world.sprites import STYLES, sprite
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from dte_lab import DTEPipeline
+from dte_lab.common.images import to_pil
 from dte_lab.evaluation import run, steps
 from dte_lab.evaluation.measures import LOSSES, PICTURE_MEASURES, diffusion_loss
 from dte_lab.evaluation.steps import steps_needed, summarise_steps
-from dte_lab.pipeline import to_pil
 
 
 def rows(margins, losses):

@@ -2,15 +2,13 @@ import numpy as np
 import pytest
 import torch
 
-from dte_lab.dual_path import dual_path, projection_shapes
-from dte_lab.hypernetwork import (
-    FeatureFusion,
-    FullHypernetwork,
-    LoRAHypernetwork,
-    TokenHead,
-    count_parameters,
+from dte_lab.dual_path import dual_path
+from dte_lab.features import FeatureFusion
+from dte_lab.hypernetwork import FullHypernetwork, LoRAHypernetwork, TokenHead, count_parameters
+from dte_lab.lora import (
     effective_rank,
     inner_products,
+    projection_shapes,
     singular_values,
     truncate,
 )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dte_lab.images import MIN_SIDE, ImageError, read_image, save_png, to_square_tensor
+from dte_lab.common.images import MIN_SIDE, ImageError, read_image, save_png, to_square_tensor
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from skimage import data
 
-from dte_lab.judges import ImageJudge, SentenceJudge
+from dte_lab.evaluation.judges import ImageJudge, SentenceJudge
 
 needs_images = pytest.mark.skipif(
     any(

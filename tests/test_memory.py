@@ -6,8 +6,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from dte_lab import memory, sd15
-from dte_lab.memory import PeakMemory, Setting, predict
+from dte_lab import sd15
+from dte_lab.hardware import memory
+from dte_lab.hardware.memory import PeakMemory, Setting, predict
 
 TINY = {
     "unet": {

@@ -178,7 +178,7 @@ def test_ruff_finds_nothing():
 
 
 def test_example_picture_is_an_unseen_concept_and_regenerable():
-    from dte_lab.images import read_image
+    from dte_lab.common.images import read_image
     from dte_lab.world.scenes import render_image
     from dte_lab.world.sprites import split_names
 

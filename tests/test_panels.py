@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dte_lab import panels
-from dte_lab.dual_path import PROJECTIONS, attention_layers
+from dte_lab.lora import PROJECTIONS, attention_layers
 from dte_lab.panels import quickstart
 
 

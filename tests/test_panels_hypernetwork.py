@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dte_lab.dual_path import PROJECTIONS
-from dte_lab.hypernetwork import LoRAHypernetwork, inner_products
+from dte_lab.hypernetwork import LoRAHypernetwork
+from dte_lab.lora import PROJECTIONS, inner_products
 from dte_lab.panels import hypernetwork, ranks
 
 BLOCKS = ("down_blocks.0", "mid_block")

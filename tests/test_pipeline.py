@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from dte_lab import Concept, DTEPipeline
+from dte_lab.common.images import to_pil
 from dte_lab.dual_path import dual_path
 from dte_lab.encoder import EncoderPrediction
 from dte_lab.features import image_features, unet_features
-from dte_lab.pipeline import to_pil
 from dte_lab.sampling import GUIDANCE_SCALE, Conditioning
 
 

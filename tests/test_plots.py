@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dte_lab.plots import _font, _wrap, contact_sheet, mean_and_error
+from dte_lab.common.plots import _font, _wrap, contact_sheet
+from dte_lab.common.stats import mean_and_error
 
 
 def box_of(sheet, colour):

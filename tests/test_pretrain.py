@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dte_lab import TuningEncoder, load_encoder
-from dte_lab.checkpoint import read_state
-from dte_lab.pretrain import PretrainConfig, StepBatches, learning_rate, prepare, pretrain
+from dte_lab.common.checkpoint import read_state
+from dte_lab.training.pretrain import PretrainConfig, StepBatches, learning_rate, prepare, pretrain
 
 CONFIG = PretrainConfig(
     steps=6, batch_size=3, warmup_steps=2, log_every=1, checkpoint_every=2, sample_every=100
@@ -156,7 +156,7 @@ def in_pieces_as_whole(backbone, dte, tmp_path, config):
 def test_a_checkpoint_from_before_a_setting_existed_has_its_default(
     tiny_backbone, tiny_config, tmp_path, monkeypatch
 ):
-    from dte_lab import pretrain as module
+    from dte_lab.training import pretrain as module
 
     settings = module._settings
 
@@ -232,7 +232,7 @@ def test_predictions_of_watched_pictures_are_those_of_the_encoder(
 ):
     """At step 0 and every so many steps, with the EMA weights; a resumed run goes on with them."""
     from dte_lab.pipeline import DTEPipeline
-    from dte_lab.predictions import read_predictions
+    from dte_lab.training.predictions import read_predictions
 
     pictures = [picture, picture.rotate(90)]
     pixels = DTEPipeline(

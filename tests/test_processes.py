@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from dte_lab.training_cli import pretrain
+from dte_lab.cli.training import pretrain
 
 STEPS = 30
 
@@ -42,7 +42,7 @@ def test_two_processes_with_a_kill_train_as_one(tiny_path, data, tmp_path):
         # (accelerate's --cpu starts one process whatever --num_processes says)
         *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"),
         *("--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"),
-        *("-m", "dte_lab.pretrain", "--out", str(two), "--backbone", str(tiny_path)),
+        *("-m", "dte_lab", "pretrain", "--out", str(two), "--backbone", str(tiny_path)),
         *("--data", str(data), "--steps", str(STEPS), "--batch-size", "4"),
         *("--log-every", "1", "--checkpoint-every", "2"),
     ]
@@ -80,7 +80,7 @@ def log_lines(out):
 
 def test_a_batch_that_cannot_be_shared_is_refused(tiny_backbone, monkeypatch, tmp_path):
     from dte_lab import TuningEncoder
-    from dte_lab import pretrain as module
+    from dte_lab.training import pretrain as module
 
     class Three(module.Accelerator):
         num_processes = 3
@@ -94,7 +94,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(tiny_backbone, monkeypatch, tm
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
 def test_sharding_is_refused(tiny_backbone, monkeypatch, tmp_path, kind):
     from dte_lab import TuningEncoder
-    from dte_lab import pretrain as module
+    from dte_lab.training import pretrain as module
 
     class Sharded(module.Accelerator):
         distributed_type = module.DistributedType[kind]
@@ -110,7 +110,7 @@ def test_sharding_is_refused(tiny_backbone, monkeypatch, tmp_path, kind):
 
 
 def test_folders_of_pictures(data, tmp_path):
-    from dte_lab.data import load_pictures
+    from dte_lab.training.pictures import load_pictures
 
     pictures = load_pictures(data, 16)
     assert len(pictures) == 6 and pictures[3]["concept"] == 1
@@ -122,7 +122,7 @@ def test_folders_of_pictures(data, tmp_path):
 def test_hugging_face_datasets(monkeypatch, picture):
     from types import ModuleType
 
-    from dte_lab.data import load_pictures
+    from dte_lab.training.pictures import load_pictures
 
     class Rows(list):
         column_names = ["image", "label"]

@@ -15,8 +15,8 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from dte_lab import DTEPipeline, TokenTable, TuneConfig, load_backbone, sd15
-from dte_lab.dual_path import attention_layers, projection_shapes
 from dte_lab.features import image_features
+from dte_lab.lora import attention_layers, projection_shapes
 from dte_lab.sampling import GUIDANCE_SCALE
 from dte_lab.sd15 import CLIP_FILES, CLIP_L14, CLIP_L14_REVISION, SD15, random_parts
 

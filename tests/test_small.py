@@ -14,8 +14,9 @@ from skimage import data
 from dte_lab import Concept, DTEPipeline
 from dte_lab.backbone import WEIGHTS
 from dte_lab.encoder import ABLATIONS, load_encoder
-from dte_lab.world import SCENES, caption, curve, render_image, split_names
-from dte_lab.world.evaluate import classify_scene, generate, seeds_table, table
+from dte_lab.evaluation import base_model_curve as curve
+from dte_lab.evaluation.base_model import classify_scene, generate, seeds_table, table
+from dte_lab.world import SCENES, caption, render_image, split_names
 
 # Any attempt to connect fails loudly.
 OFFLINE = """

@@ -13,10 +13,11 @@ from dte_lab.encoder import load_encoder
 from dte_lab.evaluation import encoders
 from dte_lab.evaluation.measures import PICTURE_MEASURES
 from dte_lab.tokens import PromptEncoder
-from dte_lab.world import concepts, split_names, train_encoder
+from dte_lab.training import small_world as train_encoder
+from dte_lab.training.pair_batches import PairBatches
+from dte_lab.world import concepts, split_names
 from dte_lab.world.captions import held_out
 from dte_lab.world.data import to_tensor
-from dte_lab.world.pair_batches import PairBatches
 from dte_lab.world.pairs import BACKGROUNDS, VARIANTS, behind, mix, vary
 from dte_lab.world.scenes import SCENES, SPRITE_PX, compose
 from dte_lab.world.sprites import STYLES, sprite

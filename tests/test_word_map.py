@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dte_lab.word_map import neighbours_kept, place, word_positions
+from dte_lab.evaluation.word_map import neighbours_kept, place, word_positions
 
 CIRCLE = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1], [0.8, 0.6], [0.6, 0.8]])
 PLANE = np.array([[0.0, 0], [1, 0], [1, 1], [0, 1], [0.2, 0.1], [0.5, 0.1]])

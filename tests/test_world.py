@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dte_lab.patch_autoencoder import PatchAutoencoder
 from dte_lab.world import SCENES, STYLES, caption, concepts, render, split_names
-from dte_lab.world.autoencoder import PatchAutoencoder
 from dte_lab.world.build import plain_name, split_concepts
 from dte_lab.world.captions import held_out, noun_phrase, random_caption
 from dte_lab.world.clip import WORDS, build_tokenizer, cells, from_cells

@@ -7,22 +7,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dte_lab.common.stats import interval, kernel_distance, psnr
+from dte_lab.evaluation.base_model import Classifier, classify_scene, evaluation_items
+from dte_lab.patch_autoencoder import PatchAutoencoder
 from dte_lab.world import SCENES
-from dte_lab.world.autoencoder import PatchAutoencoder
 from dte_lab.world.captions import held_out
 from dte_lab.world.clip import build_image_tower, build_text_tower, build_tokenizer, tokenize
 from dte_lab.world.data import indices, latent_bank, random_batch, to_tensor
-from dte_lab.world.evaluate import (
-    Classifier,
-    classify_scene,
-    evaluation_items,
-    interval,
-    kernel_distance,
-)
 from dte_lab.world.pack import main as pack
 from dte_lab.world.scenes import render
 from dte_lab.world.sprites import STYLES, split_names
-from dte_lab.world.train_autoencoder import psnr, reconstruction_loss
+from dte_lab.world.train_autoencoder import reconstruction_loss
 from dte_lab.world.train_clip import (
     CANONICAL_SEED,
     CODE,

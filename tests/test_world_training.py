@@ -9,13 +9,13 @@ import torch
 from dte_lab import DTEPipeline
 from dte_lab.backbone import load_backbone
 from dte_lab.encoder import TuningEncoder
+from dte_lab.evaluation.base_model import generate
+from dte_lab.patch_autoencoder import PatchAutoencoder
+from dte_lab.training.first_words import fit_token_head, name_embeddings
 from dte_lab.world import pack, render_image, sampling, train_autoencoder, train_clip, train_unet
 from dte_lab.world.align import align, cell_blocks
-from dte_lab.world.autoencoder import PatchAutoencoder
 from dte_lab.world.clip import MAX_LENGTH, WORDS, cells
 from dte_lab.world.data import random_batch, random_items, rendered
-from dte_lab.world.evaluate import generate
-from dte_lab.world.first_words import fit_token_head, name_embeddings
 
 TINY = {"steps": 2, "batch_size": 2, "bank_size": 300}
 

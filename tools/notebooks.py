@@ -35,7 +35,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from dte_lab.files import write_atomically
+from dte_lab.common.files import write_atomically
 
 ROOT = Path(__file__).parents[1]
 MAX_BYTES = 1_000_000

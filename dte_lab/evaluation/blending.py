@@ -22,6 +22,8 @@ import numpy as np
 import typer
 from tqdm.auto import tqdm
 
+from dte_lab.common.images import to_pil
+from dte_lab.common.stats import interval
 from dte_lab.evaluation.edits import Edit, Item, edits, items
 from dte_lab.evaluation.measures import Measures
 from dte_lab.evaluation.methods import parse
@@ -33,9 +35,8 @@ from dte_lab.evaluation.run import (
     versions,
     write_document,
 )
-from dte_lab.pipeline import DTEPipeline, to_pil
+from dte_lab.pipeline import DTEPipeline
 from dte_lab.sampling import GUIDANCE_SCALE
-from dte_lab.world.evaluate import interval
 
 SETTINGS = [  # (pairing, granularity, alpha_blend)
     *(("figure", "attention", alpha) for alpha in (0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1)),
@@ -158,7 +159,7 @@ def main(
 
 
 if __name__ == "__main__":
-    from dte_lab.cli import quiet_libraries
+    from dte_lab.common.quiet import quiet_libraries
 
     quiet_libraries()
     typer.run(main)

@@ -17,14 +17,14 @@ import numpy as np
 import typer
 
 from dte_lab.backbone import load_backbone
+from dte_lab.common.stats import interval
 from dte_lab.config import DTEConfig
-from dte_lab.dual_path import projection_shapes
 from dte_lab.evaluation.methods import ANCHORS
 from dte_lab.evaluation.report import per_concept
 from dte_lab.evaluation.run import versions, write_document
 from dte_lab.hypernetwork import count_parameters
-from dte_lab.world import train_encoder
-from dte_lab.world.evaluate import interval
+from dte_lab.lora import projection_shapes
+from dte_lab.training import small_world as train_encoder
 
 # The paper's next check 3, open question 1, and what its contrastive term is compared with. `base`
 # is a member of each group: rank 4, all 702 concepts, contrastive.
@@ -127,7 +127,7 @@ def main(
 
 
 if __name__ == "__main__":
-    from dte_lab.cli import quiet_libraries
+    from dte_lab.common.quiet import quiet_libraries
 
     quiet_libraries()
     typer.run(main)

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from dte_lab import placeholder_token
 from dte_lab.encoder import EncoderPrediction
+from dte_lab.evaluation.base_model import JUDGE_SIZE, Judge, classify_scene
 from dte_lab.evaluation.edits import Edit, Item, object_mask, object_region, truth
+from dte_lab.evaluation.judges import ImageJudge, SentenceJudge
 from dte_lab.features import image_features
-from dte_lab.judges import ImageJudge, SentenceJudge
 from dte_lab.objective import objective
 from dte_lab.world.captions import caption
-from dte_lab.world.evaluate import JUDGE_SIZE, Judge, classify_scene
 from dte_lab.world.scenes import BOX, SCENES
 from dte_lab.world.sprites import concepts, split_names
 

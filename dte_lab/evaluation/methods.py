@@ -19,12 +19,13 @@ from pathlib import Path
 
 from dte_lab.backbone import backbone_folder
 from dte_lab.baselines import BaselineConfig, dreambooth_lora, e4t, load_e4t, textual_inversion
+from dte_lab.common.images import to_pil
 from dte_lab.concept import Concept
 from dte_lab.contrastive import REGULARISERS, word_in_use
 from dte_lab.dual_path import GRANULARITIES, PAIRINGS
 from dte_lab.encoder import DTEConfig, load_encoder
-from dte_lab.hypernetwork import truncate
-from dte_lab.pipeline import DTEPipeline, to_pil
+from dte_lab.lora import truncate
+from dte_lab.pipeline import DTEPipeline
 from dte_lab.tuning import TuneConfig
 
 BASELINES = {

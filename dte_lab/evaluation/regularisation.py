@@ -26,18 +26,19 @@ import typer
 from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
 
+from dte_lab.common.files import write_atomically
+from dte_lab.common.images import to_pil
+from dte_lab.common.stats import interval
 from dte_lab.encoder import EncoderPrediction, load_encoder
 from dte_lab.evaluation.edits import items
+from dte_lab.evaluation.judges import SentenceJudge
 from dte_lab.evaluation.run import check_settings, fingerprint, versions, write_document
-from dte_lab.files import write_atomically
-from dte_lab.judges import SentenceJudge
 from dte_lab.objective import objective
-from dte_lab.pipeline import DTEPipeline, to_pil
-from dte_lab.predictions import read_predictions
-from dte_lab.training_cli import SAMPLE_CONCEPTS
+from dte_lab.pipeline import DTEPipeline
+from dte_lab.training.predictions import read_predictions
 from dte_lab.tuning import TuneConfig, noise_levels
-from dte_lab.world.evaluate import interval
 from dte_lab.world.scenes import render_image
+from dte_lab.world.sprites import SAMPLE_CONCEPTS
 
 KINDS = ("contrastive", "none")
 MEASURES = {
@@ -280,7 +281,7 @@ def main(
 
 
 if __name__ == "__main__":
-    from dte_lab.cli import quiet_libraries
+    from dte_lab.common.quiet import quiet_libraries
 
     quiet_libraries()
     typer.run(main)

@@ -7,10 +7,9 @@ from textwrap import fill
 
 import numpy as np
 
+from dte_lab.common.stats import interval, mean_and_error
 from dte_lab.evaluation.measures import LOSSES, PICTURE_MEASURES, TIMES, WORD_MEASURES
 from dte_lab.evaluation.methods import ANCHORS
-from dte_lab.plots import mean_and_error
-from dte_lab.world.evaluate import interval
 
 REFERENCE = "dte"
 FOLLOWING = ("truth_similarity", "truth_rmse")  # measured on style edits
@@ -182,7 +181,7 @@ def picture_sheet(run_dir, summary, count=2):
     """
     from PIL import Image
 
-    from dte_lab.plots import contact_sheet
+    from dte_lab.common.plots import contact_sheet
 
     steps = {}
     for line in summary:

@@ -7,8 +7,6 @@ was cut off goes on where it stopped, and one that is finished can be given more
 """
 
 import csv
-import ctypes
-import gc
 import hashlib
 import io
 import json
@@ -28,6 +26,8 @@ from tqdm.auto import tqdm
 
 from dte_lab import __version__
 from dte_lab.baselines import BaselineConfig
+from dte_lab.common.files import write_atomically
+from dte_lab.common.images import to_pil
 from dte_lab.evaluation.edits import SCENE_EDITS, Item, edits, items, truth
 from dte_lab.evaluation.measures import (
     LOSSES,
@@ -40,8 +40,8 @@ from dte_lab.evaluation.measures import (
 )
 from dte_lab.evaluation.methods import ANCHORS, Method, Methods, parse
 from dte_lab.evaluation.report import summarise
-from dte_lab.files import write_atomically
-from dte_lab.pipeline import DTEPipeline, to_pil
+from dte_lab.hardware.device import PeakMemory
+from dte_lab.pipeline import DTEPipeline
 from dte_lab.sampling import GUIDANCE_SCALE
 from dte_lab.tuning import TuneConfig
 
@@ -310,34 +310,3 @@ def keep(out_dir: Path, item: Item, method: Method, info, drawn) -> None:
     grid = make_image_grid(to_pil(drawn.transpose(0, 1).flatten(0, 1)), rows=S, cols=E)
     grid.save(folder / f"{name}.png")
 
-
-def give_back_free_memory():
-    """Hand to the system what the C library keeps: it would hide what is taken from it next."""
-    gc.collect()
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-class PeakMemory:
-    """Peak memory in MB from here to `read`, above what was in use; None where it is not known."""
-
-    def __init__(self, device):
-        self.cuda = device.type == "cuda"
-        try:
-            if self.cuda:
-                torch.cuda.reset_peak_memory_stats()
-            else:
-                give_back_free_memory()
-                Path("/proc/self/clear_refs").write_text("5")  # Linux: peak := current
-            self.before = self._now()
-        except OSError:
-            self.before = None
-
-    def _now(self):
-        if self.cuda:
-            return torch.cuda.max_memory_allocated() / 2**20
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
-
-    def read(self):
-        return None if self.before is None else self._now() - self.before

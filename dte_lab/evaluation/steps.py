@@ -17,10 +17,10 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from dte_lab.common.stats import interval
 from dte_lab.evaluation.measures import LOSSES
 from dte_lab.evaluation.methods import ANCHORS, STEPS
 from dte_lab.evaluation.report import name_of, per_concept
-from dte_lab.world.evaluate import interval
 
 MEASURES = ("fidelity", "identity_scaled", "scene", "seconds", *LOSSES)
 QUALITIES = ("fidelity", "identity_scaled", "scene")
@@ -154,13 +154,14 @@ def main(
     processes: Annotated[int, typer.Option(min=1, help="That share the concepts.")] = 1,
 ) -> None:
     """Measure the methods over the number of their steps."""
-    from dte_lab import cli
+    from dte_lab import DTEPipeline
+    from dte_lab.common.files import write_atomically
+    from dte_lab.common.quiet import quiet_libraries
     from dte_lab.evaluation.methods import Methods
     from dte_lab.evaluation.run import evaluate, read_csv, versions
-    from dte_lab.files import write_atomically
 
-    cli.quiet_libraries()
-    load = partial(cli.load_pipeline, "small", None, device)
+    quiet_libraries()
+    load = partial(DTEPipeline.from_pretrained, "small", device=device)
     pipe = load()
     specs = [s.replace(STEPS, steps) for s in Methods(pipe).experiment("steps")]
     evaluate(

@@ -10,9 +10,9 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from dte_lab.common.plots import INK, MUTED
 from dte_lab.contrastive import contrastive_loss, norm_loss
 from dte_lab.panels.shared import BLUE, GREEN, SKY, VERMILION, draw, figure_panel, plain
-from dte_lab.plots import INK, MUTED
 
 WITH, WITHOUT = BLUE, VERMILION  # never the only difference
 

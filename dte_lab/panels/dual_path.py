@@ -8,6 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 from PIL import Image
 
+from dte_lab.common.plots import INK, MUTED
+from dte_lab.common.stats import interval, mean_and_error
 from dte_lab.panels.shared import (
     AFTER,
     BEFORE,
@@ -20,8 +22,6 @@ from dte_lab.panels.shared import (
     one_picture,
     plain,
 )
-from dte_lab.plots import INK, MUTED, mean_and_error
-from dte_lab.world.evaluate import interval
 
 STYLES = {  # (pairing, granularity) -> colour, marker
     ("figure", "attention"): (BLUE, "o"),

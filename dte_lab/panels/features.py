@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from dte_lab.common.plots import HAIRLINE, INK, MUTED
 from dte_lab.panels.shared import (
     BLUE,
     GREEN,
@@ -18,7 +19,6 @@ from dte_lab.panels.shared import (
     plain,
     write_values,
 )
-from dte_lab.plots import HAIRLINE, INK, MUTED
 
 # Each with a marker of its own.
 COLOURS = (BLUE, ORANGE, GREEN, PINK, "#000000", SKY, VERMILION)

@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from dte_lab.dual_path import PROJECTIONS
+from dte_lab.common.plots import HAIRLINE, INK, MUTED
+from dte_lab.lora import PROJECTIONS
 from dte_lab.panels.shared import AFTER, BEFORE, plain, projection_maps
-from dte_lab.plots import HAIRLINE, INK, MUTED
 
 KINDS = [(branch, p) for branch in ("attn1", "attn2") for p in PROJECTIONS]
 

@@ -7,7 +7,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dte_lab.dual_path import PROJECTIONS, attention_layers, projection_layer
+from dte_lab.common.plots import MUTED
+from dte_lab.lora import PROJECTIONS, attention_layers, projection_layer
 from dte_lab.panels.shared import (
     AFTER,
     BEFORE,
@@ -17,7 +18,6 @@ from dte_lab.panels.shared import (
     plain,
     projection_maps,
 )
-from dte_lab.plots import MUTED
 
 
 def words_figure(

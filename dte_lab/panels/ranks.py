@@ -6,8 +6,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from dte_lab.common.plots import HAIRLINE, INK, MUTED
+from dte_lab.common.stats import mean_and_error
 from dte_lab.panels.shared import AFTER, BEFORE, GREEN, draw, figure_panel, plain
-from dte_lab.plots import HAIRLINE, INK, MUTED, mean_and_error
 
 
 def pairs_figure(

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
+from dte_lab.common.plots import INK, MUTED
+from dte_lab.common.stats import mean_and_error
 from dte_lab.panels.contrastive import WITH, WITHOUT
 from dte_lab.panels.shared import BLUE, SKY, plain, write_values
-from dte_lab.plots import INK, MUTED, mean_and_error
 
 KINDS = {"contrastive": ("with the term", WITH, "o"), "none": ("without", WITHOUT, "s")}
 SETTINGS = ("num_positives", "temperature", "contrastive_weight")

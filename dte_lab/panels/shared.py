@@ -10,8 +10,8 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageChops, ImageStat
 
-from dte_lab.dual_path import PROJECTIONS
-from dte_lab.plots import HAIRLINE, INK
+from dte_lab.common.plots import HAIRLINE, INK
+from dte_lab.lora import PROJECTIONS
 
 # Okabe and Ito's colours, safe for colour-blind eyes.
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"

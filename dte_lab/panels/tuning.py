@@ -7,6 +7,7 @@ from statistics import mean
 from matplotlib.figure import Figure
 from PIL import Image
 
+from dte_lab.common.plots import HAIRLINE, INK, MUTED
 from dte_lab.panels.shared import (
     AFTER,
     BEFORE,
@@ -19,7 +20,6 @@ from dte_lab.panels.shared import (
     one_picture,
     plain,
 )
-from dte_lab.plots import HAIRLINE, INK, MUTED
 
 STYLES = {  # colour, marker, line of each method
     "dte": (AFTER, "o", "-"),

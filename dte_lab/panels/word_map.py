@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
+from dte_lab.common.plots import HAIRLINE, INK, MUTED
 from dte_lab.panels.regularisation import KINDS
 from dte_lab.panels.shared import BLUE, GREEN, PINK, VERMILION, plain
-from dte_lab.plots import HAIRLINE, INK, MUTED
 
 # Each with a marker of its own: one per concept.
 COLOURS, MARKERS = (VERMILION, BLUE, GREEN, PINK), "osD^"

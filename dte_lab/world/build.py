@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from dte_lab.files import write_atomically
+from dte_lab.common.files import write_atomically
 from dte_lab.world.sprites import ASSETS, ATLAS_COLUMNS, SPRITE_SIZE, STYLES
 
 PACKAGES = {

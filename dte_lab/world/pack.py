@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save
 
-from dte_lab.files import write_atomically
+from dte_lab.common.files import write_atomically
 from dte_lab.world.words import known_words
 
 PARTS = {  # run -> the folders that it made

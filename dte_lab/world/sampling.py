@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dte_lab.sampling import stock_pipeline
+from dte_lab.backbone import stock_pipeline
 from dte_lab.world.clip import tokenize
 
 GUIDANCE_SCALE = 3.0

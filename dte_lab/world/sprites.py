@@ -67,3 +67,6 @@ def sprite(name: str, style: str, size: int = 48) -> np.ndarray:
     # Pillow resizes RGBA premultiplied ("RGBa"), so no dark or bright fringe appears.
     image = image.convert("RGBa").resize((size, size), Image.Resampling.LANCZOS)
     return np.asarray(image, np.float32) / 255
+
+
+SAMPLE_CONCEPTS = ("strawberry", "peacock", "tractor", "cupcake")  # val: not trained on

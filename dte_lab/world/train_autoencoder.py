@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dte_lab.world.autoencoder import PatchAutoencoder
+from dte_lab.common.stats import psnr
+from dte_lab.patch_autoencoder import PatchAutoencoder
 from dte_lab.world.data import (
     from_bytes,
     picture_bank,
@@ -34,12 +35,6 @@ def reconstruction_loss(x: Tensor, y: Tensor) -> Tensor:
     for axis in (-1, -2):
         loss = loss + GRADIENT_WEIGHT * nn.functional.l1_loss(x.diff(dim=axis), y.diff(dim=axis))
     return loss
-
-
-def psnr(x: Tensor, y: Tensor) -> float:
-    """Mean over pictures of the peak signal-to-noise ratio in dB; pictures in [-1, 1]."""
-    error = (x.clamp(-1, 1) - y).pow(2).flatten(1).mean(1)
-    return float((10 * torch.log10(4 / error)).mean())
 
 
 def varied(x: Tensor) -> Tensor:

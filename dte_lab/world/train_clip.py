@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from dte_lab.world.autoencoder import PatchAutoencoder
+from dte_lab.patch_autoencoder import PatchAutoencoder
 from dte_lab.world.captions import caption
 from dte_lab.world.clip import (
     WORDS,

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
+from dte_lab.patch_autoencoder import PatchAutoencoder
 from dte_lab.world.align import align
-from dte_lab.world.autoencoder import PatchAutoencoder
 from dte_lab.world.captions import caption
 from dte_lab.world.clip import tokenize
 from dte_lab.world.data import (

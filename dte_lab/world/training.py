@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dte_lab.attention import short_attention
-from dte_lab.checkpoint import read_state, restore_optimizer, trapezoid, write_state
-from dte_lab.files import write_atomically
+from dte_lab.common.attention import short_attention
+from dte_lab.common.checkpoint import read_state, restore_optimizer, trapezoid, write_state
+from dte_lab.common.files import write_atomically
 from dte_lab.world.muon import MuonAdamW, hidden_matrices
 
 EAGER_STEPS = 3  # before a GPU's step is captured, for what libraries set up at first use

@@ -44,7 +44,7 @@ from pathlib import Path
 import torch
 
 from dte_lab import checks
-from dte_lab.cli import quiet_libraries
+from dte_lab.common.quiet import quiet_libraries
 from dte_lab.panels import describe_machine, show
 
 quiet_libraries()
@@ -427,7 +427,7 @@ show(
 from PIL import Image
 from skimage.data import chelsea
 
-from dte_lab.images import read_image, square
+from dte_lab.common.images import read_image, square
 
 photograph = square(Image.fromarray(chelsea()), pipe.backbone.resolution)
 cat = pipe.personalize(photograph)

@@ -43,7 +43,7 @@ import torch
 import torch.nn.functional as F
 
 from dte_lab import checks
-from dte_lab.cli import quiet_libraries
+from dte_lab.common.quiet import quiet_libraries
 from dte_lab.panels import describe_machine, show
 
 quiet_libraries()

@@ -50,7 +50,7 @@ import torch
 import torch.nn.functional as F
 
 from dte_lab import checks
-from dte_lab.cli import quiet_libraries
+from dte_lab.common.quiet import quiet_libraries
 from dte_lab.panels import describe_machine, picture_grid, show
 
 quiet_libraries()
@@ -97,8 +97,8 @@ for word in [word for word in known if word in table.words]:
 # words. Below each picture stand the words nearest to its `v*`, with their cosines.
 
 # %%
-from dte_lab.training_cli import SAMPLE_CONCEPTS
 from dte_lab.world import render_image
+from dte_lab.world.sprites import SAMPLE_CONCEPTS
 
 pictures = [render_image(name, "fluent", "white") for name in SAMPLE_CONCEPTS]
 predicted = [pipe.personalize(picture, num_steps=0, progress=False) for picture in pictures]
@@ -167,9 +167,9 @@ show(
 # so the share of right settings needs no judge.
 
 # %%
+from dte_lab.evaluation.base_model import classify_scene
 from dte_lab.evaluation.edits import SCENE_EDITS
 from dte_lab.world.captions import caption
-from dte_lab.world.evaluate import classify_scene
 from dte_lab.world.scenes import SCENES
 
 scenes = SCENE_EDITS[:4]
@@ -683,8 +683,8 @@ for kind in ("contrastive", "l2", "nearest"):
 # when whole paths take part in the fit, each becomes an island, because the steps of a path are
 # each other's nearest neighbours. So the map is made of words alone, and each `v*` stands at the
 # weighted mean of its eight nearest words, with weights from a softmax of cosines
-# (`dte_lab/word_map.py`). Words whose nearest word is no nearer than random pairs get are left out:
-# they have no neighbourhood that a map could show.
+# (`dte_lab/evaluation/word_map.py`). Words whose nearest word is no nearer than random pairs
+# get are left out: they have no neighbourhood that a map could show.
 #
 # What a map like this **cannot show**:
 #
@@ -697,7 +697,7 @@ for kind in ("contrastive", "l2", "nearest"):
 
 # %%
 from dte_lab.evaluation.regularisation import read_paths
-from dte_lab.word_map import neighbours_kept, place, word_positions
+from dte_lab.evaluation.word_map import neighbours_kept, place, word_positions
 
 has_neighbours = np.flatnonzero(of_nearest > np.quantile(at_random, 0.995))
 words = [table.words[i] for i in has_neighbours]

@@ -44,7 +44,7 @@
 import torch
 
 from dte_lab import checks
-from dte_lab.cli import quiet_libraries
+from dte_lab.common.quiet import quiet_libraries
 from dte_lab.panels import describe_machine, picture_grid, show
 
 quiet_libraries()
@@ -69,7 +69,7 @@ print("backbone: small, since it comes with the package, needs no download and r
 
 
 # %%
-from dte_lab.dual_path import attention_layers, projection_layer, projection_shapes
+from dte_lab.lora import attention_layers, projection_layer, projection_shapes
 
 layers = attention_layers(unet)
 name = next(name for name in layers if name.endswith("attn2"))  # the first that reads the prompt
@@ -330,7 +330,7 @@ STEPS = tuned[name].info["num_steps"]
 print(f"{len(NAMES)} things: {', '.join(NAMES)}; {STEPS} tuning steps each")
 
 # %%
-from dte_lab.hypernetwork import effective_rank, singular_values
+from dte_lab.lora import effective_rank, singular_values
 from dte_lab.panels.hypernetwork import spectra_figure
 
 
@@ -461,7 +461,7 @@ checks.low_rank_norm(low_rank_norm)
 import numpy as np
 
 from dte_lab.encoder import mean_prediction
-from dte_lab.hypernetwork import inner_products
+from dte_lab.lora import inner_products
 from dte_lab.panels.hypernetwork import centred, cosines, similarity_figure
 
 SEEN = ["white", "blue", "grass", "night"]
@@ -502,8 +502,8 @@ print(f"the mean of all {len(pictures)} changes has {common:.0%} of their square
 # are not independent, and counting them all would make the intervals too short.
 
 # %%
+from dte_lab.common.stats import interval
 from dte_lab.panels.ranks import pairs_figure
-from dte_lab.world.evaluate import interval
 
 thing = np.repeat(np.arange(len(NAMES)), len(SEEN))
 scene = np.tile(np.arange(len(SEEN)), len(NAMES))
@@ -601,7 +601,7 @@ checks.offset_cosine(offset_cosine)
 from dataclasses import replace
 
 from dte_lab.evaluation.edits import object_mask
-from dte_lab.hypernetwork import truncate
+from dte_lab.lora import truncate
 from dte_lab.world.captions import caption
 from dte_lab.world.scenes import BOX
 

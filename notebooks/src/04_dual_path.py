@@ -51,7 +51,7 @@ from IPython.display import display
 from tqdm.auto import tqdm
 
 from dte_lab import DTEPipeline, checks
-from dte_lab.cli import quiet_libraries
+from dte_lab.common.quiet import quiet_libraries
 from dte_lab.panels import describe_machine, picture_grid, show
 from dte_lab.world import concepts, render_image
 
@@ -108,7 +108,7 @@ show(
 
 # %%
 from dte_lab.backbone import add_noise
-from dte_lab.dual_path import attention_layers
+from dte_lab.lora import attention_layers
 
 soft_text = pipe.prompt_encoder(prompts[:1], concept.v_star)  # (1, L, d)
 hard_text = pipe.prompt_encoder.hard(prompts[:1], concept.v_star)  # (1, L, d)
@@ -529,8 +529,8 @@ show(
 # scale, do not read shapes into them.
 
 # %%
+from dte_lab.common.images import to_pil
 from dte_lab.panels.dual_path import maps_figure
-from dte_lab.pipeline import to_pil
 
 place = tokens[end - 1]
 weight = np.multiply(changed, share["soft path"])  # high where a token says much and is heard
@@ -832,7 +832,7 @@ show(plane_figure(table, "clip_t_small", "clip_i_small"), plane_alt("clip_t_smal
 # settings differ. With many comparisons at 95 %, about one in twenty will do so by luck.
 
 # %%
-from dte_lab.world.evaluate import interval
+from dte_lab.common.stats import interval
 
 soft, hard, dual = (("figure", "attention", alpha) for alpha in (1, 0, 0.7))
 for title, one, other in (

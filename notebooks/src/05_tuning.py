@@ -46,7 +46,7 @@ import numpy as np
 import torch
 
 from dte_lab import checks
-from dte_lab.cli import quiet_libraries
+from dte_lab.common.quiet import quiet_libraries
 from dte_lab.panels import describe_machine, picture_grid, show
 
 quiet_libraries()
@@ -61,8 +61,8 @@ print("backbone: small, since it comes with the package, needs no download and r
 
 # %%
 from dte_lab import DTEPipeline
+from dte_lab.common.images import to_pil
 from dte_lab.evaluation.edits import Item, edits, truth
-from dte_lab.pipeline import to_pil
 
 pipe = DTEPipeline.from_pretrained("small", device=device)
 item = Item("cupcake", "fluent", "white")
@@ -387,7 +387,7 @@ show(
 # the prompt at many?
 
 # %%
-from dte_lab.world.evaluate import interval
+from dte_lab.common.stats import interval
 
 fidelity = {}
 for point in results["points"]:
@@ -550,9 +550,9 @@ checks.tuning_bytes(tuning_bytes)
 # %% [markdown]
 # ### Predicted and measured, on this machine
 #
-# The rest depends on every operation of the UNet, so we do not guess: `dte_lab/memory.py` runs a
-# real step on *fake tensors*, which have shapes and no data, and counts what comes and goes. It
-# needs no GPU, and takes as long for a large picture as for a small one. Here is its prediction for
+# The rest depends on every operation of the UNet, so we do not guess: `dte_lab/hardware/memory.py`
+# runs a real step on *fake tensors*, which have shapes and no data, and counts what comes and goes.
+# It needs no GPU, and takes as long for a large picture as for a small one. Here is its prediction for
 # the small model beside what the operating system saw of a real step. A trace sees tensors. It does
 # not see the scratch space of fast kernels, nor what the allocator keeps for later. Does the gap
 # between the lines grow with the batch, or is it the same everywhere?
@@ -560,8 +560,8 @@ checks.tuning_bytes(tuning_bytes)
 # %%
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dte_lab.evaluation.run import PeakMemory as MeasuredPeak
-from dte_lab.memory import PeakMemory
+from dte_lab.hardware.device import PeakMemory as MeasuredPeak
+from dte_lab.hardware.memory import PeakMemory
 from dte_lab.panels.tuning import memory_figure
 from dte_lab.tuning import tune
 
@@ -621,7 +621,7 @@ show(
 # CPU). Which of them is the cheapest way to make it fit?
 
 # %%
-from dte_lab.memory import Setting
+from dte_lab.hardware.memory import Setting
 from dte_lab.panels.tuning import card_figure
 from dte_lab.sd15 import random_parts
 
@@ -672,7 +672,7 @@ show(
 # way: plan for some hundred, and watch for the same turn into overfitting.
 
 # %%
-from dte_lab.doctor import examine
+from dte_lab.hardware.doctor import examine
 
 SD15_STEPS = (0, 12, 50, 150, 300)
 reason = "there is no GPU"
@@ -688,7 +688,7 @@ if not reason:
     from PIL import Image
     from skimage.data import chelsea
 
-    from dte_lab.images import square
+    from dte_lab.common.images import square
 
     card = torch.cuda.get_device_properties(0).total_memory / 1e9
     fitting = [c for c in choices if c.dtype == "fp16" and bytes_needed[str(c)] <= (card - 1) * 1e9]
@@ -801,4 +801,5 @@ show(
 # - Compare methods by the clock, and say what the clock leaves out.
 #
 # Everything here is in short files: `dte_lab/tuning.py` has the steps, `dte_lab/objective.py` the
-# loss, `dte_lab/baselines.py` the other methods, `dte_lab/memory.py` the prediction of memory.
+# loss, `dte_lab/baselines.py` the other methods, `dte_lab/hardware/memory.py` the prediction of
+# memory.

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dte_lab.backbone import add_noise
-from dte_lab.features import ImageFeatures, _to_grid
-from dte_lab.hypernetwork import FeatureFusion
+from dte_lab.features import FeatureFusion, ImageFeatures, _to_grid
 
 
 def package_noisy_latent(x0, noise, t, alphas_cumprod):

@@ -3,7 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from dte_lab.hypernetwork import count_parameters, inner_products, singular_values
+from dte_lab.hypernetwork import count_parameters
+from dte_lab.lora import inner_products, singular_values
 
 
 def package_largest_useful_rank(d_in, d_out):

@@ -1,6 +1,6 @@
 """How the base model's pictures improve with the samples that its UNet has seen.
 
-    python -m dte_lab.world.curve RUN --out results/world_curve.json
+    python -m dte_lab.evaluation.base_model_curve RUN --out results/world_curve.json
 
 RUN is the folder of `dte world train unet`, which keeps the EMA weights of steps 500, 1,000, 2,000,
 4,000, ...; the other parts are those of the small backbone. The judges are those of evaluate.py.
@@ -17,18 +17,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from dte_lab.backbone import Backbone, load_backbone
-from dte_lab.files import write_atomically
+from dte_lab.common.files import write_atomically
+from dte_lab.common.stats import interval, percent
+from dte_lab.evaluation.base_model import Classifier, evaluation_items, generate, scene_hits
 from dte_lab.world.captions import caption
 from dte_lab.world.clip import tokenize
 from dte_lab.world.data import rendered
-from dte_lab.world.evaluate import (
-    Classifier,
-    evaluation_items,
-    generate,
-    interval,
-    percent,
-    scene_hits,
-)
 from dte_lab.world.sprites import split_names
 
 

@@ -1,25 +1,12 @@
 """Figures as pure functions: pictures and numbers in, one PIL image or matplotlib figure out."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 INK, MUTED, HAIRLINE = "#1a1a1a", "#6b6b6b", "#d9d9d9"
-
-
-def mean_and_error(
-    intervals: Iterable[Mapping[str, float]],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Means (n,) of intervals {mean, low, high}, and how far the ends lie below and above (2, n).
-
-    That is what matplotlib's `errorbar` draws.
-    """
-    table = np.array([[r["mean"], r["low"], r["high"]] for r in intervals])
-    mean, low, high = table.reshape(-1, 3).T
-    return mean, np.array([mean - low, high - mean])
 
 
 def contact_sheet(

@@ -13,20 +13,19 @@ from torch import Tensor
 
 from dte_lab.backbone import load_backbone
 from dte_lab.baselines import E4TEncoder, e4t_config
+from dte_lab.common.files import write_atomically
 from dte_lab.config import DTEConfig
 from dte_lab.encoder import TuningEncoder
-from dte_lab.files import write_atomically
 from dte_lab.objective import objective
 from dte_lab.pipeline import DTEPipeline
-from dte_lab.predictions import Predictions
-from dte_lab.pretrain import PREDICTIONS, PretrainConfig, seen_by_features
 from dte_lab.tokens import PromptEncoder
-from dte_lab.training_cli import SAMPLE_CONCEPTS
-from dte_lab.world.first_words import fit_token_head
-from dte_lab.world.pair_batches import PairBatches
+from dte_lab.training.first_words import fit_token_head
+from dte_lab.training.pair_batches import PairBatches
+from dte_lab.training.predictions import Predictions
+from dte_lab.training.pretrain import PREDICTIONS, PretrainConfig, seen_by_features
 from dte_lab.world.pairs import ConceptPairs
 from dte_lab.world.scenes import render_image
-from dte_lab.world.sprites import split_names
+from dte_lab.world.sprites import SAMPLE_CONCEPTS, split_names
 from dte_lab.world.training import TrainConfig, train
 
 UNSEEN = 256  # pairs of val concepts, for the log

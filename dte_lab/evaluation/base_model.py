@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dte_lab.backbone import Backbone, load_backbone
-from dte_lab.files import write_atomically
-from dte_lab.judges import ImageJudge, SentenceJudge
+from dte_lab.common.files import write_atomically
+from dte_lab.common.stats import interval, kernel_distance, percent, psnr
+from dte_lab.evaluation.judges import ImageJudge, SentenceJudge
 from dte_lab.tokens import TokenTable
 from dte_lab.world.captions import caption, held_out
 from dte_lab.world.clip import tokenize
@@ -29,7 +30,6 @@ from dte_lab.world.data import random_batch, rendered
 from dte_lab.world.sampling import GUIDANCE_SCALE, STEPS, draw
 from dte_lab.world.scenes import BOX, SCENES, SIZE, background
 from dte_lab.world.sprites import STYLES, concepts, split_names
-from dte_lab.world.train_autoencoder import psnr
 
 JUDGE_SIZE = 96  # px to which the sprite's box is enlarged for EfficientNet: twice its own size
 RENDERINGS = 4  # per concept and style, to fit the classifiers; each sharp and blurred
@@ -64,15 +64,6 @@ def classify_scene(x: Tensor) -> np.ndarray:
 def scene_hits(x: Tensor, items: list[tuple]) -> np.ndarray:
     """Whether pictures (B, 3, 64, 64) in [-1, 1] show the scenes of their items."""
     return classify_scene(x) == [SCENES.index(item[2]) for item in items]
-
-
-def interval(hits: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """Mean of hits (or other values) with its bootstrap 95 % interval (2,000 resamples) and n."""
-    rng = np.random.default_rng(seed)
-    hits = np.asarray(hits, float)
-    means = rng.choice(hits, (2000, len(hits))).mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return {"mean": float(hits.mean()), "low": float(low), "high": float(high), "n": len(hits)}
 
 
 class Judge:
@@ -183,19 +174,6 @@ class Classifier:
         return {"concept_top1": top[:, 0], "concept_top5": top.any(1), "style": style}
 
 
-def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
-    """Kernel Inception distance (arXiv 1801.01401) of features x (n, d) and y (m, d): unbiased
-    squared maximum mean discrepancy of the kernel (x.y / d + 1)**3."""
-
-    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return (a @ b.T / a.shape[1] + 1) ** 3
-
-    def off_diagonal(k: np.ndarray) -> float:
-        return (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))
-
-    return off_diagonal(kernel(x, x)) + off_diagonal(kernel(y, y)) - 2 * kernel(x, y).mean()
-
-
 def word_neighbours(backbone: Backbone, count: int = 100, seed: int = 0) -> dict:
     """How alike in meaning nouns and their nearest tokens are, against random pairs of words.
 
@@ -280,12 +258,6 @@ SHOWN = {  # of generated pictures
     "scene": "scene", "style": "style",
     "concept_top1": "concept, top-1", "concept_top5": "concept, top-5",
 }  # fmt: skip
-
-
-def percent(value: dict) -> str:
-    """A mean with its interval, of shares from 0 to 1."""
-    mean, low, high = (100 * value[key] for key in ("mean", "low", "high"))
-    return f"{mean:.1f} % [{low:.1f}, {high:.1f}]"
 
 
 def seeds_table(by_seed: list[dict]) -> str:

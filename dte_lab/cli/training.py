@@ -10,6 +10,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from dte_lab.cli.common import given
+from dte_lab.world.sprites import SAMPLE_CONCEPTS
+
 world = typer.Typer(help="Build, train and evaluate the small world.", no_args_is_help=True)
 train = typer.Typer(help="Train a part of the small base model.", no_args_is_help=True)
 world.add_typer(train, name="train")
@@ -26,8 +29,6 @@ Precision = Annotated[
 ]
 Backbone = Annotated[str, typer.Option(help="small, or a folder with a model of the small world.")]
 Run = Annotated[Path, typer.Option(help="OUT of its `dte world train`.")]
-
-SAMPLE_CONCEPTS = ("strawberry", "peacock", "tractor", "cupcake")  # val: not trained on
 
 
 def pretrain(
@@ -67,11 +68,11 @@ def pretrain(
 ) -> None:
     """Pre-train the tuning encoder; writes OUT/encoder. Several processes: accelerate launch."""
     from dte_lab.backbone import load_backbone
-    from dte_lab.data import load_pictures
     from dte_lab.encoder import DTEConfig, TuningEncoder
-    from dte_lab.hardware_cli import checked_device
-    from dte_lab.pretrain import PretrainConfig, pretrain
-    from dte_lab.world.first_words import fit_token_head
+    from dte_lab.hardware.device import checked_device
+    from dte_lab.training.first_words import fit_token_head
+    from dte_lab.training.pictures import load_pictures
+    from dte_lab.training.pretrain import PretrainConfig, pretrain
     from dte_lab.world.pairs import ConceptPairs
     from dte_lab.world.scenes import render_image
 
@@ -205,7 +206,7 @@ def encoder(
     mixed_precision: Precision = "no",
 ) -> None:
     """Train the tuning encoder; writes OUT/encoder. Faster on a GPU than `dte pretrain`."""
-    from dte_lab.world import train_encoder
+    from dte_lab.training import small_world as train_encoder
 
     options = given(
         steps=steps, minutes=minutes, batch_size=batch_size, concepts=concepts, width=width,
@@ -239,7 +240,7 @@ def evaluate(
     ] = 500,
 ) -> None:
     """Measure the base model: autoencoder, CLIP, and what its pictures show."""
-    from dte_lab.world import evaluate
+    from dte_lab.evaluation import base_model as evaluate
 
     evaluate.main(out, backbone, captions)
 
@@ -252,8 +253,3 @@ def checked_precision(name: str):
     if name not in dtypes:
         raise ValueError(f"--mixed-precision is no, bf16 or fp16, not {name}.")
     return dtypes[name]
-
-
-def given(**options) -> dict:
-    """The options that the user gave; the others keep the default of the called function."""
-    return {name: value for name, value in options.items() if value is not None}

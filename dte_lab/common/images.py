@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dte_lab.files import write_atomically
+from dte_lab.common.files import write_atomically
 
 MIN_SIDE = 16  # px; below this nothing of a concept is left
 MAX_PIXELS = 100_000_000  # 300 MB once decoded; read from the header, before any decoding
@@ -165,3 +166,13 @@ def _from_16_bit(image: Image.Image, name: str) -> Image.Image:
     if array.min() < 0 or array.max() > 65535:
         raise ImageError(f"{name} has more than 16 bits per pixel; save it with 8 or 16 bits.")
     return Image.fromarray(((array * 255 + 32767) // 65535).astype(np.uint8))
+
+
+def to_bytes(pixels):
+    """Pixels in [-1, 1] -> uint8, of the same shape."""
+    return ((pixels.float() + 1) * 127.5).round().to(torch.uint8)
+
+
+def to_pil(pixels):
+    """(B, 3, H, W) in [-1, 1] -> list of B PIL images."""
+    return [Image.fromarray(a) for a in to_bytes(pixels).permute(0, 2, 3, 1).cpu().numpy()]

@@ -1,42 +1,12 @@
 """What fits: `dte memory`, `dte parameters`, `dte doctor`, and the options of memory."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-Device = Annotated[
-    str | None, typer.Option(help="cpu or cuda; by default cuda where there is a GPU.")
-]
-TuningBatch = Annotated[
-    int | None, typer.Option("--batch-size", min=1, help="Noise levels per tuning step.")
-]
-Checkpointing = Annotated[
-    bool,
-    typer.Option("--gradient-checkpointing", help="Tune with less memory, about a third slower."),
-]
-Offload = Annotated[
-    bool,
-    typer.Option("--offload", help="Keep image encoder and autoencoder on the CPU while idle."),
-]
-
-
-def checked_device(device: str | None) -> str:
-    """The device to use; with several processes each has its own GPU.
-
-    Raises ValueError when CUDA is asked for and is not there.
-    """
-    import torch
-
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            "torch finds no CUDA device: use --device cpu, or ask dte doctor what is there."
-        )
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
+from dte_lab.cli.common import Checkpointing, Device, Offload
 
 
 def memory(
@@ -50,10 +20,10 @@ def memory(
     card: Annotated[float | None, typer.Option(help="GPU memory in GB to fit into.")] = None,
 ) -> None:
     """Predict the peak GPU memory of tuning, pre-training and sampling: no GPU, no weights."""
-    from dte_lab.cli import quiet_libraries
+    from dte_lab.common.quiet import quiet_libraries
 
     quiet_libraries()
-    from dte_lab.memory import DTYPES, Setting, advise, predict
+    from dte_lab.hardware.memory import DTYPES, Setting, advise, predict
 
     if dtype not in DTYPES:
         raise ValueError(f"--dtype is one of {', '.join(DTYPES)}, not {dtype}.")
@@ -71,15 +41,15 @@ def parameters(
     width: Annotated[int | None, typer.Option(min=8, help="Of the hypernetwork's tokens.")] = None,
 ) -> None:
     """Count the parameters of the hypernetwork for Stable Diffusion 1.5, by rank and in full."""
-    from dte_lab.cli import quiet_libraries
+    from dte_lab.common.quiet import quiet_libraries
 
     quiet_libraries()
     import torch
     from diffusers import UNet2DConditionModel
 
-    from dte_lab.dual_path import projection_shapes
     from dte_lab.encoder import DTEConfig
     from dte_lab.hypernetwork import count_parameters
+    from dte_lab.lora import projection_shapes
     from dte_lab.sd15 import UNET
 
     dte = DTEConfig()
@@ -100,7 +70,7 @@ def doctor(
     out: Annotated[Path, typer.Option(help="Where results would go.")] = Path("."),
 ) -> None:
     """Say what is installed and what would fail; exit status 1 if anything would."""
-    from dte_lab.doctor import examine
+    from dte_lab.hardware.doctor import examine
 
     failures = 0
     for finding in examine(backbone, encoder, device, out):

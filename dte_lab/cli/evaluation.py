@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from dte_lab.training_cli import Backbone, Device, Out
+from dte_lab.cli.common import load_pipeline, prepare_folder
+from dte_lab.cli.training import Backbone, Device, Out
+from dte_lab.common.quiet import quiet_libraries
 
 
 def evaluate(
@@ -33,10 +35,8 @@ def evaluate(
     processes: Annotated[int, typer.Option(min=1, help="That share the concepts.")] = 1,
 ) -> None:
     """Compare the tuning encoder with what people use instead; goes on where it stopped."""
-    from dte_lab import cli
-
-    cli.prepare_folder(out)
-    load = partial(cli.load_pipeline, backbone, encoder, device)
+    prepare_folder(out)
+    load = partial(load_pipeline, backbone, encoder, device)
     pipe = load()
     try:
         from dte_lab.evaluation.edits import QUICK_SCENES, SCENE_EDITS
@@ -60,10 +60,10 @@ def report(
     run: Annotated[Path, typer.Argument(help="OUT of `dte evaluate`.")],
 ) -> None:
     """Turn a finished run into table.md and figures, beside its measures."""
+    from dte_lab.common.files import write_atomically
+    from dte_lab.common.images import save_png
     from dte_lab.evaluation.report import curves, markdown, picture_sheet, steps_table, tradeoff
     from dte_lab.evaluation.run import read_csv
-    from dte_lab.files import write_atomically
-    from dte_lab.images import save_png
 
     if not (run / "run.json").is_file():
         raise ValueError(f"{run} holds no run.json: give the --out of dte evaluate.")
@@ -86,9 +86,7 @@ def export(
     out: Out,
 ) -> None:
     """Write a concept as LoRA (PEFT, diffusers; kohya) and textual-inversion embedding."""
-    from dte_lab import cli
-
-    cli.quiet_libraries()
+    quiet_libraries()
     from dte_lab import Concept
     from dte_lab.export import export
 

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from dte_lab.files import write_atomically
+from dte_lab.common.files import write_atomically
 
 
 def trapezoid(step, steps, warmup_steps, decay_fraction):

@@ -45,7 +45,7 @@ def _libraries():
 def _device(device):
     import torch
 
-    from dte_lab.hardware_cli import checked_device
+    from dte_lab.hardware.device import checked_device
 
     try:
         chosen = checked_device(device)
@@ -66,7 +66,7 @@ def _device(device):
 
 def _backbone(name, device):
     """Whether the backbone could be loaded, from where, and why."""
-    from dte_lab.cli import quiet_libraries
+    from dte_lab.common.quiet import quiet_libraries
 
     quiet_libraries()
     import torch

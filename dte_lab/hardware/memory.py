@@ -20,9 +20,9 @@ from dte_lab import placeholder_token
 from dte_lab.backbone import Backbone
 from dte_lab.dual_path import dual_path
 from dte_lab.encoder import DTEConfig, TuningEncoder, encoder_dimensions
-from dte_lab.pretrain import PretrainConfig, build_optimizer, prepare, train_step
 from dte_lab.sd15 import random_parts
 from dte_lab.tokens import PromptEncoder
+from dte_lab.training.pretrain import PretrainConfig, build_optimizer, prepare, train_step
 from dte_lab.tuning import TuneConfig, tune
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}

@@ -9,13 +9,10 @@ Whatever the user can put right is answered by one line, `error: ...`, and exit 
 pictures and the output folder are checked before any slow work. DTE_DEBUG=1 shows tracebacks.
 """
 
-import logging
 import os
 import re
 import sys
-import tempfile
 import time
-import warnings
 from collections.abc import Sequence
 from itertools import chain, count
 from pathlib import Path
@@ -23,8 +20,22 @@ from typing import Annotated
 
 import typer
 
-from dte_lab import __version__, evaluation_cli, hardware_cli, placeholder_token, training_cli
-from dte_lab.images import read_image, save_png, square
+from dte_lab import __version__, placeholder_token
+from dte_lab.cli import evaluation, hardware, training
+from dte_lab.cli.common import (
+    BackboneName,
+    Checkpointing,
+    Device,
+    EncoderFolder,
+    Offload,
+    Out,
+    TuningBatch,
+    given,
+    load_pipeline,
+    prepare_folder,
+)
+from dte_lab.common.images import read_image, save_png, square
+from dte_lab.common.quiet import quiet_libraries
 
 app = typer.Typer(
     help="Personalize a text-to-image model from one picture.",
@@ -40,14 +51,6 @@ Prompts = Annotated[
 ]
 Seeds = Annotated[
     list[int], typer.Option("--seed", help="One picture per prompt and seed; repeatable.")
-]
-Out = Annotated[Path, typer.Option("--out", help="Folder for what is written.")]
-BackboneName = Annotated[
-    str, typer.Option("--backbone", help="small, sd15, or a folder in the Stable Diffusion layout.")
-]
-EncoderFolder = Annotated[
-    Path | None,
-    typer.Option("--encoder", help="A folder, or small/none; by default the backbone's own."),
 ]
 Alpha = Annotated[
     float | None,
@@ -82,10 +85,10 @@ def personalize(
     guidance_scale: Guidance = None,
     num_inference_steps: InferenceSteps = 25,
     alpha: Alpha = None,
-    device: hardware_cli.Device = None,
-    batch_size: hardware_cli.TuningBatch = None,
-    gradient_checkpointing: hardware_cli.Checkpointing = False,
-    offload: hardware_cli.Offload = False,
+    device: Device = None,
+    batch_size: TuningBatch = None,
+    gradient_checkpointing: Checkpointing = False,
+    offload: Offload = False,
 ) -> None:
     """Learn the concept of one picture, or of a few, and draw it in new settings."""
     start = time.perf_counter()
@@ -99,7 +102,7 @@ def personalize(
     pipe.prompt_encoder.tokenize(prompt)  # a prompt may be too long for the text encoder
     from dte_lab import TuneConfig
 
-    config = TuneConfig(**training_cli.given(batch_size=batch_size))
+    config = TuneConfig(**given(batch_size=batch_size))
     results = {"predicted only": pipe.personalize(pictures, num_steps=0, seed=seed[0])}
     if steps:
         results["tuned"] = pipe.personalize(pictures, steps, seed[0], config=config)
@@ -112,7 +115,7 @@ def personalize(
             result,
             prompt,
             seeds=seed,
-            **training_cli.given(guidance_scale=guidance_scale),
+            **given(guidance_scale=guidance_scale),
             num_inference_steps=num_inference_steps,
             alpha_blend=alpha,
         )
@@ -146,8 +149,8 @@ def generate(
     guidance_scale: Guidance = None,
     num_inference_steps: InferenceSteps = 25,
     alpha: Alpha = None,
-    device: hardware_cli.Device = None,
-    offload: hardware_cli.Offload = False,
+    device: Device = None,
+    offload: Offload = False,
 ) -> None:
     """Draw a concept that `dte personalize` saved in further settings."""
     prompt, seed = distinct(prompt), distinct(seed)
@@ -162,7 +165,7 @@ def generate(
         loaded,
         prompt,
         seeds=seed,
-        **training_cli.given(guidance_scale=guidance_scale),
+        **given(guidance_scale=guidance_scale),
         num_inference_steps=num_inference_steps,
         alpha_blend=alpha,
     )
@@ -182,57 +185,6 @@ def check_prompts(prompts: Sequence[str]) -> None:
                 f"the prompt {prompt!r} does not contain {placeholder_token}, which stands for the "
                 f'concept; write for example "{placeholder_token} on the beach".'
             )
-
-
-def prepare_folder(out: Path) -> None:
-    """Make the output folder and try it, so that a full run cannot end without a place to write.
-
-    Raises OSError when it cannot be made or written.
-    """
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file; --out needs a folder.")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        reason = error.strerror or error
-        raise OSError(f"the output folder {out} cannot be written ({reason}).") from error
-
-
-def load_pipeline(backbone: str, encoder: Path | None, device: str | None = None, **options):
-    """DTEPipeline for a backbone; one that lies on the disk never needs the network."""
-    typer.echo(f"loading the backbone {backbone} ...", err=True)
-    if backbone == "small" or (Path(backbone) / "image_encoder").is_dir():
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    quiet_libraries()
-    from dte_lab import DTEPipeline
-    from dte_lab.zero_shot import ZeroShotStart
-
-    device = hardware_cli.checked_device(device)
-    pipe = DTEPipeline.from_pretrained(backbone, encoder=encoder, device=device, **options)
-    if isinstance(pipe.encoder, ZeroShotStart):
-        typer.echo(
-            f"no encoder for {backbone}: v* starts from the nearest word, and tuning has to learn "
-            "the rest; plan for some hundred --steps.",
-            err=True,
-        )
-    return pipe
-
-
-def quiet_libraries() -> None:
-    """Silence what the libraries say about themselves; our own warnings become one line each."""
-    for module in ("diffusers", "transformers", "torch", "huggingface_hub", "accelerate"):
-        warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
-    warnings.showwarning = lambda message, *_: typer.echo(f"warning: {message}", err=True)
-    logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
 
 
 def picture_names(prompts: Sequence[str], seeds: Sequence[int]) -> list[list[str]]:
@@ -261,7 +213,7 @@ def save_pictures(drawn, prompts: Sequence[str], seeds: Sequence[int], out: Path
 
 def save_contact_sheet(pictures, drawn: dict, prompts, seeds, path: Path) -> None:
     """One row per prompt: an input picture, then for each result one picture per seed."""
-    from dte_lab.plots import contact_sheet
+    from dte_lab.common.plots import contact_sheet
 
     rows = [
         [pictures[r % len(pictures)], *(p for result in drawn.values() for p in result[r])]
@@ -273,14 +225,14 @@ def save_contact_sheet(pictures, drawn: dict, prompts, seeds, path: Path) -> Non
     save_png(contact_sheet(rows, prompts, columns), path)
 
 
-app.command()(training_cli.pretrain)
-app.command()(hardware_cli.memory)
-app.command()(hardware_cli.parameters)
-app.command()(hardware_cli.doctor)
-app.command()(evaluation_cli.evaluate)
-app.command()(evaluation_cli.report)
-app.command()(evaluation_cli.export)
-app.add_typer(training_cli.world, name="world")
+app.command()(training.pretrain)
+app.command()(hardware.memory)
+app.command()(hardware.parameters)
+app.command()(hardware.doctor)
+app.command()(evaluation.evaluate)
+app.command()(evaluation.report)
+app.command()(evaluation.export)
+app.add_typer(training.world, name="world")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -308,7 +260,3 @@ def fail(message: object, code: int = 2) -> int:
     if str(message):  # empty after a help text
         typer.echo(f"error: {' '.join(str(message).split())}", err=True)
     return code
-
-
-if __name__ == "__main__":
-    main()

@@ -9,12 +9,11 @@ are pure functions of their index. So weights, optimizer, EMA and s are the whol
 that was cut off goes on exactly as it would have. Several processes share a batch and see each
 other's v* as negatives, so that the same settings give the same losses whatever their number:
 
-    accelerate launch --multi_gpu --num_processes 2 -m dte_lab.pretrain --out runs/encoder ...
+    accelerate launch --multi_gpu --num_processes 2 -m dte_lab pretrain --out runs/encoder ...
 """
 
 import json
 import os
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -28,20 +27,21 @@ from diffusers.utils import make_image_grid
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from dte_lab.attention import short_attention
 from dte_lab.backbone import add_noise
-from dte_lab.checkpoint import (
+from dte_lab.common.attention import short_attention
+from dte_lab.common.checkpoint import (
     ema_weights,
     read_state,
     restore_optimizer,
     trapezoid,
     write_state,
 )
-from dte_lab.files import write_atomically
+from dte_lab.common.files import write_atomically
+from dte_lab.common.images import to_pil
 from dte_lab.objective import objective
-from dte_lab.pipeline import DTEPipeline, to_pil
-from dte_lab.predictions import Predictions
+from dte_lab.pipeline import DTEPipeline
 from dte_lab.tokens import PromptEncoder
+from dte_lab.training.predictions import Predictions
 
 LOG, PREDICTIONS, CHECKPOINT = "log.jsonl", "predictions.jsonl", "checkpoint.safetensors"
 FREE_TO_CHANGE = {  # between two pieces of one run
@@ -463,9 +463,3 @@ def sample_grid(pipe, images, prompts):
         samples = pipe.generate(concept, list(prompts), progress=False)
         cells += [*to_pil(pipe.pixels([image])), *(row[0] for row in samples)]
     return make_image_grid(cells, rows=len(images), cols=1 + len(prompts))
-
-
-if __name__ == "__main__":  # what `accelerate launch -m dte_lab.pretrain` runs: dte pretrain
-    from dte_lab.cli import main
-
-    main(["pretrain", *sys.argv[1:]])

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch.utils.data import Dataset
 
 from dte_lab import placeholder_token
-from dte_lab.images import read_image, to_square_tensor
+from dte_lab.common.images import read_image, to_square_tensor
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 

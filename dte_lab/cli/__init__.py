@@ -1,0 +1,5 @@
+"""The `dte` command: see app.py."""
+
+from dte_lab.cli.app import main
+
+__all__ = ["main"]
