@@ -62,7 +62,7 @@ def ways(batch_size: int, rank: int, device: str) -> dict:
         "vanilla": call(),
         "single": call(alpha_blend=1.0),
         "dual attention figure": call(**dual),
-        "dual attention text": call(**dual, pairing="text"),
+        "dual attention text": call(**dual, offsets_on="hard"),
         "dual block figure": call(**dual, granularity="block"),
     }
 

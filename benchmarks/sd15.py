@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from dte_lab import DTEPipeline, TuneConfig, TuningEncoder, load_backbone, tune
 from dte_lab.common.files import write_atomically
-from dte_lab.encoder import DTEConfig
+from dte_lab.config import EncoderConfig
 from dte_lab.hardware.memory import DTYPES, Setting, predict
 from dte_lab.training.pretrain import PretrainConfig, build_optimizer, prepare, train_step
 
@@ -55,8 +55,8 @@ def measure(backbone, setting, steps=3):
 
     Besides: tuning and sampling with the soft path alone, and the encoder's share of a step.
     """
-    dte, device, batch = DTEConfig(rank=setting.rank), backbone.device, setting.batch
-    pipe = DTEPipeline(backbone, TuningEncoder.from_backbone(backbone, dte))
+    settings, device, batch = EncoderConfig(rank=setting.rank), backbone.device, setting.batch
+    pipe = DTEPipeline(backbone, TuningEncoder.from_backbone(backbone, settings))
     encode, encoder = pipe.prompt_encoder, pipe.encoder
     size = backbone.resolution
     pictures = torch.zeros(batch, 3, size, size)
@@ -68,8 +68,9 @@ def measure(backbone, setting, steps=3):
 
     def tuning(alpha):
         prediction = encoder.predict(backbone, pictures[:1], 0, encode)
+        method = replace(encoder.method, alpha_blend=alpha)
         tune(
-            backbone, encode, prediction, pictures[:1], replace(dte, alpha_blend=alpha),
+            backbone, encode, prediction, pictures[:1], method,
             TuneConfig(num_steps=steps, batch_size=batch), progress=False,
         )  # fmt: skip
 
@@ -91,7 +92,7 @@ def measure(backbone, setting, steps=3):
     optimizer = build_optimizer(
         list(encoder.train().requires_grad_(True).parameters()), PretrainConfig()
     )
-    prompt = encode.plain([dte.feature_prompt])
+    prompt = encode.plain([settings.feature_prompt])
     items = {
         "image": pictures,
         "target": pictures,

@@ -20,7 +20,8 @@ from torch import nn
 
 from dte_lab import placeholder_token
 from dte_lab.concept import Concept
-from dte_lab.encoder import DTEConfig, EncoderPrediction, TuningEncoder
+from dte_lab.config import MethodConfig
+from dte_lab.encoder import EncoderPrediction, TuningEncoder
 from dte_lab.lora import attention_layers, projection_layer, projection_shapes
 from dte_lab.objective import objective
 from dte_lab.tuning import noise_levels
@@ -44,11 +45,11 @@ class BaselineConfig:
     prior_pictures: int = 8
 
 
-def single_path(dte):
+def single_path(method):
     """The settings under which a concept is an ordinary embedding with ordinary offsets."""
     return replace(
-        dte, alpha_blend=1.0, pairing="figure", granularity="attention", regulariser="none",
-        refresh="once", unconditional_offsets=True,
+        method, alpha_blend=1.0, offsets_on="soft", granularity="attention", regulariser="none",
+        prediction_interval=0, unconditional_offsets=True,
     )  # fmt: skip
 
 
@@ -74,7 +75,9 @@ def dreambooth_lora(pipe, pixels, steps, seed=0, config=None, prior=False):
     generator = torch.Generator().manual_seed(seed)
     rare = torch.randn(embedding.shape, generator=generator).to(embedding)
     rare = rare * pipe.prompt_encoder.table.mean_norm / rare.norm()
-    offsets = initial_lora(projection_shapes(pipe.backbone.unet), pipe.encoder.dte.rank, generator)
+    offsets = initial_lora(
+        projection_shapes(pipe.backbone.unet), pipe.encoder.settings.rank, generator
+    )
     offsets = {
         k: tuple(m.to(rare.device).requires_grad_() for m in ab) for k, ab in offsets.items()
     }
@@ -104,8 +107,8 @@ def e4t(pipe, pixels, steps, seed=0, config=None):
         offsets = encoder.hypernetwork.offsets(deltas)
         return EncoderPrediction(v_star, offsets, predicted.class_word)
 
-    dte = replace(single_path(encoder.dte), regulariser="l2")
-    return _fit(pipe, pixels, steps, groups, predict, seed, config, start, dte=dte)
+    method = replace(single_path(encoder.method), regulariser="l2")
+    return _fit(pipe, pixels, steps, groups, predict, seed, config, start, method=method)
 
 
 def class_word(pipe, pixels):
@@ -131,16 +134,17 @@ def initial_lora(shapes, rank, generator):
 
 def _fit(
     pipe, pixels, steps, groups, predict, seed, config, start, phrase=placeholder_token,
-    prior=None, dte=None,
+    prior=None, method=None,
 ):  # fmt: skip
     """AdamW on the diffusion loss; a Concept after each number of `steps`, 0 included.
 
     groups: parameter groups. predict: gives the EncoderPrediction of the moment. start: when the
     method began, for its seconds. phrase: what stands for the concept in prompts. prior: (1, d),
-    the class word whose pictures are to stay as the base model draws them. dte: DTEConfig.
+    the class word whose pictures are to stay as the base model draws them. method:
+    MethodConfig.
     """
     backbone, steps = pipe.backbone, sorted(set(steps))
-    dte = dte or single_path(pipe.encoder.dte)
+    method = method or single_path(pipe.encoder.method)
     if backbone.device.type == "cuda":
         torch.cuda.synchronize()
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
@@ -148,7 +152,7 @@ def _fit(
     latents = backbone.encode_images(pixels).float()  # (n, C, h, w)
     if prior is not None and steps[-1] > 0:
         drawn = pipe.generate(
-            Concept(prior, {}, backbone.name, dte), [PROMPT], range(config.prior_pictures),
+            Concept(prior, {}, backbone.name, method), [PROMPT], range(config.prior_pictures),
             num_inference_steps=20, batch_size=config.prior_pictures, progress=False,
         )[0]  # fmt: skip
         prior_latents = backbone.encode_images(pipe.pixels(drawn)).float()
@@ -165,7 +169,7 @@ def _fit(
                     for k, (a, b) in state.offsets.items()
                 },
                 backbone.name,
-                dte,
+                method,
                 {
                     "num_steps": step,
                     "seed": seed,
@@ -187,7 +191,7 @@ def _fit(
             v_star = torch.cat([state.v_star.expand(B, -1), prior.expand(B, -1)])
             state, prompts = replace(state, v_star=v_star), prompts + [PROMPT] * B
         optimizer.zero_grad()
-        with objective(backbone, pipe.prompt_encoder, state, prompts, *sample, dte) as terms:
+        with objective(backbone, pipe.prompt_encoder, state, prompts, *sample, method) as terms:
             terms["loss"].backward()
         if not terms["loss"].isfinite():
             raise ValueError(
@@ -244,21 +248,23 @@ class E4TEncoder(TuningEncoder):
     @register_to_config
     def __init__(
         self, projections: dict, clip_dim: int, embed_dim: int, unet_dim: int, token_dim: int,
-        num_words: int, dte: dict | None = None,
+        num_words: int, settings: dict | None = None, method: dict | None = None,
     ):  # fmt: skip
-        super().__init__(projections, clip_dim, embed_dim, unet_dim, token_dim, num_words, dte)
+        super().__init__(
+            projections, clip_dim, embed_dim, unet_dim, token_dim, num_words, settings, method
+        )
         self.hypernetwork = MultiplicativeOffsets(projections)
 
     @classmethod
-    def from_backbone(cls, backbone, dte=None, table=None, seed=0):
-        encoder = super().from_backbone(backbone, dte or e4t_config(), table, seed)
+    def from_backbone(cls, backbone, settings=None, method=None, table=None, seed=0):
+        encoder = super().from_backbone(backbone, settings, method or e4t_config(), table, seed)
         encoder.hypernetwork.attach(backbone.unet)
         return encoder
 
 
 def e4t_config():
     """L2 to the class word, one path."""
-    return replace(single_path(DTEConfig()), regulariser="l2")
+    return replace(single_path(MethodConfig()), regulariser="l2")
 
 
 def load_e4t(path, backbone):
@@ -268,7 +274,7 @@ def load_e4t(path, backbone):
     """
     try:
         encoder = E4TEncoder.from_pretrained(path, low_cpu_mem_usage=False)
-        fresh = E4TEncoder.from_backbone(backbone, encoder.dte)
+        fresh = E4TEncoder.from_backbone(backbone, encoder.settings, encoder.method)
         fresh.load_state_dict(encoder.state_dict())
     except (OSError, RuntimeError) as error:
         raise ValueError(f"No E4T encoder of backbone {backbone.name} at {path}.") from error

@@ -9,10 +9,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from dte_lab.common.files import write_atomically
-from dte_lab.encoder import DTEConfig
+from dte_lab.config import MethodConfig
 from dte_lab.lora import check_offsets, projection_shapes
 
-FORMAT = "dte-concept-1"
+FORMAT = "dte-concept-2"
 
 
 @dataclass
@@ -20,16 +20,16 @@ class Concept:
     """v* and the low-rank offsets of one concept.
 
     v_star: (1, d). offsets: {"layer.projection": (A (1, Din, r), B (1, r, Dout))}.
-    backbone: name of the backbone it belongs to. config: the encoder's DTEConfig.
+    backbone: name of the backbone it belongs to. config: MethodConfig.
     info: what happened: seconds, peak_memory_mb, losses, words_before, words_after, ...
     pictures: (n, 3, H, W) uint8, the pictures it was made from at the backbone's resolution; what
-    `refresh` needs to predict anew, so they are in the file as well.
+    `prediction_interval` needs to predict anew, so they are in the file as well.
     """
 
     v_star: torch.Tensor
     offsets: dict[str, tuple[torch.Tensor, torch.Tensor]]
     backbone: str
-    config: DTEConfig = field(default_factory=DTEConfig)
+    config: MethodConfig = field(default_factory=MethodConfig)
     info: dict = field(default_factory=dict)
     pictures: torch.Tensor | None = None
 
@@ -83,7 +83,7 @@ class Concept:
                 tensors["v_star"],
                 offsets,
                 metadata["backbone"],
-                DTEConfig(**json.loads(metadata["config"])),
+                MethodConfig(**json.loads(metadata["config"])),
                 json.loads(metadata["info"]),
                 tensors.get("pictures"),
             )

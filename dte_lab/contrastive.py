@@ -8,7 +8,7 @@ which cosines do not see. `regularise` picks one of `REGULARISERS`:
     none         nothing                                                    (compared in the paper)
     norm         the norm term alone                                        (compared in the paper)
     l2           squared distance to the class word, as in E4T              (compared in the paper)
-    nearest      v* becomes its nearest word; see `word_in_use`             (compared in the paper)
+    nearest      v* becomes its nearest word; see `prompt_embedding`        (compared in the paper)
     hinge        every near word at least as near as words are to each other, and norm term  (ours)
     gaussian     minus log density of a Gaussian fitted to all words                         (ours)
 """
@@ -22,7 +22,7 @@ REGULARISERS = ("contrastive", "none", "norm", "l2", "nearest", "hinge", "gaussi
 def regularise(v_star, table, config, concepts=None, bank=None, class_word=None):
     """The terms of `config.regulariser` for v_star (B, d): {name: (weight, scalar)}.
 
-    table: TokenTable. config: DTEConfig. concepts: (B,) ids that tell which samples of the batch
+    table: TokenTable. config: MethodConfig. concepts: (B,) ids that tell which samples of the batch
     are negatives of each other. bank: more negatives, as (embeddings (M, d), their concept ids
     (M,), -1 for empty rows). class_word: (B, d) for "l2"; without one, the nearest word is taken.
     """
@@ -48,7 +48,7 @@ def regularise(v_star, table, config, concepts=None, bank=None, class_word=None)
     return terms
 
 
-def word_in_use(v_star, table, config):
+def prompt_embedding(v_star, table, config):
     """The embedding (B, d) that goes into prompts: v* itself, or its nearest word for "nearest".
 
     The gradient passes the projection as if it were not there (straight-through); the "nearest"

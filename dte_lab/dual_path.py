@@ -5,8 +5,8 @@ Every attention branch runs twice and the two results are blended:
     out = alpha_blend * attention(x; W + A B, soft text with v*)
         + (1 - alpha_blend) * attention(x; W, hard text with v_h)
 
-(paper, section on the dual path; `pairing="figure"`). The paper's text can also be read as
-giving the offsets to the hard path: `pairing="text"`; and as running every UNet *block* twice:
+(paper, section on the dual path; `offsets_on="soft"`). The paper's text can also be read as
+giving the offsets to the hard path: `offsets_on="hard"`; and as running every UNet *block* twice:
 `granularity="block"` sends [soft, hard] through a block as one batch and blends what comes out.
 The offsets are one pair of matrices *per sample*, so they live on the attention processor;
 `functional_call` would give silently wrong gradients under gradient checkpointing.
@@ -17,9 +17,15 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
-from dte_lab.lora import PROJECTIONS, attention_layers, check_offsets, projection_shapes
+from dte_lab.lora import (
+    PROJECTIONS,
+    attention_layers,
+    check_offsets,
+    low_rank_product,
+    projection_shapes,
+)
 
-PAIRINGS = ("figure", "text")
+OFFSETS_ON = ("soft", "hard")
 GRANULARITIES = ("attention", "block")
 
 
@@ -43,11 +49,11 @@ class DualPathProcessor:
     alpha_blend: a number or (B, 1, 1).
     """
 
-    def __init__(self, offsets, hard_hidden_states=None, alpha_blend=1.0, pairing="figure"):
+    def __init__(self, offsets, hard_hidden_states=None, alpha_blend=1.0, offsets_on="soft"):
         self.offsets = offsets
         self.hard = hard_hidden_states
         self.alpha = alpha_blend
-        self.pairing = pairing
+        self.offsets_on = offsets_on
 
     def __call__(
         self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None
@@ -62,7 +68,7 @@ class DualPathProcessor:
         k, v = _key_value(attn, soft_text if is_cross else x)  # (B, S, H*hs)
 
         soft_offset, hard_offset = self._offset, _no_offset
-        if self.pairing == "text":
+        if self.offsets_on == "hard":
             soft_offset, hard_offset = hard_offset, soft_offset
 
         text = soft_text if is_cross else x
@@ -101,9 +107,9 @@ class DualPathProcessor:
 class BlockPathProcessor(DualPathProcessor):
     """Attention on a batch [soft, hard] of twice the size, with offsets on one of the halves."""
 
-    def __init__(self, offsets, pairing="figure"):
+    def __init__(self, offsets, offsets_on="soft"):
         super().__init__(offsets)
-        self.half = PAIRINGS.index(pairing)
+        self.half = OFFSETS_ON.index(offsets_on)
 
     def _offset(self, projection, x):
         """x A B on the half that has offsets, 0 on the other: (2B, T, Din) -> (2B, T, Dout)."""
@@ -131,9 +137,9 @@ def _attend(q, k, v, heads):
 class DualPath:
     """The paths of one UNet, which may change between two of its calls; made by `dual_path`."""
 
-    def __init__(self, unet, pairing, granularity):
+    def __init__(self, unet, offsets_on, granularity):
         self.layers, self.shapes = attention_layers(unet), projection_shapes(unet)
-        self.pairing, self.granularity = pairing, granularity
+        self.offsets_on, self.granularity = offsets_on, granularity
         self.before = {name: attn.processor for name, attn in self.layers.items()}
         self.blocks = []
         if granularity == "block":  # without cross-attention both paths of a block are the same
@@ -154,9 +160,9 @@ class DualPath:
         for name, attn in self.layers.items():
             own = {p: offsets[f"{name}.{p}"] for p in PROJECTIONS if f"{name}.{p}" in offsets}
             if self.hard is not None and self.granularity == "block":
-                processor = BlockPathProcessor(own, self.pairing)
+                processor = BlockPathProcessor(own, self.offsets_on)
             else:
-                processor = DualPathProcessor(own, self.hard, self.alpha, self.pairing)
+                processor = DualPathProcessor(own, self.hard, self.alpha, self.offsets_on)
             attn.set_processor(processor)
 
     def clear(self):
@@ -194,7 +200,7 @@ def _twice(value):
 
 @contextmanager
 def dual_path(
-    unet, offsets, hard_hidden_states=None, alpha_blend=1.0, pairing="figure",
+    unet, offsets, hard_hidden_states=None, alpha_blend=1.0, offsets_on="soft",
     granularity="attention",
 ):  # fmt: skip
     """Run the UNet with offsets, and blended with the hard path, inside a `with` block.
@@ -206,16 +212,16 @@ def dual_path(
     the block is left, also by an exception. With gradient checkpointing `backward` must run inside
     the block and before any update, since it computes the forward pass anew.
 
-    Raises ValueError for an unknown pairing or granularity, unknown or misshapen offsets, missing
-    hard states, and a UNet that already carries a PEFT LoRA.
+    Raises ValueError for an unknown offsets_on or granularity, unknown or misshapen offsets,
+    missing hard states, and a UNet that already carries a PEFT LoRA.
     """
     for name, value, known in [
-        ("pairing", pairing, PAIRINGS),
+        ("offsets_on", offsets_on, OFFSETS_ON),
         ("granularity", granularity, GRANULARITIES),
     ]:
         if value not in known:
             raise ValueError(f"Unknown {name} {value!r}: use one of {known}.")
-    path = DualPath(unet, pairing, granularity)
+    path = DualPath(unet, offsets_on, granularity)
     if any(hasattr(attn.to_q, "base_layer") for attn in path.layers.values()):
         raise ValueError("The UNet carries a PEFT LoRA: unload it before using the dual path.")
     hooks = [b.register_forward_pre_hook(path.double, with_kwargs=True) for b in path.blocks]
@@ -227,4 +233,3 @@ def dual_path(
         for hook in hooks:
             hook.remove()
         path.clear()
-

@@ -1,6 +1,6 @@
 """The tuning encoder: one picture (and a noisy latent) -> v* and the low-rank offsets.
 
-    v*      = guess_share * zero-shot guess + token_scale * token head    (paper: head 1)
+    v*      = zero_shot_weight * zero-shot guess + token_scale * token head    (paper: head 1)
     A, B    = LoRA hypernetwork                            (paper: head 2, W' = W + A B)
 
 The zero-shot guess is ours: CLIP's similarity between the picture and "a picture of a WORD" mixes
@@ -20,7 +20,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from dte_lab.backbone import WEIGHTS, add_noise
-from dte_lab.config import DTEConfig
+from dte_lab.config import EncoderConfig, MethodConfig
 from dte_lab.features import (
     FeatureFusion,
     ImageFeatures,
@@ -63,36 +63,46 @@ class TuningEncoder(ModelMixin, ConfigMixin):
         unet_dim: int,
         token_dim: int,
         num_words: int,
-        dte: dict | None = None,
+        settings: dict | None = None,
+        method: dict | None = None,
     ):
         super().__init__()
-        dte = self.dte = DTEConfig(**(dte or {}))
+        settings = self.settings = EncoderConfig(**(settings or {}))
+        self.method = MethodConfig(**(method or {}))
         self.fusion = FeatureFusion(
-            clip_dim, embed_dim, unet_dim, dte.width, dte.grid, dte.fusion_depth
+            clip_dim, embed_dim, unet_dim, settings.width, settings.grid, settings.fusion_depth
         )
-        self.token_head = TokenHead(dte.width, token_dim, clip_dim, dte.grid, dte.patch_channels)
-        self.guess_share = nn.Parameter(torch.ones(()))
+        self.token_head = TokenHead(
+            settings.width, token_dim, clip_dim, settings.grid, settings.patch_channels
+        )
+        self.zero_shot_weight = nn.Parameter(torch.ones(()))
         self.hypernetwork = build_hypernetwork(
-            projections, dte.rank, dte.width, dte.num_heads, dte.trunk_depth, dte.offset_scale
+            projections,
+            settings.rank,
+            settings.width,
+            settings.num_heads,
+            settings.trunk_depth,
+            settings.offset_scale,
         )
         self.register_buffer("word_clip", torch.zeros(num_words, embed_dim))
         self.register_buffer("word_embeddings", torch.zeros(num_words, token_dim), persistent=False)
-        self.register_buffer("bank", torch.zeros(dte.negative_bank_size, token_dim))
-        empty = torch.full((dte.negative_bank_size,), -1)
+        self.register_buffer("bank", torch.zeros(settings.negative_bank_size, token_dim))
+        empty = torch.full((settings.negative_bank_size,), -1)
         self.register_buffer("bank_concepts", empty)  # concept of each row, -1 for an empty row
         self.register_buffer("bank_position", torch.zeros((), dtype=torch.long))
 
     @classmethod
-    def from_backbone(cls, backbone, dte=None, table=None, seed=0):
-        """A fresh encoder for a backbone; `dte` is a DTEConfig.
+    def from_backbone(cls, backbone, settings=None, method=None, table=None, seed=0):
+        """A fresh encoder for a backbone, of an EncoderConfig and a MethodConfig.
 
         Raises ValueError when the backbone's text encoder has no projection to CLIP space.
         """
         table = table or TokenTable(backbone)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            dte = dte or DTEConfig()
-            encoder = cls(**encoder_dimensions(backbone, table, dte), dte=asdict(dte))
+            settings, method = settings or EncoderConfig(), method or MethodConfig()
+            dimensions = encoder_dimensions(backbone, table, settings)
+            encoder = cls(**dimensions, settings=asdict(settings), method=asdict(method))
         encoder.word_clip.copy_(word_clip_embeddings(backbone, table))
         encoder.word_embeddings.copy_(table.embeddings)
         return encoder.to(backbone.device)
@@ -101,30 +111,30 @@ class TuningEncoder(ModelMixin, ConfigMixin):
         """image_features: see features.py. unet_features: (B, C, g, g). timesteps: (B,)."""
         tokens = self.fusion(image_features, unet_features, timesteps)  # (B, g*g, width)
         guess = self.zero_shot(image_features.embeds)  # (B, d)
-        residual = self.token_unit * self.token_head(tokens, image_features.patches)
-        v_star = self.guess_share * guess + residual
+        residual = self.residual_unit * self.token_head(tokens, image_features.patches)
+        v_star = self.zero_shot_weight * guess + residual
         best = (image_features.embeds @ self.word_clip.T).argmax(dim=-1)  # (B,)
         return EncoderPrediction(v_star, self.hypernetwork(tokens), self.word_embeddings[best])
 
     @property
-    def token_unit(self):
+    def residual_unit(self):
         """What the token head's outputs count in: `token_scale` of a word's typical entry."""
-        return self.dte.token_scale * self.word_embeddings.square().mean().sqrt()
+        return self.settings.token_scale * self.word_embeddings.square().mean().sqrt()
 
     def zero_shot(self, embeds):
         """Mixture of the words that CLIP finds in pictures: unit (B, p) -> (B, d).
 
         A mixture of vectors is shorter than they are; its norm is set to their mean norm.
         """
-        k = min(self.dte.zero_shot_words, len(self.word_clip))
+        k = min(self.settings.zero_shot_words, len(self.word_clip))
         similarity, rows = (embeds @ self.word_clip.T).topk(k, dim=-1)  # (B, k)
-        weight = (similarity / self.dte.zero_shot_temperature).softmax(dim=-1)[..., None]
+        weight = (similarity / self.settings.zero_shot_temperature).softmax(dim=-1)[..., None]
         words = self.word_embeddings[rows]  # (B, k, d)
         norm = (weight * words.norm(dim=-1, keepdim=True)).sum(dim=1)  # (B, 1)
         return F.normalize((weight * words).sum(dim=1), dim=-1) * norm
 
     @torch.no_grad()
-    def remember(self, v_star, concepts):
+    def enqueue(self, v_star, concepts):
         """Write embeddings (B, d) of concepts (B,) over the oldest rows of the negative bank."""
         size = len(self.bank)
         v_star, concepts = v_star[:size], concepts[:size]
@@ -135,15 +145,15 @@ class TuningEncoder(ModelMixin, ConfigMixin):
 
     def image_features(self, backbone, images):
         """CLIP features of pictures (B, 3, H, W), with the layer that this encoder reads."""
-        return image_features(backbone, images, self.dte.clip_layer)
+        return image_features(backbone, images, self.settings.clip_layer)
 
     def unet_features(self, backbone, noisy_latents, timesteps, prompt):
         """UNet features (B, C, g, g) of latents (B, c, h, w) at (B,), with the layers it reads.
 
         prompt: (1, L, d), the encoded `feature_prompt`.
         """
-        dte = self.dte
-        return unet_features(backbone, noisy_latents, timesteps, prompt, dte.grid, dte.unet_layers)
+        grid, layers = self.settings.grid, self.settings.unet_layers
+        return unet_features(backbone, noisy_latents, timesteps, prompt, grid, layers)
 
     @torch.no_grad()
     def static_features(self, backbone, images, seed=0, prompt_encoder=None):
@@ -154,7 +164,7 @@ class TuningEncoder(ModelMixin, ConfigMixin):
         """
         prompt_encoder = prompt_encoder or PromptEncoder(backbone)
         T = len(backbone.alphas_cumprod)
-        steps = [round(f * (T - 1)) for f in self.dte.feature_timesteps]
+        steps = [round(f * (T - 1)) for f in self.settings.feature_timesteps]
         n = len(steps)
         timesteps = torch.tensor(steps, device=backbone.device).repeat(len(images))  # (B*n,)
         latents = backbone.encode_images(images).float().repeat_interleave(n, dim=0)
@@ -163,7 +173,7 @@ class TuningEncoder(ModelMixin, ConfigMixin):
         noisy = add_noise(backbone, latents, noise, timesteps)
         clip = self.image_features(backbone, images)
         clip = ImageFeatures(*(f.repeat_interleave(n, dim=0) for f in clip))
-        prompt = prompt_encoder.plain([self.dte.feature_prompt])
+        prompt = prompt_encoder.plain([self.settings.feature_prompt])
         return clip, self.unet_features(backbone, noisy, timesteps, prompt), timesteps
 
     @torch.no_grad()
@@ -232,7 +242,7 @@ def load_encoder(name_or_path, backbone, table=None):
         raise ValueError(f"No encoder at {path}: give a folder that holds one, or one of {names}.")
     encoder = TuningEncoder.from_pretrained(path, low_cpu_mem_usage=False)
     table = table or TokenTable(backbone)
-    for key, value in encoder_dimensions(backbone, table, encoder.dte).items():
+    for key, value in encoder_dimensions(backbone, table, encoder.settings).items():
         saved = encoder.config[key]
         if key == "projections":
             saved = {name: list(shape) for name, shape in saved.items()}
@@ -245,13 +255,13 @@ def load_encoder(name_or_path, backbone, table=None):
     return encoder.to(backbone.device).eval().requires_grad_(False)
 
 
-def encoder_dimensions(backbone, table, dte):
+def encoder_dimensions(backbone, table, settings):
     """What an encoder must know of its backbone."""
     return {
         "projections": {key: list(s) for key, s in projection_shapes(backbone.unet).items()},
         "clip_dim": backbone.image_encoder.config.hidden_size,
         "embed_dim": backbone.image_encoder.config.projection_dim,
-        "unet_dim": unet_feature_dim(backbone.unet, dte.unet_layers),
+        "unet_dim": unet_feature_dim(backbone.unet, settings.unet_layers),
         "token_dim": table.embeddings.shape[1],
         "num_words": len(table),
     }

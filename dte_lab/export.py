@@ -24,13 +24,13 @@ def export(concept, out_dir):
     """Write the files of a Concept to a folder and return their paths.
 
     A concept without offsets (Textual Inversion) gets the embedding alone.
-    Raises ValueError when the offsets belong to the hard path (`pairing="text"`), OSError when the
-    folder cannot be written.
+    Raises ValueError when the offsets belong to the hard path (`offsets_on="hard"`), OSError when
+    the folder cannot be written.
     """
-    if concept.config.pairing == "text" and concept.offsets:
+    if concept.config.offsets_on == "hard" and concept.offsets:
         raise ValueError(
-            'With pairing="text" the offsets belong to the hard path, but an exported LoRA works '
-            'on v*: personalize with pairing="figure" to export.'
+            'With offsets_on="hard" the hard path has the offsets, but an exported LoRA works on '
+            'v*: personalize with offsets_on="soft" to export.'
         )
     files = {EMBEDDING: save({placeholder_token: _plain(concept.v_star[0])})}
     if concept.offsets:

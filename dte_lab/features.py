@@ -2,7 +2,7 @@
 
 As in E4T, which the paper follows, the denoiser's features come from the *current noisy latent* at
 the current timestep, by default with the empty prompt. Both towers are frozen and run without
-gradients. Which layers are read is a choice (DTEConfig), since the paper does not say.
+gradients. Which layers are read is a choice (EncoderConfig), since the paper does not say.
 """
 
 from typing import NamedTuple

@@ -182,4 +182,3 @@ def count_parameters(projections, rank, width, num_heads, depth):
 
     sizes = [(i * o if rank == "full" else (i + o) * rank) for i, o in projections.values()]
     return {"hypernetwork": count(net), "heads": count(net.heads), "offsets": sum(sizes)}
-

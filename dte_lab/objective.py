@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch.nn.functional as F
 
 from dte_lab.backbone import add_noise, signal_variance
-from dte_lab.contrastive import regularise, word_in_use
+from dte_lab.contrastive import prompt_embedding, regularise
 from dte_lab.dual_path import alpha_at, dual_path
 
 
@@ -35,7 +35,7 @@ def objective(
     """The loss and its terms, inside the dual path: call `backward` within the `with` block.
 
     prediction: v_star (B, d) and offsets, or one (batch 1) for all samples. prompts: B strings with
-    "S*", or their tokens. latents, noise: (B, C, h, w). timesteps: (B,). config: DTEConfig.
+    "S*", or their tokens. latents, noise: (B, C, h, w). timesteps: (B,). config: MethodConfig.
     concepts: (B,) ids that tell which samples of the batch are negatives of each other. bank: more
     negatives, see `regularise`.
     Yields scalars: "loss", "diffusion", and the regulariser's terms ("contrastive" and "norm").
@@ -43,14 +43,14 @@ def objective(
     >>> with objective(...) as losses:
     ...     losses["loss"].backward()
     """
-    v_star = word_in_use(prediction.v_star, prompt_encoder.table, config)
+    v_star = prompt_embedding(prediction.v_star, prompt_encoder.table, config)
     soft = prompt_encoder(prompts, v_star)  # (B, L, d)
     hard = prompt_encoder.hard(prompts, v_star) if config.alpha_blend != 1 else None
     alpha = alpha_at(config.alpha_blend, timesteps, len(backbone.alphas_cumprod))
     noisy = add_noise(backbone, latents, noise, timesteps).to(backbone.dtype)
     target = diffusion_target(backbone, latents, noise, timesteps)
     with dual_path(
-        backbone.unet, prediction.offsets, hard, alpha, config.pairing, config.granularity
+        backbone.unet, prediction.offsets, hard, alpha, config.offsets_on, config.granularity
     ):
         output = backbone.unet(noisy, timesteps, soft.to(backbone.dtype)).sample
         losses = {"diffusion": F.mse_loss(output.float(), target.float())}

@@ -16,8 +16,7 @@ from tqdm.auto import tqdm
 from dte_lab.backbone import load_backbone, stock_pipeline
 from dte_lab.common.images import read_image, to_bytes, to_pil, to_square_tensor
 from dte_lab.concept import Concept
-from dte_lab.config import refresh_interval
-from dte_lab.contrastive import word_in_use
+from dte_lab.contrastive import prompt_embedding
 from dte_lab.dual_path import dual_path
 from dte_lab.encoder import load_encoder
 from dte_lab.sampling import GUIDANCE_SCALE, Conditioning, Refresher
@@ -56,14 +55,13 @@ class DTEPipeline:
         return self
 
     def personalize(
-        self, image, num_steps=12, seed=0, callback=None, progress=True, config=None, dte=None
+        self, image, num_steps=12, seed=0, callback=None, progress=True, config=None, method=None
     ):
         """Predict v* and the offsets from pictures of one concept, then tune them.
 
         image: a path, a PIL image, or a list of them. num_steps: 0 (prediction only), 12 as in the
         paper, or any other number. callback: see `tune`. config: TuneConfig, whose num_steps is
-        overridden. dte: DTEConfig with other regularisers, dual path or sampling than the encoder
-        was trained with; what concerns its architecture is ignored.
+        overridden. method: MethodConfig, by default the one that the encoder was trained with.
         Raises ValueError for pictures that cannot be read, see images.py. Returns a Concept.
         """
         start = time.perf_counter()
@@ -71,19 +69,19 @@ class DTEPipeline:
         if not images:
             raise ValueError("personalize needs at least one picture of the concept.")
         pixels = self.pixels(images)
-        backbone, encoder, dte = self.backbone, self.encoder, dte or self.encoder.dte
+        backbone, encoder, method = self.backbone, self.encoder, method or self.encoder.method
         config = replace(config or TuneConfig(), num_steps=num_steps)
         if backbone.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
         prediction = encoder.predict(backbone, pixels, seed, self.prompt_encoder)
         result = tune(
-            backbone, self.prompt_encoder, prediction, pixels, dte, config,
+            backbone, self.prompt_encoder, prediction, pixels, method, config,
             bank=(encoder.bank, encoder.bank_concepts), seed=seed, callback=callback,
             progress=progress, encoder=encoder,
         )  # fmt: skip
         tuned = result.prediction
-        v_star = word_in_use(tuned.v_star, self.prompt_encoder.table, dte)
+        v_star = prompt_embedding(tuned.v_star, self.prompt_encoder.table, method)
         info = {
             "num_steps": num_steps,
             "tuned": config.what,
@@ -95,31 +93,32 @@ class DTEPipeline:
             "seconds": time.perf_counter() - start,
             "peak_memory_mb": peak_memory_mb(backbone.device),
         }
-        return Concept(v_star, tuned.offsets, backbone.name, dte, info, to_bytes(pixels))
+        return Concept(v_star, tuned.offsets, backbone.name, method, info, to_bytes(pixels))
 
     @torch.no_grad()
     def generate(
         self, concept, prompts, seeds=(0,), guidance_scale=GUIDANCE_SCALE, num_inference_steps=25,
-        negative_prompt="", alpha_blend=None, batch_size=8, progress=True, refresh=None,
+        negative_prompt="", alpha_blend=None, batch_size=8, progress=True,
+        prediction_interval=None,
     ):  # fmt: skip
         """Sample every prompt with every seed: a list per prompt of a list per seed of PIL images.
 
-        prompts: a string or a list, each with "S*". alpha_blend and refresh: see DTEConfig; None
-        takes the concept's. batch_size: pictures per UNet call, before guidance doubles them. The
-        initial noise depends on the seed alone, so a picture does not depend on what else is in its
-        batch.
+        prompts: a string or a list, each with "S*". alpha_blend and prediction_interval: see
+        MethodConfig; None takes the concept's. batch_size: pictures per UNet call, before
+        guidance doubles them. The initial noise depends on the seed alone, so a picture does not
+        depend on what else is in its batch.
         Raises ValueError for a prompt without "S*", for a concept of another backbone, and for
-        `refresh` with a concept that holds no pictures.
+        `prediction_interval` with a concept that holds no pictures.
         """
         backbone, encode, config = self.backbone, self.prompt_encoder, concept.config
         prompts, seeds = [prompts] if isinstance(prompts, str) else list(prompts), list(seeds)
         concept.check(backbone)
-        given = {"alpha_blend": alpha_blend, "refresh": refresh}
+        given = {"alpha_blend": alpha_blend, "prediction_interval": prediction_interval}
         config = replace(config, **{k: v for k, v in given.items() if v is not None})
         concept = replace(concept, config=config)
         encode.tokenize(prompts)  # complain before any work is done
         refresher = None
-        if refresh_interval(config.refresh) is not None:
+        if config.prediction_interval:
             refresher = Refresher(backbone, self.encoder, encode, concept)
 
         jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
@@ -132,7 +131,7 @@ class DTEPipeline:
             tqdm(total=len(batches) * len(timesteps), desc="sampling", disable=not progress) as bar,
             backbone.loaded(backbone.vae),  # the stock pipeline goes by the device of all its parts
             dual_path(
-                backbone.unet, {}, pairing=config.pairing, granularity=config.granularity
+                backbone.unet, {}, offsets_on=config.offsets_on, granularity=config.granularity
             ) as path,
         ):
             for batch in batches:
@@ -192,4 +191,3 @@ def peak_memory_mb(device):
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KB on Linux
-

@@ -1,14 +1,14 @@
 """What the UNet is given at each sampling step: prompts with v*, offsets, hard prompts, blend.
 
-With `refresh` the encoder looks again during sampling: v* and the offsets are predicted from the
-concept's pictures and the *current* noisy latent at its timestep, as in the paper, whose features
-change with t. What tuning added to the static prediction is added to each new one. ("ours")
+With a `prediction_interval` the encoder looks again during sampling: v* and the offsets are
+predicted from the concept's pictures and the *current* noisy latent at its timestep, as in the
+paper, whose features change with t. What tuning added to the static prediction is added to each
+new one. ("ours")
 """
 
 import torch
 
-from dte_lab.config import refresh_interval
-from dte_lab.contrastive import word_in_use
+from dte_lab.contrastive import prompt_embedding
 from dte_lab.dual_path import alpha_at
 from dte_lab.encoder import EncoderPrediction, mean_prediction
 from dte_lab.features import ImageFeatures
@@ -28,11 +28,11 @@ class Refresher:
         if concept.pictures is None:
             raise ValueError(
                 "The concept holds no pictures to predict from during sampling: "
-                "personalize it again, or use refresh='once'."
+                "personalize it again, or use prediction_interval=0."
             )
         self.backbone, self.encoder = backbone, encoder
         self.table, self.config = prompt_encoder.table, concept.config
-        self.prompt = prompt_encoder.plain([encoder.dte.feature_prompt])
+        self.prompt = prompt_encoder.plain([encoder.settings.feature_prompt])
         pictures = concept.pictures.to(backbone.device).float() / 127.5 - 1  # (n, 3, H, W)
         static = encoder.predict(backbone, pictures, concept.info["seed"], prompt_encoder)
         device = static.v_star.device
@@ -57,7 +57,7 @@ class Refresher:
             key: (new.offsets[key][0] + a, new.offsets[key][1] + b)
             for key, (a, b) in self.tuned_offsets.items()
         }
-        v_star = word_in_use(v_star, self.table, self.config)
+        v_star = prompt_embedding(v_star, self.table, self.config)
         return EncoderPrediction(v_star, offsets)
 
 
@@ -65,7 +65,7 @@ class Conditioning:
     """Leads one batch of prompts through the steps of a stock sampling pipeline.
 
     concept: Concept, with the settings in its config. prompts: b strings. timesteps: the sampler's,
-    (S,), of num_timesteps. refresher: predicts where the config's `refresh` is not "once".
+    (S,), of num_timesteps. refresher: predicts anew at every `prediction_interval` of the config.
     Attributes that a call sets: `soft` (b, L, d), and `prompt_embeds`, under guidance
     [negative, soft] (2b, L, d).
     """
@@ -77,7 +77,7 @@ class Conditioning:
         self.prompt_encoder, self.config, self.prompts = prompt_encoder, concept.config, prompts
         self.timesteps, self.num_timesteps = timesteps, num_timesteps
         self.guided, self.refresher = guided, refresher
-        self.interval = refresh_interval(concept.config.refresh)
+        self.interval = concept.config.prediction_interval
         negative = prompt_encoder.plain([negative_prompt])
         self.negative = negative.expand(len(prompts), -1, -1)  # (b, L, d)
         device = negative.device
@@ -86,7 +86,7 @@ class Conditioning:
     def __call__(self, path, step, latents):
         """Set a `DualPath` for a step that starts from latents (b, C, h, w)."""
         timestep = int(self.timesteps[step])
-        if self.interval is not None and step % self.interval == 0:
+        if self.interval and step % self.interval == 0:
             path.clear()  # the features are those of the vanilla UNet
             self._encode(self.refresher(latents, timestep))
         alpha = alpha_at(self.config.alpha_blend, timestep, self.num_timesteps)

@@ -53,15 +53,15 @@ class TuneResult:
 
 
 def tune(
-    backbone, prompt_encoder, prediction, images, dte, config=None, bank=None,
+    backbone, prompt_encoder, prediction, images, method, config=None, bank=None,
     seed=0, callback=None, progress=True, encoder=None,
 ):  # fmt: skip
     """Fine-tune a prediction (batch 1) on pictures (n, 3, H, W) of the concept in [-1, 1].
 
-    dte: DTEConfig. config: TuneConfig. bank: negatives, see `regularise`. callback: called after
-    each step with a dict of step, the losses, v_star and offsets (detached copies, as the losses
-    found them). encoder: the TuningEncoder that predicted, from the same pictures and seed, where
-    more than the predictions is tuned; it stays as it is, a copy is tuned. Its static features are
+    method: MethodConfig. config: TuneConfig. bank: negatives, see `regularise`. callback: called
+    after each step with a dict of step, the losses, v_star and offsets (detached copies, as the
+    losses found them). encoder: the TuningEncoder that predicted, from the same pictures and seed,
+    where more than the predictions is tuned; it stays as it is, a copy is tuned. Its static features are
     computed once. The same seed gives the same result on the same machine.
     If the loss or a gradient stops being finite, tuning ends with a warning and returns the last
     state whose loss was finite.
@@ -94,7 +94,9 @@ def tune(
         sample = noise_levels(latents, step, B, T, generator)
         optimizer.zero_grad()
         state = predict()
-        with objective(backbone, prompt_encoder, state, prompts, *sample, dte, bank=bank) as terms:
+        with objective(
+            backbone, prompt_encoder, state, prompts, *sample, method, bank=bank
+        ) as terms:
             (scale * terms["loss"]).backward()
         state = _copy(state)  # before the step changes it
         finite = terms["loss"].isfinite()

@@ -10,7 +10,8 @@ DreamBooth with LoRA).
 
 import torch
 
-from dte_lab.encoder import DTEConfig, EncoderPrediction, word_clip_embeddings
+from dte_lab.config import EncoderConfig, MethodConfig
+from dte_lab.encoder import EncoderPrediction, word_clip_embeddings
 from dte_lab.features import image_features
 from dte_lab.lora import projection_shapes
 from dte_lab.tokens import PromptEncoder
@@ -19,8 +20,8 @@ from dte_lab.tokens import PromptEncoder
 class ZeroShotStart:
     """The word that CLIP finds in the pictures, and offsets with A random and B = 0."""
 
-    def __init__(self, backbone, dte=None):
-        self.dte = dte or DTEConfig()
+    def __init__(self, backbone, settings=None, method=None):
+        self.settings, self.method = settings or EncoderConfig(), method or MethodConfig()
         width = backbone.text_encoder.config.hidden_size
         self.bank = torch.zeros(0, width, device=backbone.device)  # no concepts to keep away from
         self.bank_concepts = torch.zeros(0, dtype=torch.long, device=backbone.device)
@@ -48,7 +49,7 @@ class ZeroShotStart:
         best = (embeds @ self.word_clip.to(embeds.device).T).mean(dim=0).argmax()
         v_star = table.embeddings[best][None]  # (1, d)
 
-        generator, rank, offsets = torch.Generator().manual_seed(seed), self.dte.rank, {}
+        generator, rank, offsets = torch.Generator().manual_seed(seed), self.settings.rank, {}
         for key, (d_in, d_out) in projection_shapes(backbone.unet).items():
             a = torch.randn(1, d_in, rank, generator=generator) * d_in**-0.5
             offsets[key] = a.to(v_star), v_star.new_zeros(1, rank, d_out)

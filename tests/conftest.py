@@ -97,9 +97,9 @@ def tiny_backbone(tiny_path):
 
 @pytest.fixture(scope="session")
 def tiny_config():
-    from dte_lab import DTEConfig
+    from dte_lab import EncoderConfig
 
-    return DTEConfig(
+    return EncoderConfig(
         rank=2, width=16, grid=4, fusion_depth=1, trunk_depth=1, num_heads=2, zero_shot_words=4,
         negative_bank_size=6,
     )  # fmt: skip

@@ -74,7 +74,7 @@ def test_lora_starts_as_a_no_op_of_the_encoders_rank_and_keeps_its_word(pipe, pi
     assert concepts[0].info["phrase"] == f"S* {word}"
     assert all((a @ b).abs().max() == 0 for a, b in concepts[0].offsets.values())
     assert any((a @ b).abs().max() > 0 for a, b in concepts[2].offsets.values())
-    assert {a.shape[-1] for a, _ in concepts[2].offsets.values()} == {pipe.encoder.dte.rank}
+    assert {a.shape[-1] for a, _ in concepts[2].offsets.values()} == {pipe.encoder.settings.rank}
     assert torch.equal(concepts[0].v_star, concepts[2].v_star)
     assert not torch.allclose(concepts[0].v_star, embedding)
 
@@ -83,7 +83,7 @@ def test_prior_preservation_holds_on_to_pictures_of_the_class(pipe, pixels):
     """After the same steps, the loss on the base model's pictures of the class is lower with it."""
     backbone, (_, embedding) = pipe.backbone, class_word(pipe, pixels)
     prompt, steps = "a picture of S*", 15
-    base = Concept(embedding, {}, backbone.name, single_path(pipe.encoder.dte))
+    base = Concept(embedding, {}, backbone.name, single_path(pipe.encoder.method))
     drawn = pipe.generate(base, prompt, range(2), num_inference_steps=20, progress=False)[0]
     latents = backbone.encode_images(pipe.pixels(drawn)).repeat(8, 1, 1, 1)
     generator = torch.Generator().manual_seed(1)

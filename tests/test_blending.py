@@ -72,7 +72,7 @@ def test_settings_differ_in_sampling_alone(experiment, tmp_path, monkeypatch):
 
     def note_drawing(self, concept, *arguments, **options):
         config = concept.config
-        drawn.append((concept.v_star, config.pairing, config.granularity, config.alpha_blend))
+        drawn.append((concept.v_star, config.offsets_on, config.granularity, config.alpha_blend))
         return generate(self, concept, *arguments, **options)
 
     monkeypatch.setattr(DTEPipeline, "personalize", note_tuning)
@@ -91,7 +91,7 @@ def test_identity_is_scaled_by_the_truth():
         measures = dict.fromkeys(blending.MEASURED, 0.5) | {"identity_margin": margin}
         return {"concept": concept} | dict(zip(blending.SETTING, setting, strict=True)) | measures
 
-    true, soft = (None, None, None), ("figure", "attention", 1)
+    true, soft = (None, None, None), ("soft", "attention", 1)
     rows = [row("cat", true, 0.4), row("cat", soft, 0.3), row("dog", true, 0.6),
             row("dog", soft, -0.1)]  # fmt: skip
     table = blending.by_setting(rows)

@@ -301,7 +301,7 @@ def test_pretrain_starts_a_run(dte, monkeypatch, model, tmp_path):
         item = dataset[0]
         assert {"image", "target", "prompt", "concept"} <= set(item)
         assert (config.steps, options["out_dir"]) == (3, tmp_path)
-        assert encoder.config.clip_dim and encoder.dte.regulariser == "none"
+        assert encoder.config.clip_dim and encoder.method.regulariser == "none"
         assert len(options["eval_images"]) == len(options["watched_images"]) == 4
 
     monkeypatch.setattr("dte_lab.training.pretrain.pretrain", record)

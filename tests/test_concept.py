@@ -1,14 +1,17 @@
 import pytest
 import torch
 
-from dte_lab import Concept, DTEConfig
+from dte_lab import Concept, MethodConfig
 
 
 @pytest.fixture
 def concept(tiny_offsets):
     v_star = torch.randn(1, 24)
     pictures = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
-    config, info = DTEConfig(alpha_blend=(0.4, 1.0), refresh=3), {"words_after": [["cat", 0.5]]}
+    config, info = (
+        MethodConfig(alpha_blend=(0.4, 1.0), prediction_interval=3),
+        {"words_after": [["cat", 0.5]]},
+    )
     return Concept(v_star, tiny_offsets(1), "tiny", config, info, pictures)
 
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dte_lab import DTEConfig, TokenTable
+from dte_lab import MethodConfig, TokenTable
 from dte_lab.contrastive import (
     REGULARISERS,
     contrastive_loss,
     gaussian_loss,
     norm_loss,
+    prompt_embedding,
     regularise,
-    word_in_use,
 )
 
 
@@ -93,7 +93,7 @@ def v_stars(seed=0):
 
 
 def terms(regulariser, table, v, **kwargs):
-    config = DTEConfig(
+    config = MethodConfig(
         regulariser=regulariser, num_positives=3, contrastive_weight=0.1, norm_weight=0.2,
         regulariser_weight=0.3,
     )  # fmt: skip
@@ -113,7 +113,7 @@ def test_each_regulariser_has_its_terms(table):
     for name, weights in expected.items():
         assert terms(name, table, v_stars())[0] == weights
     with pytest.raises(ValueError, match="regulariser"):
-        DTEConfig(regulariser="l1")
+        MethodConfig(regulariser="l1")
 
 
 def test_values_against_loops(table):
@@ -155,10 +155,10 @@ def test_words_are_typical(table):
 
 def test_projection_puts_the_nearest_word_in_use_and_lets_gradients_pass(table):
     v = (table.embeddings[[2, 5]] * 1.5 + 1e-3).requires_grad_()
-    config = DTEConfig(regulariser="nearest")
-    used = word_in_use(v, table, config)
+    config = MethodConfig(regulariser="nearest")
+    used = prompt_embedding(v, table, config)
     torch.testing.assert_close(used, table.embeddings[[2, 5]])
     weight = torch.randn(2, 24)
     grad = torch.autograd.grad((used * weight).sum(), v)[0]
     assert torch.equal(grad, weight)
-    assert word_in_use(v, table, replace(config, regulariser="contrastive")) is v
+    assert prompt_embedding(v, table, replace(config, regulariser="contrastive")) is v

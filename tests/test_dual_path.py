@@ -34,14 +34,14 @@ def plain_attention(x, text, w_q, w_k, w_v, heads):
     return torch.cat(out, dim=-1)
 
 
-def plain_branch(attn, offsets, name, x, soft, hard, alpha, pairing):
+def plain_branch(attn, offsets, name, x, soft, hard, alpha, offsets_on):
     """The module docstring's formula, for one sample and with merged weights."""
     base = {p: getattr(attn, p).weight.T for p in ("to_q", "to_k", "to_v")}
     base["to_out"] = attn.to_out[0].weight.T
     shifted = {
         p: w + offsets[f"{name}.{p}"][0] @ offsets[f"{name}.{p}"][1] for p, w in base.items()
     }
-    w_soft, w_hard = (shifted, base) if pairing == "figure" else (base, shifted)
+    w_soft, w_hard = (shifted, base) if offsets_on == "soft" else (base, shifted)
 
     def branch(text, w):
         out = plain_attention(x, text, w["to_q"], w["to_k"], w["to_v"], attn.heads)
@@ -87,24 +87,24 @@ def test_samples_of_a_batch_have_their_own_offsets(tiny_backbone, tiny_offsets, 
 
 
 @pytest.mark.parametrize("granularity", ["attention", "block"])
-@pytest.mark.parametrize("pairing", ["figure", "text"])
+@pytest.mark.parametrize("offsets_on", ["soft", "hard"])
 def test_swapping_paths_swaps_pairings(
-    tiny_backbone, tiny_offsets, merged_unet, pairing, granularity
+    tiny_backbone, tiny_offsets, merged_unet, offsets_on, granularity
 ):
-    """At alpha 0 and 1 each pairing is one known plain UNet."""
+    """At alpha 0 and 1 each offsets_on is one known plain UNet."""
     unet, offsets = tiny_backbone.unet, tiny_offsets(1)
     plain, merged = unet, merged_unet(offsets)
-    soft_unet, hard_unet = (merged, plain) if pairing == "figure" else (plain, merged)
+    soft_unet, hard_unet = (merged, plain) if offsets_on == "soft" else (plain, merged)
     for alpha, expected in [(1.0, run(soft_unet, SOFT)), (0.0, run(hard_unet, HARD))]:
-        with dual_path(unet, offsets, HARD, alpha, pairing, granularity):
+        with dual_path(unet, offsets, HARD, alpha, offsets_on, granularity):
             ours = run(unet)
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("pairing", ["figure", "text"])
+@pytest.mark.parametrize("offsets_on", ["soft", "hard"])
 @pytest.mark.parametrize("kind", ["attn1", "attn2"])
 def test_branch_and_its_gradients_agree_with_the_plain_formula(
-    tiny_backbone, tiny_offsets, kind, pairing
+    tiny_backbone, tiny_offsets, kind, offsets_on
 ):
     name = f"down_blocks.1.attentions.0.transformer_blocks.0.{kind}"
     attn = attention_layers(tiny_backbone.unet)[name].double()
@@ -123,13 +123,13 @@ def test_branch_and_its_gradients_agree_with_the_plain_formula(
         weight = randn(1, 9, 32, seed=3).double()
 
         hard_states = HARD[:1].double()  # also given to self-attention, which must not read it
-        with dual_path(tiny_backbone.unet, leaves, hard_states, 0.3, pairing):
+        with dual_path(tiny_backbone.unet, leaves, hard_states, 0.3, offsets_on):
             ours = attn(x, soft) if kind == "attn2" else attn(x)
         ours_grad = torch.autograd.grad((ours * weight).sum(), inputs)
 
         single = {k: (a[0], b[0]) for k, (a, b) in leaves.items()}
         soft_text, hard_text = (x[0], x[0]) if kind == "attn1" else (soft[0], hard[0])
-        plain = plain_branch(attn, single, name, x[0], soft_text, hard_text, 0.3, pairing)[None]
+        plain = plain_branch(attn, single, name, x[0], soft_text, hard_text, 0.3, offsets_on)[None]
         plain_grad = torch.autograd.grad((plain * weight).sum(), inputs)
 
         torch.testing.assert_close(ours, plain, atol=1e-10, rtol=1e-8)
@@ -153,7 +153,7 @@ class PlainDualProcessor:
             soft, hard = x, x
             if encoder_hidden_states is not None:
                 soft, hard = encoder_hidden_states[i], self.hard[i]
-            rows.append(plain_branch(attn, single, self.name, x, soft, hard, self.alpha, "figure"))
+            rows.append(plain_branch(attn, single, self.name, x, soft, hard, self.alpha, "soft"))
         return torch.stack(rows)
 
 
@@ -214,10 +214,10 @@ class BlockTwice(torch.nn.Module):
         return mix(soft, hard)
 
 
-@pytest.mark.parametrize("pairing", ["figure", "text"])
+@pytest.mark.parametrize("offsets_on", ["soft", "hard"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_block_granularity_against_blocks_run_twice(
-    tiny_backbone, tiny_offsets, pairing, checkpointing
+    tiny_backbone, tiny_offsets, offsets_on, checkpointing
 ):
     unet, offsets = copy.deepcopy(tiny_backbone.unet), tiny_offsets(B)
     soft_text, hard_text = SOFT.clone().requires_grad_(), HARD.clone().requires_grad_()
@@ -226,7 +226,7 @@ def test_block_granularity_against_blocks_run_twice(
     if checkpointing:
         unet.enable_gradient_checkpointing()
     before = {name: list(m._forward_hooks) for name, m in unet.named_modules()}
-    with dual_path(unet, offsets, hard_text, alpha, pairing, "block"):
+    with dual_path(unet, offsets, hard_text, alpha, offsets_on, "block"):
         ours = run(unet, soft_text)
         ours_grad = torch.autograd.grad(ours.square().mean(), leaves)
     assert {name: list(m._forward_hooks) for name, m in unet.named_modules()} == before
@@ -239,7 +239,7 @@ def test_block_granularity_against_blocks_run_twice(
 
     def pair(path):
         one, two = shifted.get_submodule(path), plain.get_submodule(path)
-        if pairing == "text":
+        if offsets_on == "hard":
             one, two = two, one
         return BlockTwice(one, two, hard_text, per_sample)
 
@@ -302,7 +302,7 @@ def test_bad_arguments(tiny_backbone, tiny_offsets):
     cases = [
         (dict(offsets=offsets, alpha_blend=0.5), "hard path needs"),
         (dict(offsets=offsets, alpha_blend=torch.ones(2)), "hard path needs"),
-        (dict(offsets=offsets, pairing="both"), "Unknown pairing"),
+        (dict(offsets=offsets, offsets_on="both"), "Unknown offsets_on"),
         (dict(offsets=offsets, granularity="unet"), "Unknown granularity"),
         (dict(offsets={"no.such.to_q": (a, b)}), "no projection"),
         (dict(offsets={key: (b, a)}), "expected"),

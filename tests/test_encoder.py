@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dte_lab import DTEConfig, PromptEncoder, TuningEncoder, load_encoder
+from dte_lab import PromptEncoder, TuningEncoder, load_encoder
 from dte_lab.backbone import add_noise
 from dte_lab.dual_path import dual_path
 from dte_lab.encoder import word_clip_embeddings
@@ -79,10 +79,10 @@ def test_samples_do_not_mix(tiny_encoder):
 
 
 def test_save_and_load_round_trip(tiny_backbone, tiny_encoder, tmp_path):
-    perturb(tiny_encoder).remember(torch.ones(2, 24), torch.tensor([4, 5]))
+    perturb(tiny_encoder).enqueue(torch.ones(2, 24), torch.tensor([4, 5]))
     tiny_encoder.save_pretrained(tmp_path)
     loaded = load_encoder(tmp_path, tiny_backbone)
-    assert loaded.dte == tiny_encoder.dte
+    assert loaded.settings == tiny_encoder.settings
     for (name, mine), theirs in zip(tiny_encoder.named_buffers(), loaded.buffers(), strict=True):
         assert torch.equal(mine, theirs), name
     ours, again = tiny_encoder(*features()), loaded(*features())
@@ -119,7 +119,7 @@ def test_initialisation_is_seeded_and_leaves_the_global_generator_alone(tiny_bac
 def test_bank_is_a_ring(tiny_encoder):
     for i in range(4):
         rows = torch.full((4, 24), float(i))
-        tiny_encoder.remember(rows, torch.full((4,), i))
+        tiny_encoder.enqueue(rows, torch.full((4,), i))
     # six rows, sixteen writes: 0000 1111 2222 3333, of which the last six remain
     assert sorted(tiny_encoder.bank_concepts.tolist()) == [2, 2, 3, 3, 3, 3]
     assert torch.equal(tiny_encoder.bank[:, 0].long(), tiny_encoder.bank_concepts)
@@ -166,31 +166,41 @@ def test_static_prediction_is_the_mean_over_pictures_and_noise_levels(
 def test_chosen_features_reach_the_encoder(tiny_backbone, tiny_config, tiny_pixels, tmp_path):
     """Other layers, another prompt and whole matrices: saved, loaded, and used in predictions."""
     chosen = {"unet_layers": ("conv_in", "mid_block"), "clip_layer": -2, "rank": "full"}
-    dte = replace(tiny_config, feature_prompt="a picture of the cat", **chosen)
-    encoder = perturb(TuningEncoder.from_backbone(tiny_backbone, dte))
+    settings = replace(tiny_config, feature_prompt="a picture of the cat", **chosen)
+    encoder = perturb(TuningEncoder.from_backbone(tiny_backbone, settings))
     assert encoder.config.unet_dim == 16 + 32
     encoder.save_pretrained(tmp_path)
     loaded = load_encoder(tmp_path, tiny_backbone)
-    assert loaded.dte == dte
+    assert loaded.settings == settings
     one, two = (e.predict(tiny_backbone, tiny_pixels) for e in (encoder, loaded))
     torch.testing.assert_close(one.v_star, two.v_star)
     with dual_path(tiny_backbone.unet, one.offsets):
         pass  # they fit
     for change in ({"feature_prompt": ""}, {"clip_layer": -1}):
-        loaded.dte = replace(dte, **change)
+        loaded.settings = replace(settings, **change)
         other = loaded.predict(tiny_backbone, tiny_pixels)
         assert (other.v_star - one.v_star).abs().max() > 1e-6, change
 
 
 def test_settings_that_do_not_exist_are_refused():
     for name, value in [
-        ("regulariser", "l1"), ("pairing", "both"), ("granularity", "unet"), ("refresh", "never"),
-        ("refresh", 0), ("refresh", True),
+        ("regulariser", "l1"), ("offsets_on", "both"), ("granularity", "unet"),
+        ("prediction_interval", "never"), ("prediction_interval", -1),
+        ("prediction_interval", True), ("alpha_blend", 3), ("alpha_blend", (0.1, 0.2, 0.3)),
+        ("alpha_blend", float("nan")), ("temperature", 0), ("num_positives", 0),
+        ("num_positives", 2.5), ("norm_weight", -0.1), ("unconditional_offsets", 1),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=f"^{name} is .*, not "):
+            MethodConfig(**{name: value})
+    for name, value in [
+        ("rank", 0), ("rank", "half"), ("feature_timesteps", (2,)), ("feature_timesteps", ()),
+        ("width", 20), ("width", 0), ("num_heads", 0), ("token_scale", 0), ("grid", 1.5),
+        ("unet_layers", ()), ("clip_layer", "last"), ("feature_prompt", None),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=name):
-            DTEConfig(**{name: value})
-    config = DTEConfig(alpha_blend=[0.2, 0.9], unet_layers=["conv_in"])  # as JSON gives it
-    assert config == DTEConfig(alpha_blend=(0.2, 0.9), unet_layers=("conv_in",))
+            EncoderConfig(**{name: value})
+    assert MethodConfig(alpha_blend=[0.2, 0.9]).alpha_blend == (0.2, 0.9)  # as JSON gives it
+    assert EncoderConfig(unet_layers=["conv_in"]).unet_layers == ("conv_in",)
 
 
 def test_a_backbone_without_projection_is_refused(tiny_backbone):
@@ -221,5 +231,5 @@ def test_default_size():
         attention_head_dim=4,
     )
     encoder = TuningEncoder(projection_shapes(unet), 192, 192, unet_feature_dim(unet), 192, 10)
-    assert encoder.dte == DTEConfig()
+    assert encoder.settings == EncoderConfig() and encoder.method == MethodConfig()
     assert 1.5e6 < sum(p.numel() for p in encoder.parameters()) < 4e6

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dte_lab import Concept, DTEConfig, DTEPipeline
+from dte_lab import Concept, DTEPipeline, MethodConfig
 from dte_lab.cli import main
 from dte_lab.common.images import to_pil
 from dte_lab.evaluation import run
@@ -96,10 +96,10 @@ def test_measures_prefer_the_truth(tiny_backbone, monkeypatch):
 
 
 def test_specifications():
-    method = parse("dte@alpha_blend=[0.9,0.5]@pairing=text@encoder=a/b:12,0")
+    method = parse("dte@alpha_blend=[0.9,0.5]@offsets_on=hard@encoder=a/b:12,0")
     assert method.name == "dte" and method.steps == (0, 12)
-    assert method.label == "dte@alpha_blend=[0.9,0.5]@pairing=text@encoder=a/b"
-    assert method.options == {"alpha_blend": (0.9, 0.5), "pairing": "text", "encoder": "a/b"}
+    assert method.label == "dte@alpha_blend=[0.9,0.5]@offsets_on=hard@encoder=a/b"
+    assert method.options == {"alpha_blend": (0.9, 0.5), "offsets_on": "hard", "encoder": "a/b"}
     assert parse("oracle").steps == ()
     for specs in EXPERIMENTS.values():
         labels = [parse(spec).label for spec in specs]
@@ -118,7 +118,11 @@ def test_a_tuned_concept_is_that_of_personalize_at_each_number_of_steps(
     assert list(concepts) == [0, 1, 3]
     for steps, concept in concepts.items():
         alone = pipe.personalize(
-            to_pil(pixels), steps, seed=2, progress=False, dte=DTEConfig(**vars(concept.config))
+            to_pil(pixels),
+            steps,
+            seed=2,
+            progress=False,
+            method=MethodConfig(**vars(concept.config)),
         )
         assert concept.config.alpha_blend == 0.5
         assert torch.equal(concept.v_star, alone.v_star)
@@ -127,7 +131,7 @@ def test_a_tuned_concept_is_that_of_personalize_at_each_number_of_steps(
         assert concept.nearest_words == alone.nearest_words
     lower = methods.concepts(parse("dte@rank=1:0"), pixels, seed=2)[0]
     assert {b.shape[-2] for _, b in lower.offsets.values()} == {1}
-    method = parse("dte@rank=1@refresh=2:0")
+    method = parse("dte@rank=1@prediction_interval=2:0")
     redrawn = run.draw_concept(
         methods.pipe_of(method), methods.concepts(method, pixels, seed=2)[0],
         edits(Item("cat", "noto", "white"), ["beach"])[:1], ([0], 3, 1.5),

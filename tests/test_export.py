@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from dte_lab import Concept, DTEConfig, DTEPipeline
+from dte_lab import Concept, DTEPipeline, MethodConfig
 from dte_lab.export import EMBEDDING, KOHYA, LORA, export
 from dte_lab.sampling import GUIDANCE_SCALE
 
@@ -20,7 +20,9 @@ PROMPT = "a picture of S* on the beach"
 @pytest.fixture
 def concept(tiny_backbone, tiny_offsets):
     v_star = torch.randn(1, 24, generator=torch.Generator().manual_seed(4))
-    return Concept(v_star, tiny_offsets(scale=0.5), tiny_backbone.name, DTEConfig(alpha_blend=0.5))
+    return Concept(
+        v_star, tiny_offsets(scale=0.5), tiny_backbone.name, MethodConfig(alpha_blend=0.5)
+    )
 
 
 @pytest.fixture
@@ -89,6 +91,6 @@ def test_textual_inversion_has_no_lora_file(concept, tmp_path):
 
 
 def test_offsets_of_the_hard_path_are_refused(concept, tmp_path):
-    concept.config = replace(concept.config, pairing="text")
+    concept.config = replace(concept.config, offsets_on="hard")
     with pytest.raises(ValueError, match="hard path"):
         export(concept, tmp_path)

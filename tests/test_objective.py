@@ -4,7 +4,7 @@ import dataclasses
 import pytest
 import torch
 
-from dte_lab import DTEConfig, PromptEncoder
+from dte_lab import MethodConfig, PromptEncoder
 from dte_lab.contrastive import contrastive_loss
 from dte_lab.encoder import EncoderPrediction
 from dte_lab.objective import objective
@@ -32,7 +32,7 @@ def test_diffusion_term_against_merged_weights(tiny_backbone, setting, merged_un
     from diffusers import DDPMScheduler
 
     encode, leaves, latents, noise, t = setting
-    config = DTEConfig(alpha_blend=1.0)
+    config = MethodConfig(alpha_blend=1.0)
     with objective(tiny_backbone, encode, leaves, PROMPTS, latents, noise, t, config) as losses:
         ours = losses["diffusion"]
     scheduler = DDPMScheduler.from_config(tiny_backbone.scheduler.config)
@@ -55,7 +55,7 @@ def test_gradients_with_and_without_checkpointing(tiny_backbone, setting, checkp
     if checkpointing:
         unet.enable_gradient_checkpointing()
     backbone = dataclasses.replace(tiny_backbone, unet=unet)
-    config = DTEConfig(alpha_blend=0.6, contrastive_weight=0.0, norm_weight=0.0)
+    config = MethodConfig(alpha_blend=0.6, contrastive_weight=0.0, norm_weight=0.0)
     tensors = [leaves.v_star, *(m for pair in leaves.offsets.values() for m in pair)]
 
     def loss(backward=False):
@@ -84,7 +84,7 @@ def test_gradients_with_and_without_checkpointing(tiny_backbone, setting, checkp
 def test_contrastive_negatives_are_other_concepts_and_the_bank(tiny_backbone, setting):
     encode, leaves, latents, noise, t = setting
     v = leaves.v_star
-    concepts, config = torch.tensor([7, 7, 8]), DTEConfig()
+    concepts, config = torch.tensor([7, 7, 8]), MethodConfig()
     bank = (randn(4, 24, seed=5), torch.tensor([8, 9, -1, 7]))
     with objective(
         tiny_backbone, encode, leaves, PROMPTS, latents, noise, t, config, concepts, bank

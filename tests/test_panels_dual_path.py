@@ -13,12 +13,12 @@ from dte_lab.panels import dual_path
 
 @pytest.fixture(scope="module")
 def pictures():
-    """{(pairing, granularity, alpha, seed): picture of one colour}."""
+    """{(offsets_on, granularity, alpha, seed): picture of one colour}."""
     return {
-        (pairing, granularity, alpha, seed): Image.new(
+        (offsets_on, granularity, alpha, seed): Image.new(
             "RGB", (8, 8), (250 * i, 120 * j + 10 * seed, int(200 * alpha))
         )
-        for i, pairing in enumerate(("figure", "text"))
+        for i, offsets_on in enumerate(("soft", "hard"))
         for j, granularity in enumerate(("attention", "block"))
         for alpha in (0, 0.5, 1)
         for seed in (3, 4)
@@ -76,10 +76,10 @@ def test_curves_are_means_over_concepts_at_their_alpha(table):
     assert len(figure.axes) == len(dual_path.NAMES)
     for ax, measure in zip(figure.axes, dual_path.NAMES, strict=True):
         assert len(ax.containers) == len(dual_path.STYLES)
-        alphas = sorted(key[2] for key in table if key[:2] == ("figure", "attention"))
+        alphas = sorted(key[2] for key in table if key[:2] == ("soft", "attention"))
         line = ax.containers[0].lines[0]
         assert list(line.get_xdata()) == alphas
-        means = [table["figure", "attention", a][measure].mean() for a in alphas]
+        means = [table["soft", "attention", a][measure].mean() for a in alphas]
         assert np.allclose(line.get_ydata(), means)
 
 
@@ -103,13 +103,13 @@ def test_the_ellipse_holds_the_points_that_a_test_of_the_mean_accepts():
 def test_plane_compares_all_ways_at_the_alphas_that_they_share(table):
     left, right = dual_path.plane_figure(table, "clip_t_small", "clip_i_small").axes
     ((line,), lines) = left.get_lines(), right.get_lines()
-    along = sorted(key[2] for key in table if key[:2] == ("figure", "attention"))
-    xs = [table["figure", "attention", a]["clip_t_small"].mean() for a in along]
+    along = sorted(key[2] for key in table if key[:2] == ("soft", "attention"))
+    xs = [table["soft", "attention", a]["clip_t_small"].mean() for a in along]
     assert np.allclose(line.get_xdata(), xs) and len(left.patches) == len(along)
     assert [text.get_text() for text in left.texts] == [f"{a:g}" for a in along]
     assert len(lines) == 4 and {len(each.get_xdata()) for each in lines} == {2}
     assert len({each.get_marker() for each in lines}) == 4
-    ys = [table["text", "block", a]["clip_i_small"].mean() for a in (0.5, 0.7)]
+    ys = [table["hard", "block", a]["clip_i_small"].mean() for a in (0.5, 0.7)]
     assert np.allclose(lines[3].get_ydata(), ys)
     saturated = {key: row | {"scene": np.ones(12)} for key, row in table.items()}
     dual_path.plane_figure(saturated).savefig(io.BytesIO())  # ellipses without width
@@ -118,11 +118,11 @@ def test_plane_compares_all_ways_at_the_alphas_that_they_share(table):
 def test_panel_follows_its_widgets(pictures, shown_picture):
     panel = dual_path.dual_path_panel(pictures)
     assert panel.view in panel.children
-    for pairing, granularity, alpha, seed in pictures:
-        panel.pairing.value, panel.granularity.value = pairing, granularity
+    for offsets_on, granularity, alpha, seed in pictures:
+        panel.offsets_on.value, panel.granularity.value = offsets_on, granularity
         panel.alpha.value, panel.seed.value = alpha, seed
         shown = shown_picture(panel)
         colour = shown.getpixel((shown.width // 2, shown.height // 2 + 20))
-        assert colour == pictures[pairing, granularity, alpha, seed].getpixel((0, 0))
-        alt = f"Pairing {pairing}, granularity {granularity}, alpha_blend {alpha:g}, seed {seed}"
+        assert colour == pictures[offsets_on, granularity, alpha, seed].getpixel((0, 0))
+        alt = f"Pairing {offsets_on}, granularity {granularity}, alpha_blend {alpha:g}, seed {seed}"
         assert f'alt="{alt}"' in panel.view.value

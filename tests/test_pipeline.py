@@ -173,7 +173,7 @@ def sampling_loop(pipe, concept, prompt, seed, steps=3, guidance=2.5, every=None
             clip = image_features(backbone, pictures)
             n = len(pictures)
             unet = unet_features(
-                backbone, x.repeat(n, 1, 1, 1), t.repeat(n), empty, pipe.encoder.dte.grid
+                backbone, x.repeat(n, 1, 1, 1), t.repeat(n), empty, pipe.encoder.settings.grid
             )
             new = pipe.encoder(clip, unet, t.repeat(n))
             v_star = concept.v_star + new.v_star.mean(0, keepdim=True) - static.v_star
@@ -208,12 +208,12 @@ def two_pictures(pipe, picture):
     return concept
 
 
-@pytest.mark.parametrize("refresh, every", [("every step", 1), (2, 2), ("once", None)])
+@pytest.mark.parametrize("every", [1, 2, 0])
 @torch.no_grad()
-def test_refresh_against_a_sampling_loop(pipe, two_pictures, refresh, every):
+def test_prediction_anew_against_a_sampling_loop(pipe, two_pictures, every):
     prompts = ["S* at night", "the S*"]  # each latent of the batch gets its own prediction
     ours = generate(
-        pipe, two_pictures, prompts, seeds=[7], guidance_scale=2.5, refresh=refresh,
+        pipe, two_pictures, prompts, seeds=[7], guidance_scale=2.5, prediction_interval=every,
         num_inference_steps=4,
     )  # fmt: skip
     for prompt, row in zip(prompts, ours, strict=True):
@@ -221,18 +221,18 @@ def test_refresh_against_a_sampling_loop(pipe, two_pictures, refresh, every):
         assert np.abs(pixels(row[0]) - expected).max() <= 1
 
 
-def test_refresh_changes_the_picture(pipe, two_pictures):
+def test_prediction_anew_changes_the_picture(pipe, two_pictures):
     once = generate(pipe, two_pictures)[0][0]
-    anew = generate(pipe, two_pictures, refresh="every step")[0][0]
+    anew = generate(pipe, two_pictures, prediction_interval=1)[0][0]
     assert (pixels(once) != pixels(anew)).any()
 
 
 @torch.no_grad()
-def test_the_hard_word_follows_each_refresh(pipe, concept):
+def test_the_hard_word_follows_each_prediction(pipe, concept):
     """A stand-in for the encoder that predicts another word each time, on the vanilla UNet."""
     encode, unet = pipe.prompt_encoder, pipe.backbone.unet
     words, looks = ["cat", "boat"], []
-    config = dataclasses.replace(concept.config, refresh=2)
+    config = dataclasses.replace(concept.config, prediction_interval=2)
 
     def refresher(latents, timestep):
         looks.append(timestep)
@@ -266,19 +266,19 @@ def test_alpha_schedule_against_a_sampling_loop(pipe, two_pictures, granularity)
     assert (ours != pixels(turned[0][0])).any()
 
 
-def test_refresh_needs_pictures_and_a_known_value(pipe, concept):
-    with pytest.raises(ValueError, match="refresh"):
-        generate(pipe, concept, refresh="sometimes")
-    with pytest.raises(ValueError, match="refresh"):
-        generate(pipe, concept, refresh=0)
+def test_prediction_anew_needs_pictures_and_a_known_value(pipe, concept):
+    with pytest.raises(ValueError, match="prediction_interval"):
+        generate(pipe, concept, prediction_interval="sometimes")
+    with pytest.raises(ValueError, match="prediction_interval"):
+        generate(pipe, concept, prediction_interval=-1)
     bare = dataclasses.replace(concept, pictures=None)
     with pytest.raises(ValueError, match="holds no pictures"):
-        generate(pipe, bare, refresh=2)
+        generate(pipe, bare, prediction_interval=2)
 
 
 def test_nearest_word_projection_ends_at_a_word(pipe, picture):
-    dte = dataclasses.replace(pipe.encoder.dte, regulariser="nearest")
-    concept = pipe.personalize(picture, num_steps=2, progress=False, dte=dte)
+    method = dataclasses.replace(pipe.encoder.method, regulariser="nearest")
+    concept = pipe.personalize(picture, num_steps=2, progress=False, method=method)
     word, cosine = concept.nearest_words[0]
     table = pipe.prompt_encoder.table
     torch.testing.assert_close(concept.v_star[0], table.embeddings[table.words.index(word)])

@@ -135,12 +135,12 @@ def test_a_start_changes_a_fresh_encoder_once(tiny_backbone, tiny_config, tmp_pa
     started = []
 
     def start(encoder):
-        started.append(torch.nn.init.zeros_(encoder.guess_share))
+        started.append(torch.nn.init.zeros_(encoder.zero_shot_weight))
 
     for steps in (1, 2):
         config = dataclasses.replace(CONFIG, steps=steps, learning_rate=0.0)
         trained = run(tiny_backbone, tiny_config, tmp_path, config, start=start)
-    assert len(started) == 1 and trained.guess_share == 0
+    assert len(started) == 1 and trained.zero_shot_weight == 0
 
 
 def in_pieces_as_whole(backbone, dte, tmp_path, config):

@@ -54,7 +54,7 @@ def test_encoders_of_the_ablation_are_shipped(pipe):
     cosines = {}
     for kind in ABLATIONS:
         other = DTEPipeline(pipe.backbone, load_encoder(f"small/{kind}", pipe.backbone))
-        assert other.encoder.dte.regulariser == kind
+        assert other.encoder.method.regulariser == kind
         [(_, cosines[kind]), *_] = other.personalize(picture, 0, progress=False).nearest_words
     assert cosines["contrastive"] > cosines["none"]
 

@@ -95,7 +95,7 @@ def test_it_trains_an_encoder_that_loads(backbone, tmp_path, monkeypatch, e4t, p
             tmp_path, steps=steps, batch_size=2, concepts=10, width=32, e4t=e4t
         )
     encoder = load_e4t(path, backbone) if e4t else load_encoder(path, backbone)
-    assert encoder.dte.width == 32
+    assert encoder.settings.width == 32
     if not e4t:  # the bank of the model, not the empty one of its average
         assert (encoder.bank_concepts >= 0).sum() == 8
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dte_lab import DTEConfig, PromptEncoder, TuneConfig, tune
+from dte_lab import MethodConfig, PromptEncoder, TuneConfig, tune
 from dte_lab.encoder import EncoderPrediction
 
 
@@ -12,7 +12,7 @@ from dte_lab.encoder import EncoderPrediction
 def setting(tiny_backbone, tiny_offsets, tiny_pixels):
     encode = PromptEncoder(tiny_backbone)
     prediction = EncoderPrediction(encode.table.embeddings[:1].clone(), tiny_offsets(1, scale=0.0))
-    return tiny_backbone, encode, prediction, tiny_pixels[:1], DTEConfig(alpha_blend=0.8)
+    return tiny_backbone, encode, prediction, tiny_pixels[:1], MethodConfig(alpha_blend=0.8)
 
 
 def tensors(prediction):
@@ -83,7 +83,7 @@ def test_tuning_the_weights_that_predict(tiny_backbone, tiny_encoder, tiny_pixel
     encode, pixels = PromptEncoder(tiny_backbone), tiny_pixels[:2]
     before = {name: p.clone() for name, p in tiny_encoder.named_parameters()}
     prediction = tiny_encoder.predict(tiny_backbone, pixels, seed=0, prompt_encoder=encode)
-    arguments = (tiny_backbone, encode, prediction, pixels, tiny_encoder.dte)
+    arguments = (tiny_backbone, encode, prediction, pixels, tiny_encoder.method)
     copies = []
     with pytest.MonkeyPatch.context() as patch:
         keep = SimpleNamespace(deepcopy=lambda x: copies.append(copy.deepcopy(x)) or copies[-1])
@@ -113,7 +113,7 @@ def test_tuning_the_weights_that_predict(tiny_backbone, tiny_encoder, tiny_pixel
 @pytest.mark.parametrize("regulariser", ["none", "l2", "nearest", "hinge", "gaussian"])
 def test_tuning_with_another_regulariser(setting, regulariser):
     backbone, encode, prediction, pixels, _ = setting
-    dte = DTEConfig(regulariser=regulariser, alpha_blend=(0.5, 0.9))
+    dte = MethodConfig(regulariser=regulariser, alpha_blend=(0.5, 0.9))
     config = TuneConfig(num_steps=2, batch_size=2)
     result = tune(backbone, encode, prediction, pixels, dte, config, progress=False)
     extra = set(result.losses[0]) - {"diffusion", "loss", "norm"}

@@ -101,7 +101,7 @@ def test_fitted_token_head_knows_the_words_of_pictures(tiny_backbone, tiny_confi
     items = random_items(np.random.default_rng(0), 256)
     clip = encoder.image_features(tiny_backbone, rendered(items))
     head, rows = encoder.token_head, torch.zeros(256, 16, 16)
-    read = encoder.token_unit * head(rows, clip.patches)
+    read = encoder.residual_unit * head(rows, clip.patches)
     truth = name_embeddings(tiny_backbone, [name for name, *_ in items])
     assert (read.mean(0) - truth.mean(0)).abs().max() < 1e-5
     error = (read - truth).square().mean()

@@ -47,17 +47,19 @@ def parameters(
     import torch
     from diffusers import UNet2DConditionModel
 
-    from dte_lab.encoder import DTEConfig
+    from dte_lab.config import EncoderConfig
     from dte_lab.hypernetwork import count_parameters
     from dte_lab.lora import projection_shapes
     from dte_lab.sd15 import UNET
 
-    dte = DTEConfig()
+    settings = EncoderConfig()
     with torch.device("meta"):
         shapes = projection_shapes(UNet2DConditionModel(**UNET))
     typer.echo(f"{'rank':<6}{'hypernetwork':>18}{'of which heads':>18}{'offsets':>14}")
     for rank in (1, 2, 4, 8, 16, "full"):
-        n = count_parameters(shapes, rank, width or dte.width, dte.num_heads, dte.trunk_depth)
+        n = count_parameters(
+            shapes, rank, width or settings.width, settings.num_heads, settings.trunk_depth
+        )
         typer.echo(f"{rank:<6}{n['hypernetwork']:>18,}{n['heads']:>18,}{n['offsets']:>14,}")
 
 

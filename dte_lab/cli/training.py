@@ -68,7 +68,8 @@ def pretrain(
 ) -> None:
     """Pre-train the tuning encoder; writes OUT/encoder. Several processes: accelerate launch."""
     from dte_lab.backbone import load_backbone
-    from dte_lab.encoder import DTEConfig, TuningEncoder
+    from dte_lab.config import EncoderConfig, MethodConfig
+    from dte_lab.encoder import TuningEncoder
     from dte_lab.hardware.device import checked_device
     from dte_lab.training.first_words import fit_token_head
     from dte_lab.training.pictures import load_pictures
@@ -82,8 +83,9 @@ def pretrain(
         checked_precision(mixed_precision),
         gradient_checkpointing=gradient_checkpointing,
     )
-    dte = DTEConfig(**given(rank=rank, regulariser=regulariser))
-    encoder = TuningEncoder.from_backbone(parts, dte)
+    encoder = TuningEncoder.from_backbone(
+        parts, EncoderConfig(**given(rank=rank)), MethodConfig(**given(regulariser=regulariser))
+    )
     if data is not None:
         dataset = load_pictures(data, parts.resolution)
         shown, start = [dataset.pairs[0][0], dataset.pairs[len(dataset) // 2][0]], None

@@ -5,16 +5,16 @@
 Every concept is tuned once, as the encoder was trained; only sampling differs between settings.
 Along (figure, attention) alpha_blend goes from 0, the hard path alone, to 1, the soft path alone;
 the others are drawn at two of these values. At both ends the granularities are one and the same
-UNet, so the text pairing has its ends once.
+UNet, so the text offsets_on has its ends once.
 
 The file holds the settings, the versions, `means` with bootstrap intervals over concepts, and
-`rows`, one per concept and setting: means over prompts and seeds. Rows without a pairing are true
+`rows`, one per concept and setting: means over prompts and seeds. Rows without settings are true
 renderings, the scale of `identity_scaled`. A run that was cut off goes on where it stopped.
 """
 
 import json
 import platform
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -38,13 +38,13 @@ from dte_lab.evaluation.run import (
 from dte_lab.pipeline import DTEPipeline
 from dte_lab.sampling import GUIDANCE_SCALE
 
-SETTINGS = [  # (pairing, granularity, alpha_blend)
-    *(("figure", "attention", alpha) for alpha in (0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1)),
-    *(("figure", "block", alpha) for alpha in (0.5, 0.7)),
-    *(("text", "attention", alpha) for alpha in (0, 0.5, 0.7, 1)),
-    *(("text", "block", alpha) for alpha in (0.5, 0.7)),
+SETTINGS = [  # (offsets_on, granularity, alpha_blend)
+    *(("soft", "attention", alpha) for alpha in (0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1)),
+    *(("soft", "block", alpha) for alpha in (0.5, 0.7)),
+    *(("hard", "attention", alpha) for alpha in (0, 0.5, 0.7, 1)),
+    *(("hard", "block", alpha) for alpha in (0.5, 0.7)),
 ]
-SETTING = ("pairing", "granularity", "alpha_blend")
+SETTING = ("offsets_on", "granularity", "alpha_blend")
 SCENES = ("beach", "night", "snow", "red", "forest")
 MEASURED = ("identity", "identity_margin", "clip_i_small", "scene", "clip_t_small", "diversity")
 
@@ -63,7 +63,8 @@ def blending(
         "split": "val", "concepts": count, "scenes": list(scenes), "seeds": seeds,
         "num_steps": num_steps, "seed": seed, "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale, "settings": SETTINGS,
-        "backbone": pipe.backbone.name, "dte": pipe.encoder.config["dte"],
+        "backbone": pipe.backbone.name, "encoder": asdict(pipe.encoder.settings),
+        "method": asdict(pipe.encoder.method),
         "weights": fingerprint(pipe.backbone.unet, pipe.backbone.text_encoder, pipe.encoder),
     }  # fmt: skip
     settings = json.loads(json.dumps(settings))
@@ -106,12 +107,12 @@ def concept_rows(
 
 
 def by_setting(rows: list[dict]) -> dict[tuple, dict[str, np.ndarray]]:
-    """{(pairing, granularity, alpha_blend): {measure: one value per concept, in one order}}.
+    """{(offsets_on, granularity, alpha_blend): {measure: one value per concept, in one order}}.
 
     Adds `identity_scaled`: the margin of identity over other concepts, in units of the mean margin
     of true renderings. 0: no more like this concept than like any other; 1: as a true rendering.
     """
-    true = [row["identity_margin"] for row in rows if row["pairing"] is None]
+    true = [row["identity_margin"] for row in rows if row["offsets_on"] is None]
     table = {}
     for setting in dict.fromkeys(tuple(row[key] for key in SETTING) for row in rows):
         if setting[0] is not None:
@@ -153,7 +154,7 @@ def main(
             f"{k} {v['mean']:.2f} [{v['low']:.2f}, {v['high']:.2f}]" for k, v in values.items()
         )
         typer.echo(
-            f"{line['pairing']:<7}{line['granularity']:<10}{line['alpha_blend']:<5}"
+            f"{line['offsets_on']:<7}{line['granularity']:<10}{line['alpha_blend']:<5}"
             + "   ".join(shown)
         )
 

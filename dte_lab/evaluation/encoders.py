@@ -18,7 +18,7 @@ import typer
 
 from dte_lab.backbone import load_backbone
 from dte_lab.common.stats import interval
-from dte_lab.config import DTEConfig
+from dte_lab.config import EncoderConfig
 from dte_lab.evaluation.methods import ANCHORS
 from dte_lab.evaluation.report import per_concept
 from dte_lab.evaluation.run import versions, write_document
@@ -44,8 +44,11 @@ def variant(run: Path, name: str, seed: int, shapes: dict) -> dict:
     """What is known of a finished run. `unseen`: [steps, error] pairs; `by_concept`: the errors at
     the end, one per val concept in their order."""
     options = VARIANTS[name]
-    dte = DTEConfig(**{k: v for k, v in options.items() if k != "concepts"})
-    sizes = count_parameters(shapes, dte.rank, dte.width, dte.num_heads, dte.trunk_depth)
+    known = EncoderConfig.__dataclass_fields__
+    settings = EncoderConfig(**{k: v for k, v in options.items() if k in known})
+    sizes = count_parameters(
+        shapes, settings.rank, settings.width, settings.num_heads, settings.trunk_depth
+    )
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     unseen = {x["step"]: round(x["unseen_diffusion"], 5) for x in log if "unseen_diffusion" in x}
     by_concept = json.loads((run / train_encoder.BY_CONCEPT).read_text())

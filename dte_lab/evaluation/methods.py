@@ -1,7 +1,7 @@
 """What is compared, written as NAME[@KEY=VALUE...][:STEPS[,STEPS...]].
 
 dte:0,12                        the tuning encoder, predicted only and after 12 steps
-dte@alpha_blend=1:12            a variant: any field of DTEConfig or TuneConfig
+dte@alpha_blend=1:12            a variant: any field of MethodConfig or TuneConfig
 dte@rank=1:12                   the prediction cut to a lower rank before tuning (SVD)
 dte@encoder=small/none:12       another encoder, by name or folder; this one had no regulariser
 ti:12,500   lora:12   lora-prior:12   e4t:12       baselines; fields of BaselineConfig
@@ -21,9 +21,10 @@ from dte_lab.backbone import backbone_folder
 from dte_lab.baselines import BaselineConfig, dreambooth_lora, e4t, load_e4t, textual_inversion
 from dte_lab.common.images import to_pil
 from dte_lab.concept import Concept
-from dte_lab.contrastive import REGULARISERS, word_in_use
-from dte_lab.dual_path import GRANULARITIES, PAIRINGS
-from dte_lab.encoder import DTEConfig, load_encoder
+from dte_lab.config import MethodConfig
+from dte_lab.contrastive import REGULARISERS, prompt_embedding
+from dte_lab.dual_path import GRANULARITIES, OFFSETS_ON
+from dte_lab.encoder import load_encoder
 from dte_lab.lora import truncate
 from dte_lab.pipeline import DTEPipeline
 from dte_lab.tuning import TuneConfig
@@ -52,8 +53,8 @@ EXPERIMENTS = {
         "dte@offset_learning_rate=0.002:12,25,50,100",  # the shipped rate was chosen at 12 steps
     ],
     "blend": [
-        f"dte@alpha_blend={alpha}@pairing={pairing}@granularity={granularity}:12"
-        for pairing in PAIRINGS
+        f"dte@alpha_blend={alpha}@offsets_on={offsets_on}@granularity={granularity}:12"
+        for offsets_on in OFFSETS_ON
         for granularity in GRANULARITIES
         for alpha in ALPHAS
     ],
@@ -79,7 +80,9 @@ def parse(spec: str) -> Method:
         label, tail = spec, ""
     name, *options = label.split("@")
     steps = tuple(sorted({int(n) for n in tail.split(",")})) if tail else ()
-    known = {"dte": {f.name for c in (DTEConfig, TuneConfig) for f in fields(c)} | {"encoder"}}
+    known = {
+        "dte": {f.name for c in (MethodConfig, TuneConfig) for f in fields(c)} | {"encoder", "rank"}
+    }
     known |= {baseline: {f.name for f in fields(BaselineConfig)} for baseline in BASELINES}
     known["e4t"].add("encoder")
     known |= {anchor: set() for anchor in ANCHORS}
@@ -137,7 +140,7 @@ class Methods:
         """
         if name not in EXPERIMENTS:
             raise ValueError(f"Unknown experiment {name!r}: use one of {', '.join(EXPERIMENTS)}.")
-        specs, rank = [], self.pipe.encoder.dte.rank
+        specs, rank = [], self.pipe.encoder.settings.rank
         for spec in EXPERIMENTS[name]:
             method = parse(spec)
             if method.name == "e4t" and not (_e4t(self.pipe.backbone) / "config.json").is_file():
@@ -160,10 +163,11 @@ class Methods:
             return
         self._settings(method, encoder)
         rank = given.get("rank")
-        if rank is not None and not (isinstance(rank, int) and 1 <= rank <= encoder.dte.rank):
+        known = encoder.settings.rank
+        if rank is not None and not (isinstance(rank, int) and 1 <= rank <= known):
             raise ValueError(
-                f"{method.label}: a prediction of rank {encoder.dte.rank} can be cut to rank 1 to "
-                f"{encoder.dte.rank}; train an encoder for more."
+                f"{method.label}: a prediction of rank {known} can be cut to rank 1 to "
+                f"{known}; train an encoder for more."
             )
 
     def concepts(self, method: Method, pixels, seed: int) -> dict[int, Concept]:
@@ -176,7 +180,7 @@ class Methods:
         return self._tuned(pipe, method, pixels, seed)
 
     def _tuned(self, pipe, method, pixels, seed):
-        dte, config = self._settings(method, pipe.encoder)
+        own, config = self._settings(method, pipe.encoder)
         start, states = time.perf_counter(), {}
 
         def callback(state):  # its v* and offsets are those before the step
@@ -185,21 +189,27 @@ class Methods:
                 states[state["step"]] = state["v_star"], state["offsets"], seconds
 
         last = pipe.personalize(
-            to_pil(pixels), method.steps[-1], seed, callback, progress=False, config=config, dte=dte
+            to_pil(pixels),
+            method.steps[-1],
+            seed,
+            callback,
+            progress=False,
+            config=config,
+            method=own,
         )
         concepts = dict.fromkeys(method.steps, last)  # what stopped early stays as it was
         for steps, (v_star, offsets, seconds) in states.items():
-            v_star = word_in_use(v_star, pipe.prompt_encoder.table, dte)
+            v_star = prompt_embedding(v_star, pipe.prompt_encoder.table, own)
             words = pipe.nearest_words(v_star)
             info = last.info | {"num_steps": steps, "seconds": seconds, "words_after": words}
             concepts[steps] = replace(last, v_star=v_star, offsets=offsets, info=info)
         return concepts
 
     def _settings(self, method, encoder):
-        """DTEConfig and TuneConfig of a variant of the tuning encoder."""
+        """MethodConfig and TuneConfig of a variant of the tuning encoder."""
         given = {k: v for k, v in method.options.items() if k not in ("encoder", "rank")}
         tuning = {key: given.pop(key) for key in list(given) if key in _names(TuneConfig)}
-        return replace(encoder.dte, **given), TuneConfig(**tuning)
+        return replace(encoder.method, **given), TuneConfig(**tuning)
 
     def pipe_of(self, method: Method) -> DTEPipeline:
         """The pipeline with the encoder of a method that is no anchor."""

@@ -68,9 +68,15 @@ class Experiment:
         parts = [judge.embed(words[i : i + 256]) for i in range(0, len(words), 256)]
         self.judged = torch.cat(parts)  # (n, 384)
 
-    def tune(self, pipe, picture, dte, num_steps, callback=None):
+    def tune(self, pipe, picture, method, num_steps, callback=None):
         return pipe.personalize(
-            picture, num_steps, self.seed, callback, progress=False, config=self.tuning, dte=dte
+            picture,
+            num_steps,
+            self.seed,
+            callback,
+            progress=False,
+            config=self.tuning,
+            method=method,
         )
 
     def measure(self, pipe, picture, name, concept, before=None) -> dict:
@@ -105,11 +111,11 @@ class Experiment:
         [picture], rows = to_pil(item.picture()), []
         for start, pipe in self.pipes.items():
             names = {"concept": item.name, "group": item.group, "start": start.split()[0]}
-            predicted = self.tune(pipe, picture, pipe.encoder.dte, 0)
+            predicted = self.tune(pipe, picture, pipe.encoder.method, 0)
             before = self.measure(pipe, picture, item.name, predicted)
             for kind in (k for k in KINDS if start in ("shipped", f"own {k}")):
-                dte = replace(pipe.encoder.dte, regulariser=kind)
-                tuned = self.tune(pipe, picture, dte, self.tuning.num_steps)
+                method = replace(pipe.encoder.method, regulariser=kind)
+                tuned = self.tune(pipe, picture, method, self.tuning.num_steps)
                 after = self.measure(pipe, picture, item.name, tuned, before["words"])
                 for steps, values in ((0, before), (self.tuning.num_steps, after)):
                     rows.append(names | {"regulariser": kind, "steps": steps} | values)
@@ -122,8 +128,8 @@ class Experiment:
             setting = dict(zip(SWEEP, values, strict=True))
             if not setting["contrastive_weight"] and any(setting[k] != SWEEP[k][0] for k in SWEEP):
                 continue
-            dte = replace(pipe.encoder.dte, regulariser="contrastive", **setting)
-            tuned = self.tune(pipe, picture, dte, self.tuning.num_steps)
+            method = replace(pipe.encoder.method, regulariser="contrastive", **setting)
+            tuned = self.tune(pipe, picture, method, self.tuning.num_steps)
             rows.append({"concept": name} | setting | self.measure(pipe, picture, name, tuned))
         return rows
 
@@ -132,9 +138,13 @@ class Experiment:
         pipe, paths = self.pipes["shipped"], {}
         for kind in KINDS:
             seen = []
-            dte = replace(pipe.encoder.dte, regulariser=kind)
+            method = replace(pipe.encoder.method, regulariser=kind)
             tuned = self.tune(
-                pipe, picture, dte, num_steps, lambda state, seen=seen: seen.append(state["v_star"])
+                pipe,
+                picture,
+                method,
+                num_steps,
+                lambda state, seen=seen: seen.append(state["v_star"]),
             )
             v_star = torch.cat([*seen, tuned.v_star])  # (num_steps + 1, d)
             steps = [s for s in range(len(v_star)) if s <= 12 or s % 4 == 0]
@@ -173,7 +183,8 @@ def regularisation(
     settings = {
         "split": "val", "concepts": count, "watched": list(SAMPLE_CONCEPTS[:watched]),
         "encoders": prints, "tuning": asdict(tuning), "long": long, "seed": seed, "sweep": SWEEP,
-        "backbone": pipe.backbone.name, "dte": pipe.encoder.config["dte"],
+        "backbone": pipe.backbone.name, "encoder": asdict(pipe.encoder.settings),
+        "method": asdict(pipe.encoder.method),
         "weights": fingerprint(pipe.backbone.unet, pipe.backbone.text_encoder),
     }  # fmt: skip
     settings = json.loads(json.dumps(settings))

@@ -86,7 +86,8 @@ def evaluate(
         "guidance_scale": guidance_scale, "with_losses": with_losses,
         "backbone": pipe.backbone.name,
         "weights": fingerprint(pipe.backbone.unet, pipe.backbone.text_encoder, pipe.encoder),
-        "dte": pipe.encoder.config.get("dte"), "tuning": asdict(TuneConfig()),
+        "encoder": asdict(pipe.encoder.settings),
+        "method": asdict(pipe.encoder.method), "tuning": asdict(TuneConfig()),
         "baselines": asdict(BaselineConfig()),
     }  # fmt: skip
     settings = json.loads(json.dumps(settings))
@@ -187,7 +188,7 @@ def draw(methods, method: Method, item: Item, chosen, wanted, sampling, seed):
         pictures = [torch.stack([truth(shown, e, 100 + s) for s in sampling[0]]) for e in wanted]
         yield None, {"num_steps": 0}, torch.stack(pictures)
         return
-    pipe = methods.pipe_of(method)  # its encoder predicts again where `refresh` asks for it
+    pipe = methods.pipe_of(method)  # its encoder predicts again at every `prediction_interval`
     memory = PeakMemory(pipe.backbone.device)
     concepts = methods.concepts(method, item.picture(), seed)
     peak = memory.read()
@@ -309,4 +310,3 @@ def keep(out_dir: Path, item: Item, method: Method, info, drawn) -> None:
     name = f"{method.label}_{info['num_steps']}".replace("/", "-")
     grid = make_image_grid(to_pil(drawn.transpose(0, 1).flatten(0, 1)), rows=S, cols=E)
     grid.save(folder / f"{name}.png")
-

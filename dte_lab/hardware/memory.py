@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_leaves
 
 from dte_lab import placeholder_token
 from dte_lab.backbone import Backbone
+from dte_lab.config import EncoderConfig
 from dte_lab.dual_path import dual_path
-from dte_lab.encoder import DTEConfig, TuningEncoder, encoder_dimensions
+from dte_lab.encoder import TuningEncoder, encoder_dimensions
 from dte_lab.sd15 import random_parts
 from dte_lab.tokens import PromptEncoder
 from dte_lab.training.pretrain import PretrainConfig, build_optimizer, prepare, train_step
@@ -130,8 +131,9 @@ def predict(setting, parts=("tuning", "pre-training", "sampling")):
         backbone = _sd15(setting)
         if setting.gradient_checkpointing:
             backbone.unet.enable_gradient_checkpointing()
-        encode, dte = PromptEncoder(backbone), DTEConfig(rank=setting.rank)
-        encoder = TuningEncoder(**encoder_dimensions(backbone, encode.table, dte), dte=asdict(dte))
+        encode, settings = PromptEncoder(backbone), EncoderConfig(rank=setting.rank)
+        dimensions = encoder_dimensions(backbone, encode.table, settings)
+        encoder = TuningEncoder(**dimensions, settings=asdict(settings))
         size = backbone.resolution
         pictures = torch.zeros(setting.batch, 3, size, size)
         prediction = None
@@ -145,14 +147,14 @@ def predict(setting, parts=("tuning", "pre-training", "sampling")):
                     with memory.measured(peaks, "tuning"):
                         prediction = encoder.predict(backbone, pictures[:1], 0, encode)
                         tune(
-                            backbone, encode, prediction, pictures[:1], dte,
+                            backbone, encode, prediction, pictures[:1], encoder.method,
                             TuneConfig(num_steps=1, batch_size=setting.batch),
                             bank=(encoder.bank, encoder.bank_concepts), progress=False,
                         )  # fmt: skip
                 if "sampling" in parts:
                     prediction = prediction or encoder.predict(backbone, pictures[:1], 0, encode)
                     with memory.measured(peaks, "sampling"), torch.no_grad():
-                        _sample(backbone, encode, prediction, setting.batch, dte)
+                        _sample(backbone, encode, prediction, setting.batch, encoder.method)
     return {name: peaks[name] for name in parts}
 
 
@@ -180,21 +182,21 @@ def _pretrain(backbone, encode, encoder, pictures):
         "concept": torch.arange(len(pictures)),
     }
     sample = prepare(backbone, batch, config, 0)
-    prompt = encode.plain([encoder.dte.feature_prompt])
+    prompt = encode.plain([encoder.settings.feature_prompt])
     train_step(accelerator, encoder, optimizer, backbone, encode, prompt, sample)
     encoder.eval().requires_grad_(False)
     del average
 
 
-def _sample(backbone, encode, prediction, batch, dte):
+def _sample(backbone, encode, prediction, batch, method):
     """One denoising step with guidance, which doubles the batch, and the decoding."""
     prompts = [f"a picture of {placeholder_token}"] * batch
     soft, hard = encode(prompts, prediction.v_star), encode.hard(prompts, prediction.v_star)
     negative = encode.plain([""]).expand_as(soft)
     latents = torch.zeros(batch, *backbone.latent_shape, dtype=backbone.dtype)
     with dual_path(
-        backbone.unet, prediction.offsets, torch.cat([negative, hard]), dte.alpha_blend,
-        dte.pairing, dte.granularity,
+        backbone.unet, prediction.offsets, torch.cat([negative, hard]), method.alpha_blend,
+        method.offsets_on, method.granularity,
     ):  # fmt: skip
         noise = backbone.unet(
             torch.cat([latents, latents]), torch.tensor(500), torch.cat([negative, soft])

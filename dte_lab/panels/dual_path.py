@@ -23,11 +23,11 @@ from dte_lab.panels.shared import (
     plain,
 )
 
-STYLES = {  # (pairing, granularity) -> colour, marker
-    ("figure", "attention"): (BLUE, "o"),
-    ("figure", "block"): (SKY, "s"),
-    ("text", "attention"): (VERMILION, "^"),
-    ("text", "block"): (PINK, "D"),
+STYLES = {  # (offsets_on, granularity) -> colour, marker
+    ("soft", "attention"): (BLUE, "o"),
+    ("soft", "block"): (SKY, "s"),
+    ("hard", "attention"): (VERMILION, "^"),
+    ("hard", "block"): (PINK, "D"),
 }
 NAMES = {
     "identity_scaled": "identity\n(0 any thing, 1 the truth)",
@@ -131,7 +131,7 @@ def cost_figure(costs: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
 def curves_figure(table, measures: Sequence[str] = tuple(NAMES)) -> Figure:
     """Measures over alpha_blend with 95 % intervals over concepts, one panel per measure.
 
-    table: {(pairing, granularity, alpha_blend): {measure: one value per concept}}.
+    table: {(offsets_on, granularity, alpha_blend): {measure: one value per concept}}.
     """
     figure = Figure(figsize=(2.6 * len(measures), 3), layout="constrained")
     for ax, measure in zip(figure.subplots(1, len(measures)), measures, strict=True):
@@ -154,7 +154,7 @@ def curves_figure(table, measures: Sequence[str] = tuple(NAMES)) -> Figure:
 
 
 def ways_of(table, way: tuple[str, str]):
-    """The rows of a table with this (pairing, granularity), by alpha."""
+    """The rows of a table with this (offsets_on, granularity), by alpha."""
     return {key: table[key] for key in sorted(k for k in table if k[:2] == way)}
 
 
@@ -217,16 +217,18 @@ def _points(ax, rows, x, y, colour, marker, way):
     ax.autoscale_view()
 
 
-def blend_figure(pictures, pairing: str, granularity: str, alpha: float, seed: int) -> Figure:
-    """One of {(pairing, granularity, alpha, seed): picture} in large, its settings above."""
-    text = f"pairing {pairing}, granularity {granularity}\nalpha_blend = {alpha:g}, seed {seed}"
-    return one_picture(pictures[pairing, granularity, alpha, seed], text)
+def blend_figure(pictures, offsets_on: str, granularity: str, alpha: float, seed: int) -> Figure:
+    """One of {(offsets_on, granularity, alpha, seed): picture} in large, its settings above."""
+    text = (
+        f"offsets_on {offsets_on}, granularity {granularity}\nalpha_blend = {alpha:g}, seed {seed}"
+    )
+    return one_picture(pictures[offsets_on, granularity, alpha, seed], text)
 
 
 def dual_path_panel(pictures: Mapping[tuple[str, str, float, int], Image.Image]):
-    """Widgets over pictures {(pairing, granularity, alpha, seed): picture}.
+    """Widgets over pictures {(offsets_on, granularity, alpha, seed): picture}.
 
-    Returns a VBox; its attributes `pairing`, `granularity`, `alpha`, `seed` and `view` are the
+    Returns a VBox; its attributes `offsets_on`, `granularity`, `alpha`, `seed` and `view` are the
     widgets.
     """
     import ipywidgets as widgets
@@ -236,7 +238,7 @@ def dual_path_panel(pictures: Mapping[tuple[str, str, float, int], Image.Image])
     )
     alphas = sorted(alphas)
     knobs = {
-        "pairing": widgets.ToggleButtons(options=pairings, description="pairing"),
+        "offsets_on": widgets.ToggleButtons(options=pairings, description="offsets_on"),
         "granularity": widgets.ToggleButtons(options=granularities, description="granularity"),
         "alpha": widgets.SelectionSlider(
             options=alphas, value=alphas[len(alphas) // 2], description="alpha_blend"
@@ -244,8 +246,9 @@ def dual_path_panel(pictures: Mapping[tuple[str, str, float, int], Image.Image])
         "seed": widgets.ToggleButtons(options=sorted(seeds), description="seed"),
     }
 
-    def describe(pairing, granularity, alpha, seed):
-        return f"Pairing {pairing}, granularity {granularity}, alpha_blend {alpha:g}, seed {seed}"
+    def describe(offsets_on, granularity, alpha, seed):
+        where = f"Offsets on {offsets_on}, granularity {granularity}"
+        return f"{where}, alpha_blend {alpha:g}, seed {seed}"
 
     panel = figure_panel(list(knobs.values()), partial(blend_figure, pictures), describe)
     for name, knob in knobs.items():

@@ -36,7 +36,7 @@ def fit_token_head(
     pictures: int = 4000,
     seed: int = 0,
 ) -> None:
-    """Set `narrow`, `read` and the bias of a fresh encoder's token head, and `guess_share` to 0.
+    """Set `narrow`, `read` and the bias of a fresh encoder's token head; `zero_shot_weight` to 0.
 
     names: concepts whose pictures are looked at, by default all of train.
     """
@@ -55,8 +55,8 @@ def fit_token_head(
     head.narrow.weight.copy_(directions.T[:rows, :, None, None])
 
     x = torch.cat([head.places(part) for part in patches.split(512)])
-    y = name_embeddings(backbone, [name for name, *_ in items]) / encoder.token_unit
+    y = name_embeddings(backbone, [name for name, *_ in items]) / encoder.residual_unit
     weight = ridge(x - x.mean(dim=0), y - y.mean(dim=0), PENALTY)
     head.read.weight.copy_(weight.T)
     head.out.bias.copy_(y.mean(dim=0) - x.mean(dim=0) @ weight)
-    encoder.guess_share.zero_()
+    encoder.zero_shot_weight.zero_()

@@ -123,7 +123,7 @@ def pretrain(
     if start is not None and not (Path(out_dir) / CHECKPOINT).is_file():
         start(encoder)
     prompt_encoder = PromptEncoder(backbone)
-    feature_prompt = prompt_encoder.plain([encoder.dte.feature_prompt])
+    feature_prompt = prompt_encoder.plain([encoder.settings.feature_prompt])
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
 
@@ -262,13 +262,13 @@ def train_step(
         )
         with objective(
             backbone, prompt_encoder, prediction, sample["prompts"], sample["latents"],
-            sample["noise"], sample["timesteps"], encoder.dte, sample["concepts"], bank,
+            sample["noise"], sample["timesteps"], encoder.method, sample["concepts"], bank,
         ) as losses:  # fmt: skip
             accelerator.backward(losses["loss"])
     grad_norm = accelerator.clip_grad_norm_(encoder.parameters(), max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
-    encoder.remember(v_star, concepts)
+    encoder.enqueue(v_star, concepts)
     return losses, prediction, grad_norm
 
 
@@ -353,7 +353,7 @@ def load_checkpoint(out_dir, encoder, optimizer, ema, config):
 
 
 def _settings(encoder, config):
-    return {**asdict(config), **asdict(encoder.dte)}
+    return {**asdict(config), **asdict(encoder.settings), **asdict(encoder.method)}
 
 
 def _step_of(line):

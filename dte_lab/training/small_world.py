@@ -14,7 +14,7 @@ from torch import Tensor
 from dte_lab.backbone import load_backbone
 from dte_lab.baselines import E4TEncoder, e4t_config
 from dte_lab.common.files import write_atomically
-from dte_lab.config import DTEConfig
+from dte_lab.config import EncoderConfig, MethodConfig
 from dte_lab.encoder import TuningEncoder
 from dte_lab.objective import objective
 from dte_lab.pipeline import DTEPipeline
@@ -49,7 +49,7 @@ def main(
     """Train and save the EMA weights to `out/encoder`, which is returned.
 
     concepts: how many to learn from, None for all. e4t: the E4T-style baseline instead. seed: of
-    the first weights and of all that training draws. options: of DTEConfig.
+    the first weights and of all that training draws. options: of EncoderConfig and MethodConfig.
     The log's `unseen_diffusion` is the loss on UNSEEN pairs of val concepts, and `out/unseen.json`
     that of the saved weights by concept, UNSEEN_EACH pairs each, with the same pairs and noise for
     every run; predictions.jsonl is that of `dte pretrain`.
@@ -61,12 +61,16 @@ def main(
     backbone = load_backbone(backbone, device)
     backbone.scheduler.alphas_cumprod = backbone.alphas_cumprod  # on the device once and for all
     prompt_encoder = PromptEncoder(backbone)
+    known = EncoderConfig.__dataclass_fields__
+    settings = EncoderConfig(**{k: v for k, v in options.items() if k in known})
+    given = {k: v for k, v in options.items() if k not in known}
     if e4t:
-        encoder = E4TEncoder.from_backbone(backbone, replace(e4t_config(), **options), seed=seed)
+        method, kind = replace(e4t_config(), **given), E4TEncoder
     else:
-        encoder = TuningEncoder.from_backbone(backbone, DTEConfig(**options), seed=seed)
-    dte, T = encoder.dte, len(backbone.alphas_cumprod)
-    feature_prompt = prompt_encoder.plain([dte.feature_prompt])
+        method, kind = MethodConfig(**given), TuningEncoder
+    encoder = kind.from_backbone(backbone, settings, method, seed=seed)
+    T = len(backbone.alphas_cumprod)
+    feature_prompt = prompt_encoder.plain([settings.feature_prompt])
     fresh = not (out / "checkpoint.safetensors").exists()
     if fresh:
         seen = set(ConceptPairs(count=concepts).names) & set(split_names("train"))
@@ -96,15 +100,15 @@ def main(
         prediction = encoder(clip, features, feature_t)
         bank = encoder.bank.clone(), encoder.bank_concepts.clone()
         with objective(
-            backbone, prompt_encoder, prediction, batch["prompts"], latents, noise, t, dte,
-            batch["concepts"], bank,
+            backbone, prompt_encoder, prediction, batch["prompts"], latents, noise, t,
+            encoder.method, batch["concepts"], bank,
         ) as losses:  # fmt: skip
             return prediction.v_star, losses
 
     def loss(encoder: TuningEncoder) -> tuple[Tensor, dict[str, Tensor]]:
         batch = batches(batch_size)
         v_star, losses = losses_of(encoder, batch)
-        encoder.remember(v_star, batch["concepts"])
+        encoder.enqueue(v_star, batch["concepts"])
         return losses.pop("loss"), losses
 
     def sample(ema: TuningEncoder, step: int) -> dict[str, float]:

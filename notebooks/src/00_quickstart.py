@@ -137,7 +137,7 @@ guess = pipe.encoder.zero_shot(features.embeds)  # (1, d)
 words, cosines = zip(*pipe.nearest_words(guess, k=8), strict=True)
 table = pipe.prompt_encoder.table
 print(f"{len(table)} words; {NAME!r} is {'one' if NAME in table.words else 'none'} of them")
-print(f"share of the guess in the new word: {pipe.encoder.guess_share.item():.2f}")
+print(f"share of the guess in the new word: {pipe.encoder.zero_shot_weight.item():.2f}")
 show(
     words_figure({"CLIP's guess": cosines}, words, picture),
     f"The input picture, and bars of the cosine similarity of CLIP's guess with its nearest "

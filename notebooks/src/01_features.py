@@ -100,7 +100,7 @@ print(f"{len(members)} groups ({', '.join(members)})")
 # %%
 from dte_lab.features import image_features
 
-clip = image_features(backbone, pixels, encoder.dte.clip_layer)
+clip = image_features(backbone, pixels, encoder.settings.clip_layer)
 print("patches:", tuple(clip.patches.shape), "(pictures, channels, rows, columns)")
 print("embeds: ", tuple(clip.embeds.shape), "(pictures, channels)")
 
@@ -206,7 +206,7 @@ from dte_lab.features import unet_feature_dim, unet_features, unet_layers
 FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the last time step
 STEPS = [round(f * (T - 1)) for f in FRACTIONS]
 layers = unet_layers(backbone.unet)
-prompt = pipe.prompt_encoder.plain([encoder.dte.feature_prompt])
+prompt = pipe.prompt_encoder.plain([encoder.settings.feature_prompt])
 
 
 def noised(latents, step, seed):
@@ -270,7 +270,7 @@ checks.map_to_grid(map_to_grid)
 
 # %%
 small = latents[examples]
-grid = encoder.dte.grid
+grid = encoder.settings.grid
 noisy, raw = {}, {layer: [] for layer in layers}
 keys = [(str(thing[i]), f) for f in FRACTIONS for i in examples]
 for fraction, step in zip(FRACTIONS, STEPS, strict=True):
@@ -341,7 +341,7 @@ unet = {}  # {t / T: (N, 4 * C)}
 noisy_latents = {}  # what the UNet was given, pooled alike
 for fraction, step in zip(tqdm(FRACTIONS, desc="noise levels"), STEPS, strict=True):
     x_t, timesteps = noised(latents, step, seed=1)
-    maps = unet_features(backbone, x_t, timesteps, prompt, grid, encoder.dte.unet_layers)
+    maps = unet_features(backbone, x_t, timesteps, prompt, grid, encoder.settings.unet_layers)
     unet[fraction], noisy_latents[fraction] = quarters(maps), quarters(x_t)
 clip_patches, clip_embeds = quarters(clip.patches), clip.embeds.cpu().numpy()
 print(f"numbers per picture: UNet {unet[0.0].shape[1]}, CLIP patches {clip_patches.shape[1]},")
@@ -605,10 +605,10 @@ checks.fuse(fuse)
 # that go in, and the tokens of the trained encoder that come out.
 
 # %%
-middle = min(FRACTIONS, key=lambda f: abs(f - np.mean(encoder.dte.feature_timesteps)))
+middle = min(FRACTIONS, key=lambda f: abs(f - np.mean(encoder.settings.feature_timesteps)))
 step = STEPS[FRACTIONS.index(middle)]
 x_t, timesteps = noised(latents, step, seed=1)
-maps = unet_features(backbone, x_t, timesteps, prompt, grid, encoder.dte.unet_layers)
+maps = unet_features(backbone, x_t, timesteps, prompt, grid, encoder.settings.unet_layers)
 with torch.no_grad():
     tokens = encoder.fusion(clip, maps, timesteps)  # (N, g*g, d)
 fused = tokens.transpose(1, 2).unflatten(2, (grid, grid))  # (N, d, g, g)
@@ -626,10 +626,10 @@ show(
 # ## 7. At which t should one predict?
 #
 # During sampling the UNet's features change at every step, and so would the prediction. The package
-# can predict anew as it samples (`refresh`), or make one *static* prediction: it takes the mean of
-# the predictions at a few `t`, the `feature_timesteps` of `DTEConfig`. Which `t` are good ones? The
-# paper does not say. A good `t` has features that still tell of the picture, and that depend little
-# on the noise that happened to be drawn.
+# can predict anew as it samples (`prediction_interval`), or make one *static* prediction: it takes
+# the mean of the predictions at a few `t`, the `feature_timesteps` of `EncoderConfig`. Which `t`
+# are good ones? The paper does not say. A good `t` has features that still tell of the picture, and
+# that depend little on the noise that happened to be drawn.
 #
 # So we ask the trained encoder. For pictures that no network was trained on, we predict at each
 # `t`, and then change one input alone:
@@ -704,7 +704,7 @@ curves = {
     part: {name: median_and_quartiles(by_t) for name, by_t in by_change.items()}
     for part, by_change in moved.items()
 }
-used = encoder.dte.feature_timesteps
+used = encoder.settings.feature_timesteps
 for part, by_change in curves.items():
     print(f"change of the {part}, median over n = {len(clean)} pictures, smallest and largest t:")
     for name, (median, _) in by_change.items():
@@ -739,7 +739,7 @@ for f, cosine in alike.items():
 # %% [markdown]
 # If the cosines are near 1 and the nearest word stays the same, a static prediction loses little,
 # and one exported LoRA file can stand for all of sampling. If they fall at large `t`, leave large
-# `t` out of `feature_timesteps`, or let `refresh` predict anew as the picture clears.
+# `t` out of `feature_timesteps`, or let `prediction_interval` predict anew as the picture clears.
 
 # %% [markdown]
 # ## To take along

@@ -256,7 +256,7 @@ show(
 #
 # It is small when the words win over the other concepts, and it cares most about what is nearest:
 # the smaller $\tau$, the more a single neighbour outweighs the rest. The paper gives neither $N$
-# nor $\tau$; ours are in `DTEConfig`.
+# nor $\tau$; ours are in `MethodConfig`.
 #
 # #### Exercise 1: the contrastive loss
 #
@@ -331,17 +331,17 @@ checks.negatives_mask(negatives_mask)
 # %%
 from dte_lab import contrastive
 
-dte = encoder.dte
+method = encoder.method
 bank = encoder.bank[encoder.bank_concepts >= 0]
 
 
-def term(v, num_positives=dte.num_positives, temperature=dte.temperature):
+def term(v, num_positives=method.num_positives, temperature=method.temperature):
     """The contrastive term of v (1, d) against the bank."""
     near = table.embeddings[table.nearest_rows(v, num_positives)[1]]  # (1, N, d)
     return contrastive.contrastive_loss(v, near, bank, temperature=temperature)
 
 
-print(f"{dte.num_positives} positives, {len(bank)} negatives, temperature {dte.temperature}")
+print(f"{method.num_positives} positives, {len(bank)} negatives, temperature {method.temperature}")
 for name, v in [*zip(SAMPLE_CONCEPTS, v_stars, strict=True), ("random", aside[0])]:
     print(f"{name:12} contrastive term {term(v[None]).item():.3f}")
 
@@ -450,15 +450,15 @@ v_star = concept.v_star.clone().requires_grad_()
 prediction = EncoderPrediction(v_star, concept.offsets)
 with objective(
     pipe.backbone, pipe.prompt_encoder, prediction, ["a picture of S*"] * COUNT, *sample,
-    replace(dte, regulariser="none"),
+    replace(method, regulariser="none"),
 ) as terms:  # fmt: skip
     (of_diffusion,) = torch.autograd.grad(terms["diffusion"], v_star)
 (of_term,) = torch.autograd.grad(term(v_star), v_star)
 (of_norm,) = torch.autograd.grad(contrastive.norm_loss(v_star, table.mean_norm), v_star)
 pulls = {
     "diffusion loss": -of_diffusion[0].cpu(),
-    f"{dte.contrastive_weight:g} × contrastive": -dte.contrastive_weight * of_term[0].cpu(),
-    f"{dte.norm_weight:g} × norm": -dte.norm_weight * of_norm[0].cpu(),
+    f"{method.contrastive_weight:g} × contrastive": -method.contrastive_weight * of_term[0].cpu(),
+    f"{method.norm_weight:g} × norm": -method.norm_weight * of_norm[0].cpu(),
 }
 pulls["sum"] = torch.stack(list(pulls.values())).sum(0)
 lengths = [pull.norm() for pull in pulls.values()]

@@ -190,13 +190,13 @@ from dte_lab.sd15 import UNET
 with torch.device("meta"):
     large = UNet2DConditionModel(**UNET)
 unets = {"small": unet, "sd15": large}
-dte = encoder.dte
+settings = encoder.settings
 sizes = {}
 print(f"{'':6} {'rank':>6} {'predicted per concept':>22} {'heads':>9} {'whole network':>14}")
 for backbone, model in unets.items():
     shapes = projection_shapes(model)
     for rank in (1, 4, 16, "full"):
-        n = count_parameters(shapes, rank, dte.width, dte.num_heads, dte.trunk_depth)
+        n = count_parameters(shapes, rank, settings.width, settings.num_heads, settings.trunk_depth)
         sizes[backbone, rank] = n
         row = [short_number(n[part]) for part in ("offsets", "heads", "hypernetwork")]
         print(f"{backbone:6} {rank:>6} {row[0]:>22} {row[1]:>9} {row[2]:>14}")
@@ -223,7 +223,7 @@ for backbone, values in counts.items():
         f"{backbone}: whole matrices need {values['full'] / values[4]:.0f} times the parameters of "
         f"rank 4, and {values['full'] / reference[backbone]:.2f} times those of the UNet itself;"
     )
-    separate = dte.width * sizes[backbone, "full"]["offsets"]
+    separate = settings.width * sizes[backbone, "full"]["offsets"]
     print(f"    with a head for every matrix, the heads alone would have {short_number(separate)}")
 
 # %% [markdown]
@@ -260,7 +260,8 @@ with torch.no_grad():
 net = encoder.hypernetwork
 with torch.device("meta"):
     net_large = LoRAHypernetwork(
-        projection_shapes(large), dte.rank, dte.width, dte.num_heads, dte.trunk_depth, 1
+        projection_shapes(large), settings.rank, settings.width, settings.num_heads,
+        settings.trunk_depth, 1
     )
 for hypernetwork in (net, net_large):
     queries = ", ".join(f"{len(i)} for head {head}" for head, i in hypernetwork.groups.items())
@@ -297,7 +298,8 @@ assert torch.allclose(A, offsets[key][0], atol=1e-5)
 
 # %%
 fresh = LoRAHypernetwork(
-    projection_shapes(unet), net.rank, dte.width, dte.num_heads, dte.trunk_depth, dte.offset_scale
+    projection_shapes(unet), net.rank, settings.width, settings.num_heads, settings.trunk_depth,
+    settings.offset_scale
 ).to(device)
 with torch.no_grad():
     largest = {
@@ -468,7 +470,7 @@ SEEN = ["white", "blue", "grass", "night"]
 pictures = [render_image(name, "fluent", scene) for name in NAMES for scene in SEEN]
 with torch.no_grad():
     features = encoder.static_features(pipe.backbone, pipe.pixels(pictures))
-    prediction = mean_prediction(encoder(*features), len(dte.feature_timesteps))
+    prediction = mean_prediction(encoder(*features), len(settings.feature_timesteps))
 gram = inner_products(prediction.offsets).cpu().double().numpy()  # (48, 48)
 show(
     picture_grid([pictures[: len(SEEN)], pictures[-len(SEEN) :]], SEEN, [NAMES[0], NAMES[-1]]),

@@ -29,7 +29,7 @@
 # - write the attention processor that does this, step by step;
 # - show with two lines of algebra why two paths do not cost twice as much, and measure it;
 # - see where in the picture a token is looked at, and which tokens carry the concept;
-# - use `alpha_blend`, `pairing` and `granularity`, and let alpha change while a picture is drawn;
+# - use `alpha_blend`, `offsets_on` and `granularity`, and let alpha change during sampling;
 # - read a measurement of all this with its uncertainty.
 
 # %% [markdown]
@@ -311,10 +311,10 @@ checks.dual_output(dual_output)
 #
 # The paper can be read in two ways in two places, and the package has all four.
 #
-# | `pairing` | soft path | hard path |
+# | `offsets_on` | soft path | hard path |
 # |---|---|---|
-# | `"figure"` | `v*` with the learned weights | real word with the model's own weights |
-# | `"text"` | `v*` with the model's own weights | real word with the learned weights |
+# | `"soft"` | `v*` with the learned weights | real word with the model's own weights |
+# | `"hard"` | `v*` with the model's own weights | real word with the learned weights |
 #
 # | `granularity` | what runs twice and is blended |
 # |---|---|
@@ -573,25 +573,25 @@ for label, row in rows.items():
     print(f"{name_of:<26}" + "".join(f"{r:7.2f}" for r in ratio.tolist()))
 
 # %% [markdown]
-# ## 6. Try it: blend, pairing, granularity
+# ## 6. Try it: blend, offsets_on, granularity
 #
 # All pictures of the panel are drawn here, so that it answers at once. At α = 0 and α = 1 only one
 # path counts, and then both granularities are the same UNet: those pictures are drawn once.
 
 # %%
 ALPHAS, SEEDS = [0, 0.2, 0.4, 0.6, 0.8, 1], [0, 1, 2]
-WAYS_TO_BLEND = [(p, g) for p in ("figure", "text") for g in ("attention", "block")]
+WAYS_TO_BLEND = [(p, g) for p in ("soft", "hard") for g in ("attention", "block")]
 blended = {}
-for pairing, granularity in tqdm(WAYS_TO_BLEND, desc="pairings and granularities"):
-    config = replace(concept.config, pairing=pairing, granularity=granularity)
+for offsets_on, granularity in tqdm(WAYS_TO_BLEND, desc="pairings and granularities"):
+    config = replace(concept.config, offsets_on=offsets_on, granularity=granularity)
     for alpha in ALPHAS:
         if alpha in (0, 1) and granularity == "block":
-            result = [blended[pairing, "attention", alpha, seed] for seed in SEEDS]
+            result = [blended[offsets_on, "attention", alpha, seed] for seed in SEEDS]
         else:
             [result] = pipe.generate(
                 replace(concept, config=config), prompts[0], SEEDS, alpha_blend=alpha, **SAMPLING
             )
-        keys = [(pairing, granularity, alpha, seed) for seed in SEEDS]
+        keys = [(offsets_on, granularity, alpha, seed) for seed in SEEDS]
         blended |= dict(zip(keys, result, strict=True))
 
 # %%
@@ -678,8 +678,9 @@ checks.alpha_schedule(alpha_schedule)
 # - α falling, so that the learned word decides first and the prior has the last word; α rising, the
 #   other way round. Which keeps the setting, which the thing?
 # - `unconditional_offsets=False`: the unconditional half of guidance keeps the model's own weights.
-# - `refresh`: the encoder's features depend on the noisy picture, so its prediction changes with
-#   `t`. By default it is made once. With `refresh=5` it is made anew every five steps.
+# - `prediction_interval`: the encoder's features depend on the noisy picture, so its prediction
+#   changes with `t`. By default it is made once. With `prediction_interval=5` it is made anew every
+#   five steps.
 
 # %%
 variants = {
@@ -687,7 +688,7 @@ variants = {
     "α falls, 1 to 0.4": {"alpha_blend": (1.0, 0.4)},
     "α rises, 0.4 to 1": {"alpha_blend": (0.4, 1.0)},
     "own weights in the\nunconditional half": {"unconditional_offsets": False},
-    "prediction anew\nevery 5 steps": {"refresh": 5},
+    "prediction anew\nevery 5 steps": {"prediction_interval": 5},
 }
 columns = []
 for changes in variants.values():
@@ -775,10 +776,10 @@ def mean_of(setting, measure):
     return table[setting][measure].mean()
 
 
-ends = [("figure", "attention", alpha) for alpha in (0, 1)]
+ends = [("soft", "attention", alpha) for alpha in (0, 1)]
 show(
     curves_figure(table),
-    "Four charts over alpha, one line per pairing and granularity. Along figure, attention from "
+    "Four charts over alpha, one line per offsets_on and granularity. Along figure, attention from "
     "alpha 0 to 1: "
     + "; ".join(
         f"{name} from {mean_of(ends[0], key):.2f} to {mean_of(ends[1], key):.2f}"
@@ -809,7 +810,7 @@ def plane_alt(x, y):
     points = (
         f"alpha {key[2]:g}: {row[x].mean():.2f}, {row[y].mean():.2f}"
         for key, row in table.items()
-        if key[:2] == ("figure", "attention")
+        if key[:2] == ("soft", "attention")
     )
     return f"{y} over {x} with ellipses; figure, attention at (x, y): {'; '.join(points)}."
 
@@ -834,14 +835,14 @@ show(plane_figure(table, "clip_t_small", "clip_i_small"), plane_alt("clip_t_smal
 # %%
 from dte_lab.common.stats import interval
 
-soft, hard, dual = (("figure", "attention", alpha) for alpha in (1, 0, 0.7))
+soft, hard, dual = (("soft", "attention", alpha) for alpha in (1, 0, 0.7))
 for title, one, other in (
     ("blend 0.7 against soft path alone", dual, soft),
     ("blend 0.7 against hard path alone", dual, hard),
-    ("pairing figure against text, at 0.7", dual, ("text", "attention", 0.7)),
-    ("granularity attention against block, at 0.7", dual, ("figure", "block", 0.7)),
-    ("learned word alone against learned weights alone", ("text", "attention", 1),
-     ("text", "attention", 0)),
+    ("offsets_on figure against text, at 0.7", dual, ("hard", "attention", 0.7)),
+    ("granularity attention against block, at 0.7", dual, ("soft", "block", 0.7)),
+    ("learned word alone against learned weights alone", ("hard", "attention", 1),
+     ("hard", "attention", 0)),
 ):  # fmt: skip
     print(f"{title} (n = {count})")
     for measure, label in (("identity_scaled", "identity"), ("scene", "right scenes")):

@@ -203,7 +203,7 @@ def loss_at(t):
     timesteps = torch.full((N,), t, device=latents.device)
     with objective(
         pipe.backbone, pipe.prompt_encoder, prediction, [prompts["no setting"]] * N,
-        latents, noise, timesteps, pipe.encoder.dte,
+        latents, noise, timesteps, pipe.encoder.method,
     ) as terms:  # fmt: skip
         return terms["diffusion"].item()
 
@@ -552,10 +552,10 @@ checks.tuning_bytes(tuning_bytes)
 #
 # The rest depends on every operation of the UNet, so we do not guess: `dte_lab/hardware/memory.py`
 # runs a real step on *fake tensors*, which have shapes and no data, and counts what comes and goes.
-# It needs no GPU, and takes as long for a large picture as for a small one. Here is its prediction for
-# the small model beside what the operating system saw of a real step. A trace sees tensors. It does
-# not see the scratch space of fast kernels, nor what the allocator keeps for later. Does the gap
-# between the lines grow with the batch, or is it the same everywhere?
+# It needs no GPU, and takes as long for a large picture as for a small one. Here is its prediction
+# for the small model beside what the operating system saw of a real step. A trace sees tensors. It
+# does not see the scratch space of fast kernels, nor what the allocator keeps for later. Does the
+# gap between the lines grow with the batch, or is it the same everywhere?
 
 # %%
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -568,7 +568,7 @@ from dte_lab.tuning import tune
 
 def one_step(noise_levels):
     tune(
-        pipe.backbone, pipe.prompt_encoder, prediction, pixels, pipe.encoder.dte,
+        pipe.backbone, pipe.prompt_encoder, prediction, pixels, pipe.encoder.method,
         TuneConfig(num_steps=1, batch_size=noise_levels),
         bank=(pipe.encoder.bank, pipe.encoder.bank_concepts), progress=False,
     )  # fmt: skip

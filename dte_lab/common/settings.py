@@ -1,0 +1,41 @@
+"""Checks of settings: each raises ValueError with one sentence that names the setting."""
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+
+
+def check_whole(name: str, value: object, low: int | None = None, instead: str = "") -> None:
+    """`value` must be a whole number, of at least `low`; `instead`: what else would do."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or (low is not None and value < low):
+        least = "" if low is None else f" from {low}"
+        other = f" or {instead}" if instead else ""
+        raise ValueError(f"{name} is a whole number{least}{other}, not {value!r}.")
+
+
+def check_number(
+    name: str,
+    value: object,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+) -> None:
+    """`value` must be finite, in [low, high], and greater than `above`."""
+    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if (
+        not number
+        or (low is not None and value < low)
+        or (high is not None and value > high)
+        or (above is not None and value <= above)
+    ):
+        bounds = "" if low is None else f" from {low}"
+        bounds += "" if high is None else f" to {high}"
+        bounds += "" if above is None else f" above {above}"
+        raise ValueError(f"{name} is a number{bounds}, not {value!r}.")
+
+
+def check_one_of(name: str, value: object, known: Sequence[str]) -> None:
+    """`value` must be one of the `known` words."""
+    if value not in known:
+        raise ValueError(f"{name} is one of {', '.join(known)}, not {value!r}.")
