@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dte_lab import PromptEncoder, TuningEncoder, load_encoder
+from dte_lab import EncoderConfig, MethodConfig, PromptEncoder, TuningEncoder, load_encoder
 from dte_lab.backbone import add_noise
 from dte_lab.dual_path import dual_path
 from dte_lab.encoder import word_clip_embeddings
