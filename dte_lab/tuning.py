@@ -61,8 +61,8 @@ def tune(
     method: MethodConfig. config: TuneConfig. bank: negatives, see `regularise`. callback: called
     after each step with a dict of step, the losses, v_star and offsets (detached copies, as the
     losses found them). encoder: the TuningEncoder that predicted, from the same pictures and seed,
-    where more than the predictions is tuned; it stays as it is, a copy is tuned. Its static features
-    are computed once. The same seed gives the same result on the same machine.
+    where more than the predictions is tuned; it stays as it is, a copy is tuned. Its static
+    features are computed once. The same seed gives the same result on the same machine.
     If the loss or a gradient stops being finite, tuning ends with a warning and returns the last
     state whose loss was finite.
 

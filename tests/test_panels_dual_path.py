@@ -124,5 +124,6 @@ def test_panel_follows_its_widgets(pictures, shown_picture):
         shown = shown_picture(panel)
         colour = shown.getpixel((shown.width // 2, shown.height // 2 + 20))
         assert colour == pictures[offsets_on, granularity, alpha, seed].getpixel((0, 0))
-        alt = f"Pairing {offsets_on}, granularity {granularity}, alpha_blend {alpha:g}, seed {seed}"
+        alt = f"Offsets on {offsets_on}, granularity {granularity}, "
+        alt += f"alpha_blend {alpha:g}, seed {seed}"
         assert f'alt="{alt}"' in panel.view.value

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dte_lab.common.files import write_atomically
@@ -170,7 +169,7 @@ def _from_16_bit(image: Image.Image, name: str) -> Image.Image:
 
 def to_bytes(pixels):
     """Pixels in [-1, 1] -> uint8, of the same shape."""
-    return ((pixels.float() + 1) * 127.5).round().to(torch.uint8)
+    return ((pixels.float() + 1) * 127.5).round().byte()
 
 
 def to_pil(pixels):
