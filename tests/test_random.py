@@ -15,8 +15,8 @@ def test_a_stream_depends_on_seed_and_use_alone():
     seen = [
         draw(*arguments)
         for arguments in [
-            (3,), (3, "tuning"), (3, "initial noise"), (4, "tuning"), (-3, "tuning"), (3, 0),
-            (3, 1), (3, 0, 1), (3, 1, 0),
+            (3,), (3, "tuning"), (3, "initial noise"), (4, "tuning"), (-3, "tuning"), (3, 1),
+            (3, 0, 1), (3, 1, 1), (3, "tuning", 1), (1, 3),
         ]
     ]  # fmt: skip
     seen.append(torch.randn(64, generator=torch.Generator().manual_seed(3)))

@@ -13,7 +13,8 @@ import torch
 def stream(seed: int, *use: int | str) -> torch.Generator:
     """A CPU generator for one use of a seed: the same on every device and in every process.
 
-    use: what the numbers are for, words or numbers, such as ("tuning",) or (step, 0).
+    use: what the numbers are for, words or numbers, such as ("tuning",) or (step, 0); always as
+    many for one use, since numpy takes (step,) and (step, 0) for the same.
 
     >>> noise = torch.randn(4, generator=stream(0, "initial noise"))
     """
