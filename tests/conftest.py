@@ -3,11 +3,36 @@
 import base64
 import copy
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from beartype import beartype
+from jaxtyping import install_import_hook
 from PIL import Image
+
+
+def checked_shapes(function, *args, **kwargs):
+    """beartype for the annotations that name an array's shape, within whatever other type.
+
+    Other types stay unchecked: tests hand in stand-ins and, on purpose, wrong values.
+    """
+    kinds = function.__annotations__.items()
+    function.__annotations__ = {name: kind for name, kind in kinds if "jaxtyping" in repr(kind)}
+    return beartype(function, *args, **kwargs)
+
+
+def modules_with_shapes():
+    """The modules of dte_lab that import jaxtyping."""
+    root = Path(__file__).parents[1]
+    for path in sorted((root / "dte_lab").rglob("*.py")):
+        if "from jaxtyping import" in path.read_text():
+            yield ".".join(path.relative_to(root).with_suffix("").parts)
+
+
+# Modules imported from here on check at run time the shapes that their signatures name.
+install_import_hook(list(modules_with_shapes()), "conftest.checked_shapes")
 
 WORDS = (
     "picture photo the beach night red green blue apple cat dog house tree car boat flower on at "
