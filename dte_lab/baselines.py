@@ -23,7 +23,7 @@ from dte_lab.concept import Concept
 from dte_lab.config import MethodConfig
 from dte_lab.encoder import EncoderPrediction, TuningEncoder
 from dte_lab.lora import attention_layers, projection_layer, projection_shapes
-from dte_lab.objective import objective
+from dte_lab.objective import Batch, objective
 from dte_lab.tuning import noise_levels
 
 PROMPT = f"a picture of {placeholder_token}"
@@ -191,7 +191,8 @@ def _fit(
             v_star = torch.cat([state.v_star.expand(B, -1), prior.expand(B, -1)])
             state, prompts = replace(state, v_star=v_star), prompts + [PROMPT] * B
         optimizer.zero_grad()
-        with objective(backbone, pipe.prompt_encoder, state, prompts, *sample, method) as terms:
+        batch = Batch(*sample, prompts)
+        with objective(backbone, pipe.prompt_encoder, state, batch, method) as terms:
             terms["loss"].backward()
         if not terms["loss"].isfinite():
             raise ValueError(

@@ -7,8 +7,9 @@ is what each run may choose: how v* is regularised, how paths are blended, how p
 from dataclasses import dataclass
 
 from dte_lab.common.settings import check_number, check_one_of, check_whole
-from dte_lab.contrastive import REGULARISERS
 from dte_lab.dual_path import GRANULARITIES, OFFSETS_ON
+
+REGULARISERS = ("contrastive", "none", "norm", "l2", "nearest", "hinge", "gaussian")  # of v*
 
 
 @dataclass

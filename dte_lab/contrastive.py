@@ -15,55 +15,75 @@ which cosines do not see. `regularise` picks one of `REGULARISERS`:
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
-REGULARISERS = ("contrastive", "none", "norm", "l2", "nearest", "hinge", "gaussian")
+from dte_lab.config import MethodConfig
+from dte_lab.tokens import TokenTable
+
+Bank = tuple[Float[Tensor, "rows dim"], Int[Tensor, " rows"]]
 
 
-def regularise(v_star, table, config, concepts=None, bank=None, class_word=None):
-    """The terms of `config.regulariser` for v_star (B, d): {name: (weight, scalar)}.
+def regularise(
+    v_star: Float[Tensor, "batch dim"],
+    table: TokenTable,
+    method: MethodConfig,
+    concepts: Int[Tensor, " batch"] | None = None,
+    bank: Bank | None = None,
+    class_word: Float[Tensor, "batch dim"] | None = None,
+) -> dict[str, tuple[float, Float[Tensor, ""]]]:
+    """The terms of `method.regulariser`: {name: (weight, scalar)}.
 
-    table: TokenTable. config: MethodConfig. concepts: (B,) ids that tell which samples of the batch
-    are negatives of each other. bank: more negatives, as (embeddings (M, d), their concept ids
-    (M,), -1 for empty rows). class_word: (B, d) for "l2"; without one, the nearest word is taken.
+    concepts: ids that tell which samples of the batch are negatives of each other. bank: more
+    negatives, embeddings and their concept ids, -1 for empty rows. class_word: for "l2"; without
+    one, the nearest word is taken.
     """
-    kind, terms, count = config.regulariser, {}, config.num_positives
+    kind, terms, count = method.regulariser, {}, method.num_positives
     if kind == "contrastive":
         negatives, mask = _negatives(v_star, concepts, bank)
         near = _nearest(v_star, table, count)
-        value = contrastive_loss(v_star, near, negatives, mask, config.temperature)
-        terms[kind] = config.contrastive_weight, value
+        value = contrastive_loss(v_star, near, negatives, mask, method.temperature)
+        terms[kind] = method.contrastive_weight, value
     elif kind == "hinge":
         margin = table.neighbour_cosine(count)
         value = hinge_loss(v_star, _nearest(v_star, table, count), margin)
-        terms[kind] = config.regulariser_weight, value
+        terms[kind] = method.regulariser_weight, value
     elif kind == "gaussian":
         value = gaussian_loss(v_star, *(x.to(v_star.device) for x in table.gaussian))
-        terms[kind] = config.regulariser_weight, value
+        terms[kind] = method.regulariser_weight, value
     elif kind in ("l2", "nearest"):
         given = kind == "l2" and class_word is not None
         word = class_word if given else _nearest(v_star, table)[:, 0]
-        terms[kind] = config.regulariser_weight, norm_loss(v_star - word, table.mean_norm)
+        terms[kind] = method.regulariser_weight, norm_loss(v_star - word, table.mean_norm)
     if kind in ("contrastive", "hinge", "norm"):
-        terms["norm"] = config.norm_weight, norm_loss(v_star, table.mean_norm)
+        terms["norm"] = method.norm_weight, norm_loss(v_star, table.mean_norm)
     return terms
 
 
-def prompt_embedding(v_star, table, config):
-    """The embedding (B, d) that goes into prompts: v* itself, or its nearest word for "nearest".
+def prompt_embedding(
+    v_star: Float[Tensor, "batch dim"], table: TokenTable, method: MethodConfig
+) -> Float[Tensor, "batch dim"]:
+    """The embedding that goes into prompts: v* itself, or its nearest word for "nearest".
 
     The gradient passes the projection as if it were not there (straight-through); the "nearest"
     term then keeps v* beside its word, as in VQ-VAE. ("ours": the paper gives no formula)
     """
-    if config.regulariser != "nearest":
+    if method.regulariser != "nearest":
         return v_star
     return v_star + (_nearest(v_star, table)[:, 0] - v_star).detach()
 
 
-def contrastive_loss(v_star, positives, negatives, mask=None, temperature=0.1):
+def contrastive_loss(
+    v_star: Float[Tensor, "batch dim"],
+    positives: Float[Tensor, "batch near dim"],
+    negatives: Float[Tensor, "far dim"],
+    mask: Bool[Tensor, "batch far"] | None = None,
+    temperature: float = 0.1,
+) -> Float[Tensor, ""]:
     """-log( sum_i exp(cos(v*, v_i)/tau) / (that + sum_m exp(cos(v*, v_m)/tau)) ), mean over B.
 
-    v_star: (B, d). positives: (B, N, d), the nearest words v_i. negatives: (M, d), embeddings v_m
-    of concepts. mask: (B, M) bool, true where a negative counts, i.e. is another concept.
+    positives: the N nearest words v_i. negatives: M embeddings v_m of concepts. mask: true where a
+    negative counts, i.e. is another concept.
     Returns a scalar; with no negatives it is 0. Not known from the paper: N and tau.
     """
     v = F.normalize(v_star, dim=-1)
@@ -76,17 +96,19 @@ def contrastive_loss(v_star, positives, negatives, mask=None, temperature=0.1):
     return (both - pull).mean()
 
 
-def norm_loss(v_star, mean_norm):
+def norm_loss(v_star: Float[Tensor, "batch dim"], mean_norm: float) -> Float[Tensor, ""]:
     """(||v*|| / mean norm of the words)^2, mean over B: the paper's L2 term in relative units.
 
-    v_star: (B, d). Dividing by the words' mean norm makes the weight mean the same for every text
+    Dividing by the words' mean norm makes the weight mean the same for every text
     encoder. ("ours")
     """
     return (v_star / mean_norm).square().sum(dim=-1).mean()
 
 
-def hinge_loss(v_star, positives, margin):
-    """max(0, margin - cos(v*, v_i)), mean over B and the N positives (B, N, d). ("ours")
+def hinge_loss(
+    v_star: Float[Tensor, "batch dim"], positives: Float[Tensor, "batch near dim"], margin: float
+) -> Float[Tensor, ""]:
+    """max(0, margin - cos(v*, v_i)), mean over B and the N positives. ("ours")
 
     With a word's own mean cosine to its N nearest words as the margin, v* may move freely where a
     word could be.
@@ -95,21 +117,29 @@ def hinge_loss(v_star, positives, margin):
     return F.relu(margin - cosine).mean()
 
 
-def gaussian_loss(v_star, mean, precision):
+def gaussian_loss(
+    v_star: Float[Tensor, "batch dim"],
+    mean: Float[Tensor, " dim"],
+    precision: Float[Tensor, "dim dim"],
+) -> Float[Tensor, ""]:
     """(v* - mu)^T Sigma^-1 (v* - mu) / d, mean over B: about 1 for a word. ("ours")
 
-    Up to constants twice the negative log density per dimension. mean: (d,). precision: (d, d).
+    Up to constants twice the negative log density per dimension.
     """
     centred = v_star - mean
     return (centred @ precision * centred).mean()
 
 
-def _nearest(v_star, table, k=1):
-    """Embeddings (B, k, d) of the words nearest to v_star (B, d)."""
+def _nearest(
+    v_star: Float[Tensor, "batch dim"], table: TokenTable, k: int = 1
+) -> Float[Tensor, "batch near dim"]:
+    """Embeddings of the k words nearest to v_star (fewer where the table has fewer)."""
     return table.embeddings.to(v_star.device)[table.nearest_rows(v_star, k)[1]]
 
 
-def _negatives(v_star, concepts, bank):
+def _negatives(
+    v_star: Float[Tensor, "batch dim"], concepts: Int[Tensor, " batch"] | None, bank: Bank | None
+) -> tuple[Float[Tensor, "far dim"], Bool[Tensor, "batch far"]]:
     """Embeddings (B + M, d) from the batch (with gradient) and the bank; mask (B, B + M)."""
     own = v_star.new_full((len(v_star),), -2, dtype=torch.long) if concepts is None else concepts
     negatives, ids = [v_star], [own]

@@ -8,56 +8,90 @@ The target is the noise or the velocity, as the backbone predicts. (paper: diffu
 contrastive regularisation plus L2; the weights are not known.)
 """
 
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
 
-from dte_lab.backbone import add_noise, signal_variance
-from dte_lab.contrastive import prompt_embedding, regularise
+from dte_lab.backbone import Backbone, add_noise, signal_variance
+from dte_lab.config import MethodConfig
+from dte_lab.contrastive import Bank, prompt_embedding, regularise
 from dte_lab.dual_path import alpha_at, dual_path
+from dte_lab.encoder import EncoderPrediction
+from dte_lab.tokens import PromptEncoder
 
 
-def diffusion_target(backbone, latents, noise, timesteps):
-    """What the UNet should predict at x_t: noise or velocity, (B, C, h, w)."""
+@dataclass
+class Batch:
+    """What the loss of one step is computed from, B samples.
+
+    prompts: B strings with "S*", or what `tokenize` returns for them. concepts: ids that tell which
+    samples of the batch are negatives of each other; None where all are of one concept.
+    """
+
+    latents: Float[Tensor, "batch channels height width"]
+    noise: Float[Tensor, "batch channels height width"]
+    timesteps: Int[Tensor, " batch"]
+    prompts: Sequence[str] | tuple[Tensor, Tensor]
+    concepts: Int[Tensor, " batch"] | None = None
+
+
+def diffusion_target(
+    backbone: Backbone,
+    latents: Float[Tensor, "batch channels height width"],
+    noise: Float[Tensor, "batch channels height width"],
+    timesteps: Int[Tensor, " batch"],
+) -> Float[Tensor, "batch channels height width"]:
+    """What the UNet should predict at x_t, noise or velocity.
+
+    Raises ValueError for a backbone that predicts something else.
+    """
     if backbone.prediction_type == "epsilon":
         return noise
     if backbone.prediction_type == "v_prediction":
-        alpha = signal_variance(backbone, latents, timesteps)
+        alpha = signal_variance(backbone, latents, timesteps)  # (B, 1, 1, 1)
         return alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
     raise ValueError(f"Prediction type {backbone.prediction_type!r} is not supported.")
 
 
 @contextmanager
 def objective(
-    backbone, prompt_encoder, prediction, prompts, latents, noise, timesteps, config,
-    concepts=None, bank=None,
-):  # fmt: skip
+    backbone: Backbone,
+    prompt_encoder: PromptEncoder,
+    prediction: EncoderPrediction,
+    batch: Batch,
+    method: MethodConfig,
+    bank: Bank | None = None,
+) -> Iterator[dict[str, Float[Tensor, ""]]]:
     """The loss and its terms, inside the dual path: call `backward` within the `with` block.
 
-    prediction: v_star (B, d) and offsets, or one (batch 1) for all samples. prompts: B strings with
-    "S*", or their tokens. latents, noise: (B, C, h, w). timesteps: (B,). config: MethodConfig.
-    concepts: (B,) ids that tell which samples of the batch are negatives of each other. bank: more
-    negatives, see `regularise`.
+    prediction: one per sample of the batch, or one (batch 1) for all. bank: more negatives, see
+    `regularise`.
     Yields scalars: "loss", "diffusion", and the regulariser's terms ("contrastive" and "norm").
 
     >>> with objective(...) as losses:
     ...     losses["loss"].backward()
     """
-    v_star = prompt_embedding(prediction.v_star, prompt_encoder.table, config)
-    soft = prompt_encoder(prompts, v_star)  # (B, L, d)
-    hard = prompt_encoder.hard(prompts, v_star) if config.alpha_blend != 1 else None
-    alpha = alpha_at(config.alpha_blend, timesteps, len(backbone.alphas_cumprod))
-    noisy = add_noise(backbone, latents, noise, timesteps).to(backbone.dtype)
-    target = diffusion_target(backbone, latents, noise, timesteps)
+    t = batch.timesteps
+    v_star = prompt_embedding(prediction.v_star, prompt_encoder.table, method)
+    soft = prompt_encoder(batch.prompts, v_star)  # (B, L, d)
+    hard = prompt_encoder.hard(batch.prompts, v_star) if method.alpha_blend != 1 else None
+    alpha = alpha_at(method.alpha_blend, t, len(backbone.alphas_cumprod))
+    noisy = add_noise(backbone, batch.latents, batch.noise, t).to(backbone.dtype)
+    target = diffusion_target(backbone, batch.latents, batch.noise, t)
     with dual_path(
-        backbone.unet, prediction.offsets, hard, alpha, config.offsets_on, config.granularity
+        backbone.unet, prediction.offsets, hard, alpha, method.offsets_on, method.granularity
     ):
-        output = backbone.unet(noisy, timesteps, soft.to(backbone.dtype)).sample
+        output = backbone.unet(noisy, t, soft.to(backbone.dtype)).sample
         losses = {"diffusion": F.mse_loss(output.float(), target.float())}
         total = losses["diffusion"]
         terms = regularise(
-            prediction.v_star, prompt_encoder.table, config, concepts, bank, prediction.class_word
-        )
+            prediction.v_star, prompt_encoder.table, method, batch.concepts, bank,
+            prediction.class_word,
+        )  # fmt: skip
         for name, (weight, value) in terms.items():
             losses[name] = value
             total = total + weight * value

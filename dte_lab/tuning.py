@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from dte_lab.encoder import EncoderPrediction, mean_prediction
-from dte_lab.objective import objective
+from dte_lab.objective import Batch, objective
 
 TUNABLE = ("predictions", "heads", "encoder")
 
@@ -94,9 +94,8 @@ def tune(
         sample = noise_levels(latents, step, B, T, generator)
         optimizer.zero_grad()
         state = predict()
-        with objective(
-            backbone, prompt_encoder, state, prompts, *sample, method, bank=bank
-        ) as terms:
+        batch = Batch(*sample, prompts)
+        with objective(backbone, prompt_encoder, state, batch, method, bank) as terms:
             (scale * terms["loss"]).backward()
         state = _copy(state)  # before the step changes it
         finite = terms["loss"].isfinite()

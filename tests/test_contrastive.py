@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from dte_lab import MethodConfig, TokenTable
+from dte_lab.config import REGULARISERS
 from dte_lab.contrastive import (
-    REGULARISERS,
     contrastive_loss,
     gaussian_loss,
     norm_loss,

@@ -7,7 +7,7 @@ import torch
 from dte_lab import MethodConfig, PromptEncoder
 from dte_lab.contrastive import contrastive_loss
 from dte_lab.encoder import EncoderPrediction
-from dte_lab.objective import objective
+from dte_lab.objective import Batch, objective
 
 PROMPTS = ["a picture of S*", "S* on the beach", "the S*"]
 
@@ -33,7 +33,9 @@ def test_diffusion_term_against_merged_weights(tiny_backbone, setting, merged_un
 
     encode, leaves, latents, noise, t = setting
     config = MethodConfig(alpha_blend=1.0)
-    with objective(tiny_backbone, encode, leaves, PROMPTS, latents, noise, t, config) as losses:
+    with objective(
+        tiny_backbone, encode, leaves, Batch(latents, noise, t, PROMPTS), config
+    ) as losses:
         ours = losses["diffusion"]
     scheduler = DDPMScheduler.from_config(tiny_backbone.scheduler.config)
     errors = []
@@ -59,7 +61,9 @@ def test_gradients_with_and_without_checkpointing(tiny_backbone, setting, checkp
     tensors = [leaves.v_star, *(m for pair in leaves.offsets.values() for m in pair)]
 
     def loss(backward=False):
-        with objective(backbone, encode, leaves, PROMPTS, latents, noise, t, config) as losses:
+        with objective(
+            backbone, encode, leaves, Batch(latents, noise, t, PROMPTS), config
+        ) as losses:
             if backward:
                 losses["loss"].backward()
             return losses["loss"].item()
@@ -87,7 +91,7 @@ def test_contrastive_negatives_are_other_concepts_and_the_bank(tiny_backbone, se
     concepts, config = torch.tensor([7, 7, 8]), MethodConfig()
     bank = (randn(4, 24, seed=5), torch.tensor([8, 9, -1, 7]))
     with objective(
-        tiny_backbone, encode, leaves, PROMPTS, latents, noise, t, config, concepts, bank
+        tiny_backbone, encode, leaves, Batch(latents, noise, t, PROMPTS, concepts), config, bank
     ) as losses:
         ours = losses["contrastive"]
     negatives = [[v[2], bank[0][0], bank[0][1]]] * 2 + [[v[0], v[1], bank[0][1], bank[0][3]]]

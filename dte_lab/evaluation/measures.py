@@ -17,7 +17,7 @@ from dte_lab.evaluation.base_model import JUDGE_SIZE, Judge, classify_scene
 from dte_lab.evaluation.edits import Edit, Item, object_mask, object_region, truth
 from dte_lab.evaluation.judges import ImageJudge, SentenceJudge
 from dte_lab.features import image_features
-from dte_lab.objective import objective
+from dte_lab.objective import Batch, objective
 from dte_lab.world.captions import caption
 from dte_lab.world.scenes import BOX, SCENES
 from dte_lab.world.sprites import concepts, split_names
@@ -142,11 +142,10 @@ def diffusion_loss(pipe, concept, pictures: Tensor, prompts: list[str], count=32
     latents = backbone.encode_images(pictures)[turn].float()  # (count, C, h, w)
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     timesteps = torch.linspace(0, len(backbone.alphas_cumprod) - 1, count).long()
-    with objective(
-        backbone, pipe.prompt_encoder, EncoderPrediction(concept.v_star, concept.offsets),
-        [prompts[i] for i in turn], latents, noise, timesteps.to(latents.device),
-        replace(concept.config, regulariser="none"),
-    ) as terms:  # fmt: skip
+    batch = Batch(latents, noise, timesteps.to(latents.device), [prompts[i] for i in turn])
+    prediction = EncoderPrediction(concept.v_star, concept.offsets)
+    method = replace(concept.config, regulariser="none")
+    with objective(backbone, pipe.prompt_encoder, prediction, batch, method) as terms:
         return terms["diffusion"].item()
 
 

@@ -21,8 +21,8 @@ from dte_lab.backbone import backbone_folder
 from dte_lab.baselines import BaselineConfig, dreambooth_lora, e4t, load_e4t, textual_inversion
 from dte_lab.common.images import to_pil
 from dte_lab.concept import Concept
-from dte_lab.config import MethodConfig
-from dte_lab.contrastive import REGULARISERS, prompt_embedding
+from dte_lab.config import REGULARISERS, MethodConfig
+from dte_lab.contrastive import prompt_embedding
 from dte_lab.dual_path import GRANULARITIES, OFFSETS_ON
 from dte_lab.encoder import load_encoder
 from dte_lab.lora import truncate

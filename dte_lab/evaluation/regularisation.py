@@ -33,7 +33,7 @@ from dte_lab.encoder import EncoderPrediction, load_encoder
 from dte_lab.evaluation.edits import items
 from dte_lab.evaluation.judges import SentenceJudge
 from dte_lab.evaluation.run import check_settings, fingerprint, versions, write_document
-from dte_lab.objective import objective
+from dte_lab.objective import Batch, objective
 from dte_lab.pipeline import DTEPipeline
 from dte_lab.training.predictions import read_predictions
 from dte_lab.tuning import TuneConfig, noise_levels
@@ -100,10 +100,8 @@ class Experiment:
         latents = backbone.encode_images(pipe.pixels([picture])).float()
         sample = noise_levels(latents, 0, count, T, generator)
         prediction = EncoderPrediction(concept.v_star, concept.offsets)
-        prompts = ["a picture of S*"] * count
-        with objective(
-            backbone, pipe.prompt_encoder, prediction, prompts, *sample, concept.config
-        ) as terms:
+        batch = Batch(*sample, ["a picture of S*"] * count)
+        with objective(backbone, pipe.prompt_encoder, prediction, batch, concept.config) as terms:
             return terms["diffusion"].item()
 
     def concept_rows(self, item) -> list[dict]:

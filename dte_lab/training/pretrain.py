@@ -38,7 +38,7 @@ from dte_lab.common.checkpoint import (
 )
 from dte_lab.common.files import write_atomically
 from dte_lab.common.images import to_pil
-from dte_lab.objective import objective
+from dte_lab.objective import Batch, objective
 from dte_lab.pipeline import DTEPipeline
 from dte_lab.tokens import PromptEncoder
 from dte_lab.training.predictions import Predictions
@@ -260,10 +260,13 @@ def train_step(
             torch.cat([encoder.bank.clone(), v_star[others]]),
             torch.cat([encoder.bank_concepts, concepts[others]]),
         )
+        target = Batch(
+            sample["latents"], sample["noise"], sample["timesteps"], sample["prompts"],
+            sample["concepts"],
+        )  # fmt: skip
         with objective(
-            backbone, prompt_encoder, prediction, sample["prompts"], sample["latents"],
-            sample["noise"], sample["timesteps"], encoder.method, sample["concepts"], bank,
-        ) as losses:  # fmt: skip
+            backbone, prompt_encoder, prediction, target, encoder.method, bank
+        ) as losses:
             accelerator.backward(losses["loss"])
     grad_norm = accelerator.clip_grad_norm_(encoder.parameters(), max_grad_norm)
     optimizer.step()

@@ -16,7 +16,7 @@ from dte_lab.baselines import E4TEncoder, e4t_config
 from dte_lab.common.files import write_atomically
 from dte_lab.config import EncoderConfig, MethodConfig
 from dte_lab.encoder import TuningEncoder
-from dte_lab.objective import objective
+from dte_lab.objective import Batch, objective
 from dte_lab.pipeline import DTEPipeline
 from dte_lab.tokens import PromptEncoder
 from dte_lab.training.first_words import fit_token_head
@@ -99,10 +99,10 @@ def main(
         clip = encoder.image_features(backbone, batch["image"])
         prediction = encoder(clip, features, feature_t)
         bank = encoder.bank.clone(), encoder.bank_concepts.clone()
+        target = Batch(latents, noise, t, batch["prompts"], batch["concepts"])
         with objective(
-            backbone, prompt_encoder, prediction, batch["prompts"], latents, noise, t,
-            encoder.method, batch["concepts"], bank,
-        ) as losses:  # fmt: skip
+            backbone, prompt_encoder, prediction, target, encoder.method, bank
+        ) as losses:
             return prediction.v_star, losses
 
     def loss(encoder: TuningEncoder) -> tuple[Tensor, dict[str, Tensor]]:

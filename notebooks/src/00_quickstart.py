@@ -240,7 +240,7 @@ checks.nearest_words(nearest_words)
 from dataclasses import replace
 
 from dte_lab.encoder import EncoderPrediction
-from dte_lab.objective import objective
+from dte_lab.objective import Batch, objective
 
 record = []
 again = pipe.personalize(picture, callback=record.append)
@@ -259,8 +259,8 @@ def loss_on_fixed_noise(state):
     """Diffusion loss of a state, mean over N noises that are the same for every state."""
     prediction = EncoderPrediction(state.v_star, state.offsets)
     with objective(
-        pipe.backbone, pipe.prompt_encoder, prediction, ["a picture of S*"] * N,
-        latents, noise, timesteps, state.config,
+        pipe.backbone, pipe.prompt_encoder, prediction,
+        Batch(latents, noise, timesteps, ["a picture of S*"] * N), state.config,
     ) as terms:  # fmt: skip
         return terms["diffusion"].item()
 

@@ -438,7 +438,7 @@ checks.cosine_gradient(cosine_gradient)
 
 # %%
 from dte_lab.encoder import EncoderPrediction
-from dte_lab.objective import objective
+from dte_lab.objective import Batch, objective
 from dte_lab.panels.contrastive import pulls_figure
 from dte_lab.tuning import noise_levels
 
@@ -449,7 +449,7 @@ sample = noise_levels(latents, 0, COUNT, T, torch.Generator().manual_seed(0))
 v_star = concept.v_star.clone().requires_grad_()
 prediction = EncoderPrediction(v_star, concept.offsets)
 with objective(
-    pipe.backbone, pipe.prompt_encoder, prediction, ["a picture of S*"] * COUNT, *sample,
+    pipe.backbone, pipe.prompt_encoder, prediction, Batch(*sample, ["a picture of S*"] * COUNT),
     replace(method, regulariser="none"),
 ) as terms:  # fmt: skip
     (of_diffusion,) = torch.autograd.grad(terms["diffusion"], v_star)

@@ -186,7 +186,7 @@ checks.velocity_target(velocity_target)
 # (`noise_levels` in `dte_lab/tuning.py`). The hairlines below are the bins.
 
 # %%
-from dte_lab.objective import objective
+from dte_lab.objective import Batch, objective
 from dte_lab.panels.tuning import timestep_figure
 
 N, B = 4, TuneConfig().batch_size
@@ -202,8 +202,8 @@ def loss_at(t):
     """Diffusion loss of the prediction at timestep t, mean over N noises."""
     timesteps = torch.full((N,), t, device=latents.device)
     with objective(
-        pipe.backbone, pipe.prompt_encoder, prediction, [prompts["no setting"]] * N,
-        latents, noise, timesteps, pipe.encoder.method,
+        pipe.backbone, pipe.prompt_encoder, prediction,
+        Batch(latents, noise, timesteps, [prompts["no setting"]] * N), pipe.encoder.method,
     ) as terms:  # fmt: skip
         return terms["diffusion"].item()
 
