@@ -72,7 +72,7 @@ class DTEPipeline:
         backbone, encoder, method = self.backbone, self.encoder, method or self.encoder.method
         config = replace(config or TuneConfig(), num_steps=num_steps)
         if backbone.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats(backbone.device)
 
         prediction = encoder.predict(backbone, pixels, seed, self.prompt_encoder)
         result = tune(

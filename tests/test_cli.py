@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dte_lab.cli.app import check_prompts, distinct, main, picture_names
+from dte_lab.cli.app import (
+    check_prompts,
+    contact_sheet,
+    distinct,
+    main,
+    picture_names,
+    save_pictures,
+)
+from dte_lab.common.errors import DTEError
 
 PROMPTS = ["--prompt", "S* on the beach", "--prompt", "S* at night"]
 FAST = ["--num-inference-steps", "2"]
@@ -108,16 +116,23 @@ def test_nothing_but_progress_is_on_stderr(finished):
         assert not line.strip() or line.startswith(("loading ", "tuning:", "sampling:")), line
 
 
-def test_contact_sheet_shows_input_prediction_and_tuned(finished, photo):
-    out, _ = finished
-    sheet = np.asarray(Image.open(out / "contact_sheet.png"))
-    tuned = Image.open(out / "at-night_seed7.png")
-    enlarged = np.asarray(tuned.resize((192, 192), Image.Resampling.LANCZOS))[4:-4, 4:-4]
-    tile, gap, margin = 192, 12, 24
-    right, bottom = sheet.shape[1] - margin, sheet.shape[0] - margin
-    assert sheet.shape[1] == margin + tile + gap + 5 * (tile + gap) - gap + margin  # 1 + 2 + 2
-    corner = sheet[bottom - tile + 4 : bottom - 4, right - tile + 4 : right - 4]
-    assert np.array_equal(corner, enlarged)
+def test_contact_sheet_shows_each_picture_in_its_place(finished):
+    """Two inputs, two prompts, two seeds, two results: every picture has a colour of its own."""
+    pictures = [Image.new("RGB", (16, 16), (i, 0, 0)) for i in range(10)]
+    drawn = {
+        "predicted only": [pictures[2:4], pictures[4:6]],
+        "tuned": [pictures[6:8], pictures[8:]],
+    }
+    figure = contact_sheet(pictures[:2], drawn, ["S* a", "S* b"], [0, 7])
+    shown = [ax.get_images()[0].get_array()[0, 0, 0] for ax in figure.axes]
+    assert shown == [0, 2, 3, 6, 7, 1, 4, 5, 8, 9]
+    columns = ["input", *(f"{n}\nseed {s}" for n in ("predicted only", "tuned") for s in (0, 7))]
+    assert [ax.get_title() for ax in figure.axes[:5]] == columns
+    assert [ax.get_ylabel() for ax in figure.axes[::5]] == ["S* a", "S* b"]
+    one_seed = contact_sheet(pictures[:1], {"tuned": [pictures[:1]]}, ["S*"], [3])
+    assert [ax.get_title() for ax in one_seed.axes] == ["input", "tuned"]
+    width, height = Image.open(finished[0] / "contact_sheet.png").size
+    assert width > 5 * 192 and height > 2 * 192
 
 
 def test_generate_draws_the_same_picture_again(finished, model, tmp_path, dte):
@@ -316,13 +331,32 @@ def test_sample_concepts_were_never_trained_on():
     assert set(SAMPLE_CONCEPTS) <= set(split_names("val"))
 
 
-def test_mistakes_of_ours_keep_their_traceback(monkeypatch):
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError, KeyError])
+def test_faults_of_the_program_keep_their_traceback(monkeypatch, kind):
+    """A ValueError of torch or of ours, too: only DTEError is made for the user."""
+
     def broken(path):
-        raise RuntimeError("a bug")
+        raise kind("a bug")
 
     monkeypatch.setattr("dte_lab.cli.app.read_image", broken)
-    with pytest.raises(RuntimeError, match="a bug"):
+    with pytest.raises(kind, match="a bug"):
         main(["personalize", "a.png", *PROMPTS, "--out", "x"])
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (DTEError("say it\n otherwise."), "error: say it otherwise."),
+        (OSError("no tokenizer there"), "error: no tokenizer there"),
+        (PermissionError(13, "Permission denied", "a.png"), "error: a.png: Permission denied."),
+    ],
+)
+def test_what_the_user_can_put_right_is_one_line(monkeypatch, refused, error, line):
+    def broken(path):
+        raise error
+
+    monkeypatch.setattr("dte_lab.cli.app.read_image", broken)
+    assert refused("personalize", "a.png", *PROMPTS, "--out", "x") == line
 
 
 def test_interrupt_is_quiet(monkeypatch, dte):
@@ -351,11 +385,19 @@ def test_picture_names_are_safe_and_distinct():
     assert numbered == ["a_seed0.png", "a-2_seed0.png", "a-2-2_seed0.png"]
 
 
+def test_pictures_are_saved_under_the_name_of_their_prompt_and_seed(tmp_path):
+    drawn = [[Image.new("RGB", (1, 1), (p, s, 0)) for s in (5, 6, 7)] for p in (1, 2)]
+    names = save_pictures(drawn, ["S* at night", "S* at sea"], [5, 6, 7], tmp_path)
+    assert names == [f"at-{where}_seed{s}.png" for where in ("night", "sea") for s in (5, 6, 7)]
+    colours = [Image.open(tmp_path / name).getpixel((0, 0)) for name in names]
+    assert colours == [(p, s, 0) for p in (1, 2) for s in (5, 6, 7)]
+
+
 def test_repeated_values_are_dropped():
     assert distinct([3, 1, 3]) == [3, 1]
 
 
 def test_check_prompts_accepts_the_placeholder_anywhere():
     check_prompts(["S*", "a photo of S* at night"])
-    with pytest.raises(ValueError, match="'S at night'"):
+    with pytest.raises(DTEError, match="'S at night'"):
         check_prompts(["S*", "S at night"])

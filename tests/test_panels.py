@@ -29,18 +29,6 @@ def image_in(ax):
     return ax.get_images()[0].get_array()
 
 
-def test_picture_grid_draws_each_picture_in_its_place(pictures):
-    chosen = list(pictures.values())
-    figure = panels.picture_grid([chosen[:3], chosen[3:]], list("abc"), ["first", "second"])
-    assert [ax.get_title() for ax in figure.axes] == ["a", "b", "c", "", "", ""]
-    assert [ax.get_ylabel() for ax in figure.axes] == ["first", "", "", "second", "", ""]
-    for ax, picture in zip(figure.axes, chosen, strict=True):
-        assert np.array_equal(image_in(ax), np.asarray(picture))
-    for rows, columns in (([chosen[:2]], "abc"), ([chosen[:3], chosen[:2]], "abc")):
-        with pytest.raises(ValueError):
-            panels.picture_grid(rows, list(columns))
-
-
 def test_words_figure_has_one_bar_per_word_and_embedding(pictures):
     cosines = {"predicted": [0.9, 0.2, -0.1], "tuned": [0.8, 0.3, 0.1]}
     figure = quickstart.words_figure(cosines, ["cat", "dog", "car"])

@@ -1,68 +1,117 @@
+"""Pictures in a grid, and figures written to files."""
+
+import warnings
+
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
-from dte_lab.common.plots import _font, _wrap, contact_sheet
+from dte_lab.common.plots import LETTERS, picture_grid, save_figure, wrapped
 from dte_lab.common.stats import mean_and_error
+
+COLOURS = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0), (0, 200, 200), (200, 0, 200)]
+PICTURES = [Image.new("RGB", (64, 64), colour) for colour in COLOURS]
+
+
+def saved(figure, path):
+    """The figure's PNG at 100 dots per inch, as an array (H, W, 3)."""
+    save_figure(figure, path, dpi=100)
+    return np.asarray(Image.open(path).convert("RGB"), int)
 
 
 def box_of(sheet, colour):
-    """Bounding box (left, top, right, bottom) of all pixels of one colour."""
-    mask = (np.asarray(sheet) == np.array(colour)).all(-1)
+    """Bounding box (left, top, right, bottom) of all pixels that are near a colour."""
+    mask = (abs(sheet - np.array(colour)) <= 2).all(-1)
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return columns[0], rows[0], columns[-1], rows[-1]
 
 
-def test_pictures_stand_in_reading_order_at_three_times_their_size():
-    colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0)]
-    pictures = [Image.new("RGB", (64, 64), colour) for colour in colours]
-    sheet = contact_sheet([pictures[:2], pictures[2:]], ["S* one", "S* two"], ["input", "tuned"])
-    boxes = [box_of(sheet, colour) for colour in colours]
-    for left, top, right, bottom in boxes:  # 192 px less the hairline on each side
-        assert (right - left + 1, bottom - top + 1) == (190, 190)
-    first, second, third, fourth = boxes
-    assert first[0] == third[0] < second[0] == fourth[0]
-    assert first[1] == second[1] < third[1] == fourth[1]
-    assert sheet.getpixel((2, 2)) == (255, 255, 255)
-
-
-def test_labels_are_drawn_and_change_the_sheet():
-    picture = Image.new("RGB", (64, 64), (200, 0, 0))
-    plain = contact_sheet([[picture]], [""], [" "])
-    labelled = contact_sheet([[picture]], ["S* on the beach"], ["input"])
-    assert plain.size == labelled.size
-    difference = np.abs(np.asarray(plain, int) - np.asarray(labelled, int)).sum(-1) > 0
-    left, top, _, _ = box_of(labelled, (200, 0, 0))
-    assert difference[:, : left - 1].any()  # the prompt, to the left of the picture
-    assert difference[: top - 1].any()  # the heading, above it
-    assert not difference[top:, left:].any()  # no label touches a picture
-
-
-def test_gaps_wide_pictures_and_other_modes():
-    wide = Image.new("L", (512, 256), 90)
-    sheet = contact_sheet([[None, wide]], ["S*"], ["input", "tuned"])
-    left, top, right, bottom = box_of(sheet, (90, 90, 90))
-    assert (right - left + 1, bottom - top + 1) == (190, 94)
-
-
-def test_long_labels_are_wrapped_and_cut():
-    font = _font(16)
-    text = _wrap("S* " + "a very long prompt " * 30 + "x" * 200, font, 192, max_lines=4)
-    lines = text.splitlines()
-    assert len(lines) == 4 and lines[-1].endswith("…")
-    assert all(font.getlength(line) <= 192 for line in lines)
-    assert _wrap("S* at  night", font, 192, max_lines=4) == "S* at night"
-    pieces = _wrap("y" * 60, font, 192, max_lines=9).splitlines()
-    assert "".join(pieces) == "y" * 60 and len(pieces) > 1
+def test_picture_grid_draws_each_picture_in_its_place():
+    figure = picture_grid([PICTURES[:3], PICTURES[3:]], list("abc"), ["first", "second"])
+    assert [ax.get_title() for ax in figure.axes] == ["a", "b", "c", "", "", ""]
+    assert [ax.get_ylabel() for ax in figure.axes] == ["first", "", "", "second", "", ""]
+    for ax, picture in zip(figure.axes, PICTURES, strict=True):
+        assert np.array_equal(ax.get_images()[0].get_array(), np.asarray(picture))
 
 
 @pytest.mark.parametrize(
-    ("rows", "row_labels", "column_labels"),
-    [([], [], ["a"]), ([[None]], ["a", "b"], ["a"]), ([[None]], ["a"], ["a", "b"])],
+    ("rows", "columns", "labels"),
+    [
+        ([PICTURES[:2]], "abc", None),
+        ([PICTURES[:3], PICTURES[:2]], "abc", None),
+        ([PICTURES[:2]], "ab", ["one", "two"]),
+        ([PICTURES[:2], PICTURES[:2]], "ab", ["one"]),
+    ],
 )
-def test_labels_must_match(rows, row_labels, column_labels):
-    with pytest.raises(ValueError, match=r"rows of pictures|pictures in a row"):
-        contact_sheet(rows, row_labels, column_labels)
+def test_labels_must_match(rows, columns, labels):
+    with pytest.raises(ValueError):
+        picture_grid(rows, list(columns), labels)
+
+
+def test_pictures_stand_in_reading_order_all_of_one_size(tmp_path):
+    rows = [PICTURES[:2], PICTURES[2:4]]
+    sheet = saved(picture_grid(rows, ["input", "tuned"], ["S* one", "S* two"]), tmp_path / "a.png")
+    first, second, third, fourth = (box_of(sheet, colour) for colour in COLOURS[:4])
+    for left, top, right, bottom in (first, second, third, fourth):
+        assert 130 < right - left == pytest.approx(bottom - top, abs=2)  # of 145 pixels a column
+    assert first[0] == third[0] < second[0] == fourth[0]
+    assert first[1] == second[1] < third[1] == fourth[1]
+    assert tuple(sheet[2, 2]) == (255, 255, 255)
+
+
+def test_wide_pictures_keep_their_shape(tmp_path):
+    wide = Image.new("L", (512, 256), 90).convert("RGB")
+    sheet = saved(picture_grid([[wide, PICTURES[0]]], ["input", "tuned"]), tmp_path / "a.png")
+    left, top, right, bottom = box_of(sheet, (90, 90, 90))
+    assert (right - left) / (bottom - top) == pytest.approx(2, abs=0.08)
+
+
+@pytest.mark.parametrize("label", ["S* on the beach", "S* " + "a very long prompt " * 30, "W" * 99])
+def test_labels_stand_beside_the_pictures_and_make_them_no_smaller(label):
+    figure = picture_grid([PICTURES[:2]] * 2, ["input", "tuned\nseed 7"], [label, "S*"])
+    figure.draw_without_rendering()
+    width, height = figure.get_size_inches() * figure.dpi
+    boxes = [ax.get_window_extent() for ax in figure.axes]
+    assert min(box.width for box in boxes) > 1.3 * figure.dpi
+    for ax, box in zip(figure.axes, boxes, strict=True):
+        title, beside = ax.title.get_window_extent(), ax.yaxis.label.get_window_extent()
+        assert not ax.get_title() or box.y1 < title.y0 < title.y1 <= height
+        assert not ax.get_ylabel() or 0 <= beside.x0 < beside.x1 < box.x0
+        assert not ax.get_ylabel() or box.y0 < beside.y0 < beside.y1 < box.y1
+
+
+def test_long_labels_are_wrapped_and_cut():
+    lines = wrapped("S* " + "a very long prompt " * 30, lines=4).splitlines()
+    assert len(lines) == 4 and lines[-1].endswith("…")
+    assert all(len(line) <= LETTERS for line in lines)
+    assert wrapped("S* at  night") == "S* at night"
+    pieces = wrapped("y" * 60).splitlines()
+    assert "".join(pieces) == "y" * 60 and len(pieces) > 1
+
+
+def test_labels_are_text_in_any_script_and_never_a_formula(tmp_path):
+    labels = ["S* for $5, not $\\frac$", "夜の S*"]
+    figure = picture_grid([PICTURES[:1]] * 2, ["$x^"], labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_figure(figure, tmp_path / "a.png")
+
+
+def test_a_figure_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "a.png"
+    save_figure(Figure((2, 1)), path, dpi=50, metadata={"Source": "me"})
+    picture = Image.open(path)
+    assert picture.size == (100, 50) and picture.info["Source"] == "me"
+    before = path.read_bytes()
+
+    def full_disk(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_figure(Figure((1, 1)), path)
+    assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["a.png"]
 
 
 def test_mean_and_error_are_what_errorbar_draws():

@@ -5,28 +5,30 @@
     dte pretrain | dte world ...        how the shipped weights were made
     dte memory | dte doctor             what fits on this machine, and what would fail
 
-Whatever the user can put right is answered by one line, `error: ...`, and exit status 2. Prompts,
-pictures and the output folder are checked before any slow work. DTE_DEBUG=1 shows tracebacks.
+Whatever the user can put right, a DTEError or an OSError, is answered by one line, `error: ...`,
+and exit status 2; any other exception is a fault of the program, and shows its traceback. Prompts,
+pictures and the output folder are checked before any slow work. DTE_DEBUG=1 shows all tracebacks.
 """
 
 import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain, count
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
+from PIL import Image
 
 from dte_lab import __version__, placeholder_token
 from dte_lab.cli import evaluation, hardware, training
 from dte_lab.cli.common import (
-    BackboneName,
+    Backbone,
     Checkpointing,
     Device,
-    EncoderFolder,
+    Encoder,
     Offload,
     Out,
     TuningBatch,
@@ -34,8 +36,14 @@ from dte_lab.cli.common import (
     load_pipeline,
     prepare_folder,
 )
+from dte_lab.common.errors import DTEError
 from dte_lab.common.images import read_image, save_png, square
 from dte_lab.common.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from dte_lab import Concept, DTEPipeline
 
 app = typer.Typer(
     help="Personalize a text-to-image model from one picture.",
@@ -80,8 +88,8 @@ def personalize(
     out: Out,
     steps: Annotated[int, typer.Option(min=0, help="Tuning steps, 0 for none.")] = 12,
     seed: Seeds = (0,),
-    backbone: BackboneName = "small",
-    encoder: EncoderFolder = None,
+    backbone: Backbone = "small",
+    encoder: Encoder = None,
     guidance_scale: Guidance = None,
     num_inference_steps: InferenceSteps = 25,
     alpha: Alpha = None,
@@ -109,30 +117,14 @@ def personalize(
     concept = results["tuned" if steps else "predicted only"]
     concept.save(out / "concept.safetensors")  # first, since it is the costly part
 
-    drawn = {}
-    for name, result in results.items():
-        drawn[name] = pipe.generate(
-            result,
-            prompt,
-            seeds=seed,
-            **given(guidance_scale=guidance_scale),
-            num_inference_steps=num_inference_steps,
-            alpha_blend=alpha,
-        )
+    drawing = Drawing(prompt, seed, guidance_scale, num_inference_steps, alpha)
+    drawn = {name: drawing.draw(pipe, result) for name, result in results.items()}
     names = save_pictures(list(drawn.values())[-1], prompt, seed, out)
     inputs = [square(picture, pipe.backbone.resolution) for picture in pictures]
-    save_contact_sheet(inputs, drawn, prompt, seed, out / "contact_sheet.png")
+    from dte_lab.common.plots import save_figure
 
-    typer.echo("nearest real words of v* (cosine)")
-    for name, result in results.items():
-        words = (f"{word} {cosine:.2f}" for word, cosine in result.info["words_after"])
-        typer.echo(f"  {name:<16}{', '.join(words)}")
-    peak = concept.info["peak_memory_mb"]
-    typer.echo(
-        f"learned in {concept.info['seconds']:.1f} s with {steps} tuning steps"
-        f" ({time.perf_counter() - start:.1f} s in all)"
-        + (f", peak memory {peak / 1024:.1f} GB" if peak else "")
-    )
+    save_figure(contact_sheet(inputs, drawn, prompt, seed), out / "contact_sheet.png", dpi=140)
+    tell(results, steps, time.perf_counter() - start)
     typer.echo(f"wrote {', '.join([*names, 'contact_sheet.png', 'concept.safetensors'])} to {out}")
 
 
@@ -145,7 +137,7 @@ def generate(
     backbone: Annotated[
         str | None, typer.Option(help="By default the one that the concept was made with.")
     ] = None,
-    encoder: EncoderFolder = None,
+    encoder: Encoder = None,
     guidance_scale: Guidance = None,
     num_inference_steps: InferenceSteps = 25,
     alpha: Alpha = None,
@@ -161,15 +153,44 @@ def generate(
     loaded = Concept.load(concept)
     prepare_folder(out)
     pipe = load_pipeline(backbone or loaded.backbone, encoder, device, offload=offload)
-    drawn = pipe.generate(
-        loaded,
-        prompt,
-        seeds=seed,
-        **given(guidance_scale=guidance_scale),
-        num_inference_steps=num_inference_steps,
-        alpha_blend=alpha,
+    drawing = Drawing(prompt, seed, guidance_scale, num_inference_steps, alpha)
+    names = save_pictures(drawing.draw(pipe, loaded), prompt, seed, out)
+    typer.echo(f"wrote {', '.join(names)} to {out}")
+
+
+class Drawing(NamedTuple):
+    """What to draw, and how; None is the default of DTEPipeline.generate."""
+
+    prompts: list[str]
+    seeds: list[int]
+    guidance_scale: float | None
+    num_inference_steps: int
+    alpha: float | None
+
+    def draw(self, pipe: "DTEPipeline", concept: "Concept") -> list[list[Image.Image]]:
+        """One picture per prompt and seed."""
+        return pipe.generate(
+            concept,
+            self.prompts,
+            seeds=self.seeds,
+            **given(guidance_scale=self.guidance_scale),
+            num_inference_steps=self.num_inference_steps,
+            alpha_blend=self.alpha,
+        )
+
+
+def tell(results: Mapping[str, "Concept"], steps: int, seconds: float) -> None:
+    """Print what was learned: words near v*, and what the last of the results took."""
+    typer.echo("nearest real words of v* (cosine)")
+    for name, result in results.items():
+        words = (f"{word} {cosine:.2f}" for word, cosine in result.info["words_after"])
+        typer.echo(f"  {name:<16}{', '.join(words)}")
+    info = list(results.values())[-1].info
+    peak = info["peak_memory_mb"]
+    typer.echo(
+        f"learned in {info['seconds']:.1f} s with {steps} tuning steps ({seconds:.1f} s in all)"
+        + (f", peak memory {peak / 1024:.1f} GB" if peak else "")
     )
-    typer.echo(f"wrote {', '.join(save_pictures(drawn, prompt, seed, out))} to {out}")
 
 
 def distinct(values: Sequence) -> list:
@@ -178,10 +199,10 @@ def distinct(values: Sequence) -> list:
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
-    """Raise ValueError unless every prompt names the concept."""
+    """Raise DTEError unless every prompt names the concept."""
     for prompt in prompts:
         if placeholder_token not in prompt:
-            raise ValueError(
+            raise DTEError(
                 f"the prompt {prompt!r} does not contain {placeholder_token}, which stands for the "
                 f'concept; write for example "{placeholder_token} on the beach".'
             )
@@ -202,7 +223,9 @@ def picture_names(prompts: Sequence[str], seeds: Sequence[int]) -> list[list[str
     return names
 
 
-def save_pictures(drawn, prompts: Sequence[str], seeds: Sequence[int], out: Path) -> list[str]:
+def save_pictures(
+    drawn: Sequence[Sequence[Image.Image]], prompts: Sequence[str], seeds: Sequence[int], out: Path
+) -> list[str]:
     """Write one PNG per prompt and seed; return their names."""
     names = picture_names(prompts, seeds)
     for row, row_names in zip(drawn, names, strict=True):
@@ -211,9 +234,14 @@ def save_pictures(drawn, prompts: Sequence[str], seeds: Sequence[int], out: Path
     return [name for row_names in names for name in row_names]
 
 
-def save_contact_sheet(pictures, drawn: dict, prompts, seeds, path: Path) -> None:
+def contact_sheet(
+    pictures: Sequence[Image.Image],
+    drawn: Mapping[str, Sequence[Sequence[Image.Image]]],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+) -> "Figure":
     """One row per prompt: an input picture, then for each result one picture per seed."""
-    from dte_lab.common.plots import contact_sheet
+    from dte_lab.common.plots import picture_grid
 
     rows = [
         [pictures[r % len(pictures)], *(p for result in drawn.values() for p in result[r])]
@@ -222,7 +250,7 @@ def save_contact_sheet(pictures, drawn: dict, prompts, seeds, path: Path) -> Non
     columns = ["input"]
     for name in drawn:
         columns += [name if len(seeds) == 1 else f"{name}\nseed {seed}" for seed in seeds]
-    save_png(contact_sheet(rows, prompts, columns), path)
+    return picture_grid(rows, columns, prompts)
 
 
 app.command()(training.pretrain)
@@ -246,10 +274,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         known = error.strerror and error.filename
         code = fail(f"{error.filename}: {error.strerror}." if known else error)
-    except ValueError as error:
+    except DTEError as error:
         code = fail(error)
     except Exception as error:
-        if not hasattr(error, "format_message"):  # a mistake of ours: show where
+        if not hasattr(error, "format_message"):  # a fault of the program: show where
             raise
         code = fail(error.format_message())  # a wrong option
     sys.exit(code)

@@ -7,8 +7,15 @@ from typing import Annotated
 
 import typer
 
-from dte_lab.cli.common import load_pipeline, prepare_folder
-from dte_lab.cli.training import Backbone, Device, Out
+from dte_lab.cli.common import (
+    Device,
+    Encoder,
+    Out,
+    SmallBackbone,
+    load_pipeline,
+    prepare_folder,
+)
+from dte_lab.common.errors import DTEError
 from dte_lab.common.quiet import quiet_libraries
 
 
@@ -27,10 +34,8 @@ def evaluate(
     concepts: Annotated[int, typer.Option(min=2, help="How many held-out concepts.")] = 60,
     split: Annotated[str, typer.Option(help="test; val to choose settings on.")] = "test",
     seeds: Annotated[int, typer.Option(min=2, help="Pictures per edit.")] = 2,
-    backbone: Backbone = "small",
-    encoder: Annotated[
-        Path | None, typer.Option(help="A folder, or small/none; by default the backbone's own.")
-    ] = None,
+    backbone: SmallBackbone = "small",
+    encoder: Encoder = None,
     device: Device = "cpu",
     processes: Annotated[int, typer.Option(min=1, help="That share the concepts.")] = 1,
 ) -> None:
@@ -43,7 +48,7 @@ def evaluate(
         from dte_lab.evaluation.methods import Methods
         from dte_lab.evaluation.run import evaluate
     except ImportError as error:
-        raise ValueError(str(error)) from error
+        raise DTEError(str(error)) from error
     specs = method or Methods(pipe).experiment("quick" if quick else experiment)
     try:
         evaluate(
@@ -52,7 +57,7 @@ def evaluate(
             processes=processes, load=load,
         )  # fmt: skip
     except ImportError as error:  # the outside judges
-        raise ValueError(str(error)) from error
+        raise DTEError(str(error)) from error
     report(out)
 
 
@@ -61,23 +66,23 @@ def report(
 ) -> None:
     """Turn a finished run into table.md and figures, beside its measures."""
     from dte_lab.common.files import write_atomically
-    from dte_lab.common.images import save_png
+    from dte_lab.common.plots import save_figure
     from dte_lab.evaluation.report import curves, markdown, picture_sheet, steps_table, tradeoff
     from dte_lab.evaluation.run import read_csv
 
     if not (run / "run.json").is_file():
-        raise ValueError(f"{run} holds no run.json: give the --out of dte evaluate.")
+        raise DTEError(f"{run} holds no run.json: give the --out of dte evaluate.")
     document = json.loads((run / "run.json").read_text())
     if "summary" not in document:
-        raise ValueError(f"The run in {run} is not finished: call dte evaluate again to go on.")
+        raise DTEError(f"The run in {run} is not finished: call dte evaluate again to go on.")
     summary, rows = document["summary"], read_csv(run / "measures.csv")
     text = markdown(summary) + steps_table(rows)
     write_atomically(run / "table.md", (text.rstrip() + "\n").encode())
-    tradeoff(summary).savefig(run / "tradeoff.png", dpi=150)
+    save_figure(tradeoff(summary), run / "tradeoff.png")
     if (figure := curves(summary)) is not None:
-        figure.savefig(run / "steps.png", dpi=150)
+        save_figure(figure, run / "steps.png")
     if (run / "pictures").is_dir():
-        save_png(picture_sheet(run, summary), run / "pictures.png")
+        save_figure(picture_sheet(run, summary), run / "pictures.png")
     typer.echo(text)
 
 

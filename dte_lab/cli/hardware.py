@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
-from dte_lab.cli.common import Checkpointing, Device, Offload
+from dte_lab.cli.common import Backbone, Checkpointing, Device, Encoder, Offload
+from dte_lab.common.errors import DTEError
+from dte_lab.common.quiet import quiet_libraries
 
 
 def memory(
@@ -20,13 +22,11 @@ def memory(
     card: Annotated[float | None, typer.Option(help="GPU memory in GB to fit into.")] = None,
 ) -> None:
     """Predict the peak GPU memory of tuning, pre-training and sampling: no GPU, no weights."""
-    from dte_lab.common.quiet import quiet_libraries
-
     quiet_libraries()
     from dte_lab.hardware.memory import DTYPES, Setting, advise, predict
 
     if dtype not in DTYPES:
-        raise ValueError(f"--dtype is one of {', '.join(DTYPES)}, not {dtype}.")
+        raise DTEError(f"--dtype is one of {', '.join(DTYPES)}, not {dtype}.")
     setting = Setting(backbone, resolution, batch, dtype, rank, gradient_checkpointing, offload)
     peaks = predict(setting)
     typer.echo(f"{setting}\npeak of all tensors on the GPU, predicted from a trace of the step:")
@@ -41,8 +41,6 @@ def parameters(
     width: Annotated[int | None, typer.Option(min=8, help="Of the hypernetwork's tokens.")] = None,
 ) -> None:
     """Count the parameters of the hypernetwork for Stable Diffusion 1.5, by rank and in full."""
-    from dte_lab.common.quiet import quiet_libraries
-
     quiet_libraries()
     import torch
     from diffusers import UNet2DConditionModel
@@ -64,10 +62,8 @@ def parameters(
 
 
 def doctor(
-    backbone: Annotated[
-        str, typer.Option(help="small, sd15, or a folder in the Stable Diffusion layout.")
-    ] = "small",
-    encoder: Annotated[Path | None, typer.Option(help="A folder, or small/none.")] = None,
+    backbone: Backbone = "small",
+    encoder: Encoder = None,
     device: Device = None,
     out: Annotated[Path, typer.Option(help="Where results would go.")] = Path("."),
 ) -> None:

@@ -10,32 +10,36 @@ from typing import Annotated, Literal
 
 import typer
 
-from dte_lab.cli.common import given
+from dte_lab.cli.common import (
+    Backbone,
+    Checkpointing,
+    Device,
+    Out,
+    Rank,
+    SmallBackbone,
+    given,
+)
+from dte_lab.common.errors import DTEError
 from dte_lab.world.sprites import SAMPLE_CONCEPTS
 
 world = typer.Typer(help="Build, train and evaluate the small world.", no_args_is_help=True)
 train = typer.Typer(help="Train a part of the small base model.", no_args_is_help=True)
 world.add_typer(train, name="train")
 
-Out = Annotated[Path, typer.Option("--out", help="Folder for what is written.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Train this many steps in all.")]
 Minutes = Annotated[float | None, typer.Option(min=0, help="Stop this call after so long.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Pictures a step; 1,024 on a GPU.")]
 BankSize = Annotated[int | None, typer.Option(min=1, help="Pictures rendered beforehand.")]
-Device = Annotated[str, typer.Option(help="cpu, or cuda for a GPU.")]
 Precision = Annotated[
     Literal["no", "bf16"],
     typer.Option(help="bf16 is faster where the processor has it (avx512_bf16, or a GPU)."),
 ]
-Backbone = Annotated[str, typer.Option(help="small, or a folder with a model of the small world.")]
 Run = Annotated[Path, typer.Option(help="OUT of its `dte world train`.")]
 
 
 def pretrain(
     out: Out,
-    backbone: Annotated[
-        str, typer.Option(help="small, sd15, or a folder in the Stable Diffusion layout.")
-    ] = "small",
+    backbone: Backbone = "small",
     data: Annotated[
         str | None,
         typer.Option(
@@ -48,7 +52,7 @@ def pretrain(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Of all processes together.")
     ] = None,
-    rank: Annotated[int | None, typer.Option(min=1, max=16, help="Rank of the offsets.")] = None,
+    rank: Rank = None,
     regulariser: Annotated[
         str | None, typer.Option(help="Of v*: contrastive, or none or another to compare it with.")
     ] = None,
@@ -56,9 +60,7 @@ def pretrain(
     mixed_precision: Annotated[
         str, typer.Option(help="no, bf16 or fp16: of frozen parts and autocast.")
     ] = "no",
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, about a third slower.")
-    ] = False,
+    gradient_checkpointing: Checkpointing = False,
     optimizer_8bit: Annotated[
         bool, typer.Option("--optimizer-8bit", help="AdamW8bit of bitsandbytes, if installed.")
     ] = False,
@@ -96,7 +98,7 @@ def pretrain(
         shown = [render_image(name, "fluent", "white") for name in SAMPLE_CONCEPTS]
         prompts = ("a picture of S*", "a picture of S* on the beach")
     else:
-        raise ValueError(f"{backbone} is no model of the small world: say --data FOLDER.")
+        raise DTEError(f"{backbone} is no model of the small world: say --data FOLDER.")
     pretrain(
         parts,
         encoder,
@@ -195,13 +197,13 @@ def unet(
 @train.command()
 def encoder(
     out: Out,
-    backbone: Backbone = "small",
+    backbone: SmallBackbone = "small",
     steps: Steps = None,
     minutes: Minutes = None,
     batch_size: BatchSize = None,
     concepts: Annotated[int | None, typer.Option(min=2, help="Learn from so many.")] = None,
     width: Annotated[int | None, typer.Option(min=8, help="Of tokens and queries.")] = None,
-    rank: Annotated[int | None, typer.Option(min=1, max=16, help="Rank of the offsets.")] = None,
+    rank: Rank = None,
     regulariser: Annotated[str | None, typer.Option(help="Of v*, as in dte pretrain.")] = None,
     e4t: Annotated[bool, typer.Option("--e4t", help="The E4T-style baseline instead.")] = False,
     device: Device = "cpu",
@@ -236,7 +238,7 @@ def pack(
 @world.command()
 def evaluate(
     out: Annotated[Path, typer.Option(help="JSON file for the measures.")],
-    backbone: Backbone = "small",
+    backbone: SmallBackbone = "small",
     captions: Annotated[
         int, typer.Option(min=4, help="Captions drawn, seen and novel each.")
     ] = 500,
@@ -248,10 +250,10 @@ def evaluate(
 
 
 def checked_precision(name: str):
-    """The torch.dtype of frozen parts; ValueError for a word that is none of --mixed-precision."""
+    """The torch.dtype of frozen parts; DTEError for a word that is none of --mixed-precision."""
     import torch
 
     dtypes = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if name not in dtypes:
-        raise ValueError(f"--mixed-precision is no, bf16 or fp16, not {name}.")
+        raise DTEError(f"--mixed-precision is no, bf16 or fp16, not {name}.")
     return dtypes[name]

@@ -6,14 +6,20 @@ Everything here ends in an 8-bit RGB picture, upright and opaque. What cannot be
 
 import io
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from dte_lab.common.errors import DTEError
 from dte_lab.common.files import write_atomically
+
+if TYPE_CHECKING:  # a bad picture is reported before torch is loaded
+    from jaxtyping import Float, UInt8
+    from torch import Tensor
 
 MIN_SIDE = 16  # px; below this nothing of a concept is left
 MAX_PIXELS = 100_000_000  # 300 MB once decoded; read from the header, before any decoding
@@ -21,7 +27,7 @@ MAX_PIXELS = 100_000_000  # 300 MB once decoded; read from the header, before an
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "PPM", "ICO")
 
 
-class ImageError(ValueError):
+class ImageError(DTEError):
     """A picture that cannot be used; the message is one sentence fit for the user."""
 
 
@@ -59,9 +65,9 @@ def square(image: Image.Image, resolution: int) -> Image.Image:
     return image.resize((resolution, resolution), Image.Resampling.BICUBIC)
 
 
-def to_square_tensor(image: Image.Image, resolution: int):
+def to_square_tensor(image: Image.Image, resolution: int) -> "Float[Tensor, '3 side side']":
     """RGB picture to `square` to a float32 tensor (3, resolution, resolution) in [-1, 1]."""
-    import torch  # here, so that a bad picture is reported before torch is loaded
+    import torch
 
     array = np.asarray(square(image, resolution), dtype=np.float32) / 127.5 - 1  # (H, W, 3)
     return torch.from_numpy(array).permute(2, 0, 1).contiguous()  # (3, H, W)
@@ -105,7 +111,7 @@ def _decode(file: BinaryIO, name: str) -> Image.Image:
 
 
 @contextmanager
-def _damage_reported(name: str):
+def _damage_reported(name: str) -> Iterator[None]:
     """Turn whatever a decoder raises on a bad file into an ImageError."""
     try:
         yield
@@ -167,11 +173,11 @@ def _from_16_bit(image: Image.Image, name: str) -> Image.Image:
     return Image.fromarray(((array * 255 + 32767) // 65535).astype(np.uint8))
 
 
-def to_bytes(pixels):
+def to_bytes(pixels: "Float[Tensor, '*shape']") -> "UInt8[Tensor, '*shape']":
     """Pixels in [-1, 1] -> uint8, of the same shape."""
     return ((pixels.float() + 1) * 127.5).round().byte()
 
 
-def to_pil(pixels):
+def to_pil(pixels: "Float[Tensor, 'batch 3 height width']") -> list[Image.Image]:
     """(B, 3, H, W) in [-1, 1] -> list of B PIL images."""
     return [Image.fromarray(a) for a in to_bytes(pixels).permute(0, 2, 3, 1).cpu().numpy()]

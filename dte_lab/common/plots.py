@@ -1,114 +1,82 @@
-"""Figures as pure functions: pictures and numbers in, one PIL image or matplotlib figure out."""
+"""Pictures in a grid as a matplotlib figure, without pyplot; and writing a figure to a file."""
 
-from collections.abc import Sequence
-from functools import cache
+import io
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from textwrap import fill
 
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from dte_lab.common.files import write_atomically
 
 INK, MUTED, HAIRLINE = "#1a1a1a", "#6b6b6b", "#d9d9d9"
+LETTERS = 24  # in a line beside a row
+LINE = 0.167  # inches of a line of 10 points
 
 
-def contact_sheet(
-    rows: Sequence[Sequence[Image.Image | None]],
-    row_labels: Sequence[str],
+def picture_grid(
+    rows: Sequence[Sequence[Image.Image]],
     column_labels: Sequence[str],
-    *,
-    tile: int = 192,
-) -> Image.Image:
-    """Pictures in a labelled grid on white.
+    row_labels: Sequence[str] | None = None,
+) -> Figure:
+    """Pictures in rows and columns, labelled above the columns and left of the rows.
 
-    `rows` holds one sequence of pictures per row label, with one picture, or None for a gap, per
-    column label. Every picture is scaled to fit a square of `tile` pixels; 64-pixel pictures
-    are thus shown three times enlarged. Long row labels are wrapped, and cut with an ellipsis
-    after what fits beside the tile.
-
-    Raises ValueError when a label is missing or left over.
+    Long labels of rows are wrapped, and cut after what fits beside the picture. Raises ValueError
+    when a picture or a label is missing or left over.
     """
-    if not rows or len(rows) != len(row_labels):
-        raise ValueError(
-            f"{len(rows)} rows of pictures need as many labels; got {len(row_labels)}."
-        )
-    for row in rows:
-        if len(row) != len(column_labels):
-            raise ValueError(f"{len(row)} pictures in a row, but {len(column_labels)} columns.")
-
-    gap, margin = tile // 16, tile // 8
-    font, small = _font(tile // 12), _font(tile // 14)
-    label_width = tile
-    heading = max(len(label.splitlines()) for label in column_labels) * _line(small) + gap
-    left, top = margin + label_width + gap, margin + heading
-    sheet = Image.new(
-        "RGB",
-        (
-            left + len(column_labels) * (tile + gap) - gap + margin,
-            top + len(rows) * (tile + gap) - gap + margin,
-        ),
-        "white",
-    )
-    draw = ImageDraw.Draw(sheet)
-
-    for column, label in enumerate(column_labels):
-        centre = left + column * (tile + gap) + tile // 2
-        draw.multiline_text((centre, top - gap), label, MUTED, small, anchor="md", align="center")
-    for r, (row, label) in enumerate(zip(rows, row_labels, strict=True)):
-        y = top + r * (tile + gap)
-        text = _wrap(label, font, label_width, max_lines=tile // _line(font))
-        draw.multiline_text(
-            (left - gap, y + tile // 2), text, INK, font, anchor="rm", align="right"
-        )
-        for column, picture in enumerate(row):
-            if picture is None:
-                continue
-            x = left + column * (tile + gap)
-            fitted = _fit(picture, tile)
-            corner = (x + (tile - fitted.width) // 2, y + (tile - fitted.height) // 2)
-            sheet.paste(fitted, corner)
-            # A hairline keeps pictures with a white background apart from the sheet.
-            draw.rectangle(
-                (*corner, corner[0] + fitted.width - 1, corner[1] + fitted.height - 1),
-                outline=HAIRLINE,
-            )
-    return sheet
+    above = max(label.count("\n") for label in column_labels)
+    width, height = 1.45 * len(column_labels), 1.42 * len(rows) + 0.35 + LINE * above
+    figure = Figure(figsize=(width, height))
+    figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02)
+    grid = figure.subplots(len(rows), len(column_labels), squeeze=False)
+    for axes, row in zip(grid, rows, strict=True):
+        for ax, picture in zip(axes, row, strict=True):
+            draw_picture(ax, picture)
+    style = {"fontsize": 10, "color": INK, "parse_math": False}
+    for ax, label in zip(grid[0], column_labels, strict=True):
+        ax.set_title(label, **style)
+    if row_labels is not None:
+        style |= {"rotation": 0, "ha": "right", "va": "center"}
+        for ax, label in zip(grid[:, 0], row_labels, strict=True):
+            ax.set_ylabel(wrapped(label), **style)
+        with _any_script():
+            beside = max(ax.yaxis.label.get_window_extent().width for ax in grid[:, 0])
+            figure.set_figwidth(width + beside / figure.dpi + 0.1)  # and its distance
+            figure.get_layout_engine().execute(figure)  # a single pass would cut long labels
+    return figure
 
 
-def _fit(picture: Image.Image, tile: int) -> Image.Image:
-    scale = tile / max(picture.size)
-    size = tuple(max(1, round(side * scale)) for side in picture.size)
-    return picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+def wrapped(label: str, lines: int = 6) -> str:
+    """A label in at most so many lines of at most `LETTERS`, with an ellipsis where it was cut."""
+    return fill(" ".join(label.split()), LETTERS, max_lines=lines, placeholder=" …")
 
 
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans as shipped with matplotlib, so that labels look the same on every system."""
-    import matplotlib
-
-    path = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
-    return ImageFont.truetype(path, size)
-
-
-def _line(font: ImageFont.FreeTypeFont) -> int:
-    """Height of a line in pixels, as multiline_text sets it (4 px between lines)."""
-    return sum(font.getmetrics()) + 4
+@contextmanager
+def _any_script() -> Iterator[None]:
+    """No warning for letters that the font lacks, as a prompt may have: they become boxes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+")
+        yield
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int) -> str:
-    """Break `text` into at most `max_lines` lines of at most `width` pixels."""
-    lines = [""]
-    for word in text.split():
-        candidate = f"{lines[-1]} {word}".strip()
-        if font.getlength(candidate) <= width:
-            lines[-1] = candidate
-            continue
-        if lines[-1]:
-            lines.append("")
-        for letter in word:  # one word may be longer than a line
-            if lines[-1] and font.getlength(lines[-1] + letter) > width:
-                lines.append("")
-            lines[-1] += letter
-    if len(lines) > max_lines:
-        last = lines[max_lines - 1]
-        while last and font.getlength(last + "…") > width:
-            last = last[:-1]
-        lines = [*lines[: max_lines - 1], last.rstrip() + "…"]
-    return "\n".join(lines)
+def draw_picture(ax: Axes, picture: Image.Image) -> None:
+    """Fill the axes with a picture, framed by a hairline."""
+    ax.imshow(picture, interpolation="lanczos")
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.spines[:].set_color(HAIRLINE)
+
+
+def save_figure(figure: Figure, path: str | Path, dpi: int = 150, **options: object) -> None:
+    """Write a figure as a PNG that is either whole or not there. options: of `savefig`.
+
+    Raises OSError when the folder cannot be written.
+    """
+    buffer = io.BytesIO()
+    with _any_script():
+        figure.savefig(buffer, format="png", dpi=dpi, **options)
+    write_atomically(path, buffer.getvalue())

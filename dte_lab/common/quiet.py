@@ -2,21 +2,41 @@
 
 import logging
 import os
+import sys
 import warnings
+from contextlib import ExitStack
+from importlib import import_module
 
-import typer
+LIBRARIES = ("diffusers", "transformers", "torch", "huggingface_hub", "accelerate")
 
 
-def quiet_libraries() -> None:
-    """Silence what the libraries say about themselves; our own warnings become one line each."""
-    for module in ("diffusers", "transformers", "torch", "huggingface_hub", "accelerate"):
+def quiet_libraries() -> ExitStack:
+    """Silence what the libraries say about themselves; our own warnings become one line each.
+
+    This changes the whole process, and so belongs into a command, a script or a notebook: the
+    filters of `warnings` and how it shows one, the format of the root logger where it has none,
+    TOKENIZERS_PARALLELISM, and what diffusers and transformers log. All of it is as before after
+    `close()` of what is returned, or at the end of `with quiet_libraries():`.
+    """
+    undo = ExitStack()
+    undo.enter_context(warnings.catch_warnings())
+    for module in LIBRARIES:
         warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
-    warnings.showwarning = lambda message, *_: typer.echo(f"warning: {message}", err=True)
-    logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    root = logging.getLogger()
+    if not root.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("warning: %(message)s"))
+        root.addHandler(handler)
+        undo.callback(root.removeHandler, handler)
+    if "TOKENIZERS_PARALLELISM" not in os.environ:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        undo.callback(os.environ.pop, "TOKENIZERS_PARALLELISM", None)
+    for library in ("diffusers", "transformers"):
+        log = import_module(f"{library}.utils.logging")
+        undo.callback(log.set_verbosity, log.get_verbosity())
+        log.set_verbosity_error()
+        if log.is_progress_bar_enabled():
+            undo.callback(log.enable_progress_bar)
+            log.disable_progress_bar()
+    return undo

@@ -1,8 +1,10 @@
-"""Checks of settings: each raises ValueError with one sentence that names the setting."""
+"""Checks of settings: each raises DTEError with one sentence that names the setting."""
 
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
+
+from dte_lab.common.errors import DTEError
 
 
 def check_whole(name: str, value: object, low: int | None = None, instead: str = "") -> None:
@@ -11,7 +13,7 @@ def check_whole(name: str, value: object, low: int | None = None, instead: str =
     if not whole or (low is not None and value < low):
         least = "" if low is None else f" from {low}"
         other = f" or {instead}" if instead else ""
-        raise ValueError(f"{name} is a whole number{least}{other}, not {value!r}.")
+        raise DTEError(f"{name} is a whole number{least}{other}, not {value!r}.")
 
 
 def check_number(
@@ -32,10 +34,10 @@ def check_number(
         bounds = "" if low is None else f" from {low}"
         bounds += "" if high is None else f" to {high}"
         bounds += "" if above is None else f" above {above}"
-        raise ValueError(f"{name} is a number{bounds}, not {value!r}.")
+        raise DTEError(f"{name} is a number{bounds}, not {value!r}.")
 
 
 def check_one_of(name: str, value: object, known: Sequence[str]) -> None:
     """`value` must be one of the `known` words."""
     if value not in known:
-        raise ValueError(f"{name} is one of {', '.join(known)}, not {value!r}.")
+        raise DTEError(f"{name} is one of {', '.join(known)}, not {value!r}.")

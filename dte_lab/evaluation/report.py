@@ -181,7 +181,7 @@ def picture_sheet(run_dir, summary, count=2):
     """
     from PIL import Image
 
-    from dte_lab.common.plots import contact_sheet
+    from dte_lab.common.plots import picture_grid
 
     steps = {}
     for line in summary:
@@ -198,7 +198,7 @@ def picture_sheet(run_dir, summary, count=2):
             rows.append(row)
             labels.append(f"{folder.name.replace('-', ' ')}: {edit}")
     columns = [fill(name_of(k), 20) + f"\n{n} steps" * (n > 0) for k, n in steps.items()]
-    return contact_sheet(rows, labels, ["input", *columns])
+    return picture_grid(rows, ["input", *columns], labels)
 
 
 def tradeoff(summary):

@@ -8,24 +8,32 @@ from pathlib import Path
 
 import torch
 
+from dte_lab.common.errors import DTEError
+
 
 def checked_device(device: str | None) -> str:
-    """The device to use; with several processes each has its own GPU.
+    """The device to use; None is cuda where there is a GPU. Several processes have a GPU each.
 
-    Raises ValueError when CUDA is asked for and is not there.
+    Raises DTEError for what is no device, and for CUDA where it is not there.
     """
-    import torch
-
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = None
+    if kind not in ("cpu", "cuda", "mps"):
+        raise DTEError(f"--device is cpu or cuda, not {device!r}.")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise DTEError(
             "torch finds no CUDA device: use --device cpu, or ask dte doctor what is there."
         )
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise DTEError("torch finds no MPS device: use --device cpu.")
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
 
 
-def give_back_free_memory():
+def give_back_free_memory() -> None:
     """Hand to the system what the C library keeps: it would hide what is taken from it next."""
     gc.collect()
     if platform.libc_ver()[0] == "glibc":
@@ -33,13 +41,16 @@ def give_back_free_memory():
 
 
 class PeakMemory:
-    """Peak memory in MB from here to `read`, above what was in use; None where it is not known."""
+    """Peak memory in MB from here to `read`, above what was in use; None where it is not known.
 
-    def __init__(self, device):
-        self.cuda = device.type == "cuda"
+    device: the one that is asked, which need not be torch's current one.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         try:
-            if self.cuda:
-                torch.cuda.reset_peak_memory_stats()
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
             else:
                 give_back_free_memory()
                 Path("/proc/self/clear_refs").write_text("5")  # Linux: peak := current
@@ -47,11 +58,11 @@ class PeakMemory:
         except OSError:
             self.before = None
 
-    def _now(self):
-        if self.cuda:
-            return torch.cuda.max_memory_allocated() / 2**20
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
 
-    def read(self):
+    def read(self) -> float | None:
         return None if self.before is None else self._now() - self.before

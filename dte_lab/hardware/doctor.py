@@ -6,10 +6,13 @@ import platform
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from dte_lab import __version__
+from dte_lab.common.errors import DTEError
+from dte_lab.common.quiet import quiet_libraries
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "huggingface_hub")
 
@@ -23,17 +26,23 @@ class Finding:
     good: bool = True
 
 
-def examine(backbone="small", encoder=None, device=None, out="."):
+def examine(
+    backbone: str = "small",
+    encoder: Path | str | None = None,
+    device: str | None = None,
+    out: Path | str = ".",
+) -> Iterator[Finding]:
     """Yield the Findings for a backbone and device; nothing is downloaded or loaded."""
     yield Finding("python", f"{sys.version.split()[0]} on {platform.platform()}")
     yield from _libraries()
     yield from _device(device)
-    yield _backbone(backbone, device)
-    yield _encoder(backbone, encoder)
+    with quiet_libraries():
+        parts = [_backbone(backbone, device), _encoder(backbone, encoder)]
+    yield from parts
     yield _folder(Path(out))
 
 
-def _libraries():
+def _libraries() -> Iterator[Finding]:
     yield Finding("dte_lab", __version__)
     for name in LIBRARIES:
         try:
@@ -42,14 +51,14 @@ def _libraries():
             yield Finding(name, f"is missing: pip install {name}", False)
 
 
-def _device(device):
+def _device(device: str | None) -> Iterator[Finding]:
     import torch
 
     from dte_lab.hardware.device import checked_device
 
     try:
         chosen = checked_device(device)
-    except ValueError as error:
+    except DTEError as error:
         yield Finding("device", str(error), False)
         return
     why = "as asked for" if device else "there is a GPU" if chosen != "cpu" else "there is no GPU"
@@ -64,11 +73,8 @@ def _device(device):
         yield Finding("memory", f"{free * page:.1f} of {total * page:.1f} GB free", free * page > 1)
 
 
-def _backbone(name, device):
+def _backbone(name: str, device: str | None) -> Finding:
     """Whether the backbone could be loaded, from where, and why."""
-    from dte_lab.common.quiet import quiet_libraries
-
-    quiet_libraries()
     import torch
 
     from dte_lab import backbone as loader
@@ -78,7 +84,7 @@ def _backbone(name, device):
         root = loader.backbone_folder(name)
         try:
             loader.check_folders(root)
-        except ValueError as error:
+        except DTEError as error:
             return Finding("backbone", str(error), False)
         if (root / "image_encoder").is_dir():
             why = "the default, ships with the package" if name == "small" else "as asked for"
@@ -110,7 +116,7 @@ def _backbone(name, device):
     return Finding("backbone", f"{name} (as asked for); {size:.1f} GB will be downloaded")
 
 
-def _encoder(backbone, encoder):
+def _encoder(backbone: str, encoder: Path | str | None) -> Finding:
     from dte_lab.backbone import backbone_folder
     from dte_lab.encoder import encoder_folder
 
@@ -122,7 +128,7 @@ def _encoder(backbone, encoder):
     return Finding("encoder", "none: v* starts from the nearest word, see docs/sd15.md")
 
 
-def _folder(out):
+def _folder(out: Path) -> Finding:
     try:
         with tempfile.TemporaryFile(dir=out):
             pass

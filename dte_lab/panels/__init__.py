@@ -6,6 +6,7 @@ notebook together with its alt text. One module per notebook; here is what all o
 the extra `notebooks`.
 """
 
-from dte_lab.panels.shared import describe_machine, picture_grid, show
+from dte_lab.common.plots import picture_grid
+from dte_lab.panels.shared import describe_machine, show
 
 __all__ = ["describe_machine", "picture_grid", "show"]

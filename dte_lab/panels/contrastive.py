@@ -10,9 +10,9 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dte_lab.common.plots import INK, MUTED
+from dte_lab.common.plots import INK, MUTED, draw_picture
 from dte_lab.contrastive import contrastive_loss, norm_loss
-from dte_lab.panels.shared import BLUE, GREEN, SKY, VERMILION, draw, figure_panel, plain
+from dte_lab.panels.shared import BLUE, GREEN, SKY, VERMILION, figure_panel, plain
 
 WITH, WITHOUT = BLUE, VERMILION  # never the only difference
 
@@ -59,7 +59,7 @@ def neighbours_figure(
     grid = figure.add_gridspec(2, n, height_ratios=(1.6, 0.19 * lines))
     for i, (picture, name, words) in enumerate(zip(pictures, names, nearest, strict=True)):
         ax = figure.add_subplot(grid[0, i])
-        draw(ax, picture)
+        draw_picture(ax, picture)
         ax.set_title(name, fontsize=10, color=INK)
         ax = figure.add_subplot(grid[1, i])
         ax.axis("off")

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 from PIL import Image
 
-from dte_lab.common.plots import INK, MUTED
+from dte_lab.common.plots import INK, MUTED, draw_picture
 from dte_lab.common.stats import interval, mean_and_error
 from dte_lab.panels.shared import (
     AFTER,
@@ -17,7 +17,6 @@ from dte_lab.panels.shared import (
     PINK,
     SKY,
     VERMILION,
-    draw,
     figure_panel,
     one_picture,
     plain,
@@ -80,7 +79,7 @@ def maps_figure(
     ratios = [1] * n + [0.08]  # the last column has the colour bars
     grid = figure.subplots(1 + len(maps), n + 1, squeeze=False, width_ratios=ratios)
     for ax, picture, label in zip(grid[0], pictures, column_labels, strict=False):
-        draw(ax, picture)
+        draw_picture(ax, picture)
         ax.set_title(label, fontsize=10, color=INK)
     grid[0, -1].set_visible(False)
     for axes, (label, row) in zip(grid[1:], maps.items(), strict=True):

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dte_lab.common.plots import HAIRLINE, INK, MUTED
+from dte_lab.common.plots import HAIRLINE, INK, MUTED, draw_picture
 from dte_lab.panels.shared import (
     BLUE,
     GREEN,
@@ -14,7 +14,6 @@ from dte_lab.panels.shared import (
     PINK,
     SKY,
     VERMILION,
-    draw,
     figure_panel,
     plain,
     write_values,
@@ -70,7 +69,7 @@ def map_grid(
 
 def _draw_map(ax, shown, low, high):
     if isinstance(shown, Image.Image):
-        return draw(ax, shown)
+        return draw_picture(ax, shown)
     ax.imshow(shown, cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
     ax.set_xticks([])
     ax.set_yticks([])

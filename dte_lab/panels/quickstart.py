@@ -7,12 +7,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dte_lab.common.plots import MUTED
+from dte_lab.common.plots import MUTED, draw_picture
 from dte_lab.lora import PROJECTIONS, attention_layers, projection_layer
 from dte_lab.panels.shared import (
     AFTER,
     BEFORE,
-    draw,
     figure_panel,
     one_picture,
     plain,
@@ -35,7 +34,7 @@ def words_figure(
         ax = figure.add_subplot()
     else:
         grid = figure.add_gridspec(1, 2, width_ratios=(1, 2))
-        draw(figure.add_subplot(grid[0]), picture)
+        draw_picture(figure.add_subplot(grid[0]), picture)
         ax = figure.add_subplot(grid[1])
     height = 0.8 / len(cosines)
     styles = zip((BEFORE, AFTER) if len(cosines) > 1 else (AFTER,), ("///", ""), strict=False)
@@ -75,7 +74,7 @@ def steps_figure(
     width = (right - left) / n
     for i, picture in enumerate(pictures):
         ax = figure.add_axes((left + (i + 0.04) * width, 0.70, 0.92 * width, 0.25))
-        draw(ax, picture)
+        draw_picture(ax, picture)
     ax = figure.add_axes((left, 0.14, right - left, 0.54))
     ax.plot(
         range(len(losses)), losses, "o:", color=BEFORE, markersize=5,

@@ -6,9 +6,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dte_lab.common.plots import HAIRLINE, INK, MUTED
+from dte_lab.common.plots import HAIRLINE, INK, MUTED, draw_picture
 from dte_lab.common.stats import mean_and_error
-from dte_lab.panels.shared import AFTER, BEFORE, GREEN, draw, figure_panel, plain
+from dte_lab.panels.shared import AFTER, BEFORE, GREEN, figure_panel, plain
 
 
 def pairs_figure(
@@ -109,9 +109,9 @@ def rank_figure(
     """The input, what is drawn with `rank` kept, and which of the singular values those are."""
     figure = Figure(figsize=(8, 2.9), layout="constrained")
     axes = figure.subplots(1, 3, width_ratios=(1, 1, 1.2))
-    draw(axes[0], picture)
+    draw_picture(axes[0], picture)
     axes[0].set_title("the input", fontsize=10, color=INK)
-    draw(axes[1], drawn)
+    draw_picture(axes[1], drawn)
     axes[1].set_title(f"rank {rank}, distance {distance:.3f}", fontsize=10, color=INK)
     numbers = np.arange(1, len(spectrum) + 1)
     for chosen, colour, hatch, label in (

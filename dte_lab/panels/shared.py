@@ -1,17 +1,22 @@
-"""Pictures, grids of them, and the colours and manners of all figures."""
+"""The colours and manners of all figures, and how one comes into a notebook."""
 
 import base64
 import io
 import os
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, ImageChops, ImageStat
 
-from dte_lab.common.plots import HAIRLINE, INK
+from dte_lab.common.plots import INK, draw_picture
 from dte_lab.lora import PROJECTIONS
+
+if TYPE_CHECKING:
+    from ipywidgets import VBox, Widget
 
 # Okabe and Ito's colours, safe for colour-blind eyes.
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
@@ -52,31 +57,11 @@ def describe_machine(device: str) -> str:
     return f"device: {device} ({os.cpu_count()} cores), {memory:.0f} GB memory"
 
 
-def picture_grid(
-    rows: Sequence[Sequence[Image.Image]],
-    column_labels: Sequence[str],
-    row_labels: Sequence[str] | None = None,
-) -> Figure:
-    """Pictures in rows and columns, labelled above the columns and left of the rows."""
-    figure = Figure(figsize=(1.45 * len(column_labels), 1.42 * len(rows) + 0.35))
-    figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02)
-    grid = figure.subplots(len(rows), len(column_labels), squeeze=False)
-    for axes, row in zip(grid, rows, strict=True):
-        for ax, picture in zip(axes, row, strict=True):
-            draw(ax, picture)
-    for ax, label in zip(grid[0], column_labels, strict=True):
-        ax.set_title(label, fontsize=10, color=INK)
-    if row_labels is not None:
-        for ax, label in zip(grid[:, 0], row_labels, strict=True):
-            ax.set_ylabel(label, fontsize=10, color=INK)
-    return figure
-
-
 def one_picture(picture: Image.Image, title: str) -> Figure:
     """A picture in large with a title of one or more lines."""
     figure = Figure(figsize=(3, 3.1 + 0.2 * len(title.splitlines())), layout="constrained")
     ax = figure.add_subplot()
-    draw(ax, picture)
+    draw_picture(ax, picture)
     ax.set_title(title, fontsize=10, color=INK)
     return figure
 
@@ -109,7 +94,11 @@ def projection_maps(
 
 
 def write_values(
-    ax, array: np.ndarray, scale: tuple[float, float], number: Callable[[float], str], fontsize=8
+    ax: Axes,
+    array: np.ndarray,
+    scale: tuple[float, float],
+    number: Callable[[float], str],
+    fontsize: float = 8,
 ) -> None:
     """Write each value of a viridis heat map into its cell, white on what is dark."""
     low, high = scale
@@ -118,7 +107,9 @@ def write_values(
         ax.text(j, i, number(value), ha="center", va="center", fontsize=fontsize, color=colour)
 
 
-def figure_panel(knobs: Sequence, figure_of: Callable[..., Figure], describe: Callable[..., str]):
+def figure_panel(
+    knobs: Sequence["Widget"], figure_of: Callable[..., Figure], describe: Callable[..., str]
+) -> "VBox":
     """Widgets above the figure `figure_of(*values)` with alt text `describe(*values)`.
 
     Returns a VBox; its attribute `view` is the widget that shows the figure.
@@ -128,7 +119,7 @@ def figure_panel(knobs: Sequence, figure_of: Callable[..., Figure], describe: Ca
     panel = widgets.VBox()
     panel.view = widgets.HTML()
 
-    def redraw(change=None):
+    def redraw(change: object = None) -> None:
         values = [knob.value for knob in knobs]
         data = base64.b64encode(encode(figure_of(*values), "png")).decode()
         panel.view.value = f'<img alt="{describe(*values)}" src="data:image/png;base64,{data}">'
@@ -140,7 +131,8 @@ def figure_panel(knobs: Sequence, figure_of: Callable[..., Figure], describe: Ca
     return panel
 
 
-def encode(figure: Figure | Image.Image, kind: str, **options) -> bytes:
+def encode(figure: Figure | Image.Image, kind: str, **options: object) -> bytes:
+    """A figure or a picture as PNG or JPEG. options: of Pillow's writer."""
     buffer = io.BytesIO()
     if isinstance(figure, Figure):
         figure.savefig(buffer, format=kind, dpi=100, pil_kwargs=options)
@@ -149,15 +141,8 @@ def encode(figure: Figure | Image.Image, kind: str, **options) -> bytes:
     return buffer.getvalue()
 
 
-def draw(ax, picture: Image.Image) -> None:
-    """Fill the axes with a picture, framed by a hairline."""
-    ax.imshow(picture, interpolation="lanczos")
-    ax.set_xticks([])
-    ax.set_yticks([])
-    ax.spines[:].set_color(HAIRLINE)
-
-
-def plain(ax) -> None:
+def plain(ax: Axes) -> None:
+    """No frame above and on the right."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(colors=INK)
 

@@ -7,7 +7,7 @@ from statistics import mean
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dte_lab.common.plots import HAIRLINE, INK, MUTED
+from dte_lab.common.plots import HAIRLINE, INK, MUTED, draw_picture
 from dte_lab.panels.shared import (
     AFTER,
     BEFORE,
@@ -15,7 +15,6 @@ from dte_lab.panels.shared import (
     PINK,
     SKY,
     VERMILION,
-    draw,
     figure_panel,
     one_picture,
     plain,
@@ -243,7 +242,7 @@ def captioned_grid(
     grid = figure.subplots(len(rows), len(column_labels), squeeze=False)
     for axes, row, label in zip(grid, rows, row_labels, strict=True):
         for ax, (picture, text) in zip(axes, row, strict=True):
-            draw(ax, picture)
+            draw_picture(ax, picture)
             ax.set_xlabel(text, fontsize=8, color=MUTED, labelpad=2)
         axes[0].set_ylabel(label, fontsize=10, color=INK)
     for ax, label in zip(grid[0], column_labels, strict=True):
