@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from dte_lab.common.errors import DTEError
 from dte_lab.common.files import write_atomically
 from dte_lab.config import MethodConfig
 from dte_lab.lora import check_offsets, projection_shapes
@@ -88,16 +89,16 @@ class Concept:
                 tensors.get("pictures"),
             )
         except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
-            raise ValueError(
+            raise DTEError(
                 f"{path} is not a readable concept file ({error}): "
                 "copy it again, or make a new one with personalize."
             ) from error
 
     def check(self, backbone):
-        """Raise ValueError when the concept does not fit the backbone."""
+        """Raise DTEError when the concept does not fit the backbone."""
         width = backbone.text_encoder.config.hidden_size
         if self.v_star.shape != (1, width):
-            raise ValueError(
+            raise DTEError(
                 f"The concept's v* has shape {tuple(self.v_star.shape)}, "
                 f"but backbone {backbone.name} needs (1, {width})."
             )

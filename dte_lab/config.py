@@ -6,6 +6,7 @@ is what each run may choose: how v* is regularised, how paths are blended, how p
 
 from dataclasses import dataclass
 
+from dte_lab.common.errors import DTEError
 from dte_lab.common.settings import check_number, check_one_of, check_whole
 from dte_lab.dual_path import GRANULARITIES, OFFSETS_ON
 
@@ -27,7 +28,7 @@ class EncoderConfig:
     `zero_shot_temperature`.
     Static prediction: mean over the predictions at `feature_timesteps`, as fractions of T.
 
-    Raises ValueError for a value that makes no encoder.
+    Raises DTEError for a value that makes no encoder.
     """
 
     clip_layer: int = -1
@@ -59,16 +60,16 @@ class EncoderConfig:
         for name in ("fusion_depth", "trunk_depth", "negative_bank_size"):
             check_whole(name, getattr(self, name), 0)
         if self.width % 8 or self.width % self.num_heads:  # group norm, attention
-            raise ValueError(
+            raise DTEError(
                 f"width {self.width} must be a multiple of 8 and of num_heads, {self.num_heads}."
             )
         for name in ("token_scale", "offset_scale", "zero_shot_temperature"):
             check_number(name, getattr(self, name), above=0)
         check_whole("clip_layer", self.clip_layer)
         if not isinstance(self.feature_prompt, str):
-            raise ValueError(f"feature_prompt is a text, not {self.feature_prompt!r}.")
+            raise DTEError(f"feature_prompt is a text, not {self.feature_prompt!r}.")
         if not isinstance(self.feature_timesteps, tuple) or not self.feature_timesteps:
-            raise ValueError(
+            raise DTEError(
                 f"feature_timesteps are one or more numbers from 0 to 1, "
                 f"not {self.feature_timesteps!r}."
             )
@@ -78,7 +79,7 @@ class EncoderConfig:
         if layers is not None and not (
             isinstance(layers, tuple) and layers and all(isinstance(x, str) for x in layers)
         ):
-            raise ValueError(f"unet_layers are names of layers, or None, not {layers!r}.")
+            raise DTEError(f"unet_layers are names of layers, or None, not {layers!r}.")
 
 
 @dataclass
@@ -96,7 +97,7 @@ class MethodConfig:
     `unconditional_offsets` both halves of classifier-free guidance run with the offsets, as with
     any LoRA; without, the unconditional half keeps the vanilla weights.
 
-    Raises ValueError for a value that means nothing.
+    Raises DTEError for a value that means nothing.
     """
 
     alpha_blend: float | tuple[float, float] = 0.7
@@ -116,7 +117,7 @@ class MethodConfig:
             self.alpha_blend = tuple(self.alpha_blend)
         pair = self.alpha_blend if isinstance(self.alpha_blend, tuple) else (self.alpha_blend,) * 2
         if len(pair) != 2:
-            raise ValueError(f"alpha_blend is a number or a pair, not {self.alpha_blend!r}.")
+            raise DTEError(f"alpha_blend is a number or a pair, not {self.alpha_blend!r}.")
         for value in pair:
             check_number("alpha_blend", value, 0, 1)
         check_one_of("offsets_on", self.offsets_on, OFFSETS_ON)
@@ -128,6 +129,6 @@ class MethodConfig:
             check_number(name, getattr(self, name), 0)
         check_whole("prediction_interval", self.prediction_interval, 0)
         if not isinstance(self.unconditional_offsets, bool):
-            raise ValueError(
+            raise DTEError(
                 f"unconditional_offsets is true or false, not {self.unconditional_offsets!r}."
             )

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
+from dte_lab.common.errors import DTEError
 from dte_lab.lora import (
     PROJECTIONS,
     attention_layers,
@@ -152,7 +153,7 @@ class DualPath:
         if constant and alpha_blend == 1:
             hard_hidden_states = None
         elif hard_hidden_states is None:
-            raise ValueError(f"alpha_blend is {alpha_blend}, so the hard path needs its text.")
+            raise DTEError(f"alpha_blend is {alpha_blend}, so the hard path needs its text.")
         check_offsets(offsets, self.shapes)
         if not constant:
             alpha_blend = alpha_blend.to(hard_hidden_states).reshape(-1, 1, 1)
@@ -212,7 +213,7 @@ def dual_path(
     the block is left, also by an exception. With gradient checkpointing `backward` must run inside
     the block and before any update, since it computes the forward pass anew.
 
-    Raises ValueError for an unknown offsets_on or granularity, unknown or misshapen offsets,
+    Raises DTEError for an unknown offsets_on or granularity, unknown or misshapen offsets,
     missing hard states, and a UNet that already carries a PEFT LoRA.
     """
     for name, value, known in [
@@ -220,10 +221,10 @@ def dual_path(
         ("granularity", granularity, GRANULARITIES),
     ]:
         if value not in known:
-            raise ValueError(f"Unknown {name} {value!r}: use one of {known}.")
+            raise DTEError(f"Unknown {name} {value!r}: use one of {known}.")
     path = DualPath(unet, offsets_on, granularity)
     if any(hasattr(attn.to_q, "base_layer") for attn in path.layers.values()):
-        raise ValueError("The UNet carries a PEFT LoRA: unload it before using the dual path.")
+        raise DTEError("The UNet carries a PEFT LoRA: unload it before using the dual path.")
     hooks = [b.register_forward_pre_hook(path.double, with_kwargs=True) for b in path.blocks]
     hooks += [b.register_forward_hook(path.blend) for b in path.blocks]
     try:

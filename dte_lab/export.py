@@ -14,6 +14,7 @@ from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from safetensors.torch import save
 
 from dte_lab import placeholder_token
+from dte_lab.common.errors import DTEError
 from dte_lab.common.files import write_atomically
 
 LORA, EMBEDDING = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"
@@ -24,11 +25,11 @@ def export(concept, out_dir):
     """Write the files of a Concept to a folder and return their paths.
 
     A concept without offsets (Textual Inversion) gets the embedding alone.
-    Raises ValueError when the offsets belong to the hard path (`offsets_on="hard"`), OSError when
+    Raises DTEError when the offsets belong to the hard path (`offsets_on="hard"`), OSError when
     the folder cannot be written.
     """
     if concept.config.offsets_on == "hard" and concept.offsets:
-        raise ValueError(
+        raise DTEError(
             'With offsets_on="hard" the hard path has the offsets, but an exported LoRA works on '
             'v*: personalize with offsets_on="soft" to export.'
         )

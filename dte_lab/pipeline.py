@@ -14,6 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from dte_lab.backbone import load_backbone, stock_pipeline
+from dte_lab.common.errors import DTEError
 from dte_lab.common.images import read_image, to_bytes, to_pil, to_square_tensor
 from dte_lab.concept import Concept
 from dte_lab.contrastive import prompt_embedding
@@ -40,7 +41,7 @@ class DTEPipeline:
         encoder: as `load_encoder` takes it; by default the folder `encoder` of the backbone. Where
         there is none, as for "sd15", tuning starts from the nearest word, see zero_shot.py.
         dtype and options: see `load_backbone`.
-        Raises ValueError when one is missing or they do not fit together.
+        Raises DTEError when one is missing or they do not fit together.
         """
         folder = encoder or ("small" if backbone == "small" else Path(backbone) / "encoder")
         backbone = load_backbone(backbone, device, dtype, **options)
@@ -62,12 +63,12 @@ class DTEPipeline:
         image: a path, a PIL image, or a list of them. num_steps: 0 (prediction only), 12 as in the
         paper, or any other number. callback: see `tune`. config: TuneConfig, whose num_steps is
         overridden. method: MethodConfig, by default the one that the encoder was trained with.
-        Raises ValueError for pictures that cannot be read, see images.py. Returns a Concept.
+        Raises DTEError for pictures that cannot be read, see images.py. Returns a Concept.
         """
         start = time.perf_counter()
         images = image if isinstance(image, (list, tuple)) else [image]
         if not images:
-            raise ValueError("personalize needs at least one picture of the concept.")
+            raise DTEError("personalize needs at least one picture of the concept.")
         pixels = self.pixels(images)
         backbone, encoder, method = self.backbone, self.encoder, method or self.encoder.method
         config = replace(config or TuneConfig(), num_steps=num_steps)
@@ -107,7 +108,7 @@ class DTEPipeline:
         MethodConfig; None takes the concept's. batch_size: pictures per UNet call, before
         guidance doubles them. The initial noise depends on the seed alone, so a picture does not
         depend on what else is in its batch.
-        Raises ValueError for a prompt without "S*", for a concept of another backbone, and for
+        Raises DTEError for a prompt without "S*", for a concept of another backbone, and for
         `prediction_interval` with a concept that holds no pictures.
         """
         backbone, encode, config = self.backbone, self.prompt_encoder, concept.config

@@ -8,6 +8,7 @@ new one. ("ours")
 
 import torch
 
+from dte_lab.common.errors import DTEError
 from dte_lab.contrastive import prompt_embedding
 from dte_lab.dual_path import alpha_at
 from dte_lab.encoder import EncoderPrediction, mean_prediction
@@ -21,12 +22,12 @@ GUIDANCE_SCALE = 1.5
 class Refresher:
     """Predictions of a concept from the noisy latents of sampling steps.
 
-    Raises ValueError when the concept does not hold the pictures it was made from.
+    Raises DTEError when the concept does not hold the pictures it was made from.
     """
 
     def __init__(self, backbone, encoder, prompt_encoder, concept):
         if concept.pictures is None:
-            raise ValueError(
+            raise DTEError(
                 "The concept holds no pictures to predict from during sampling: "
                 "personalize it again, or use prediction_interval=0."
             )

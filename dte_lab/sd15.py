@@ -23,6 +23,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from dte_lab.common.errors import DTEError
+
 # SD 1.5's text tower is the one of openai/clip-vit-large-patch14, which has the projection and the
 # image tower too: both come from there.
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -181,10 +183,10 @@ def random_parts(device="cpu", dtype=torch.float32, resolution=512, seed=0, **ch
     """The parts of a `Backbone` with random weights, by name.
 
     changes: unet, vae, text or vision, each a dict of settings that differ from SD 1.5's.
-    Raises ValueError when `resolution` is not a multiple of 64.
+    Raises DTEError when `resolution` is not a multiple of 64.
     """
     if resolution % 64:
-        raise ValueError(f"The resolution must be a multiple of 64, not {resolution}.")
+        raise DTEError(f"The resolution must be a multiple of 64, not {resolution}.")
     unet, vae, text, vision = (
         base | changes.get(name, {})
         for name, base in (("unet", UNET), ("vae", VAE), ("text", TEXT), ("vision", VISION))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from tqdm.auto import tqdm
 
+from dte_lab.common.errors import DTEError
 from dte_lab.encoder import EncoderPrediction, mean_prediction
 from dte_lab.objective import Batch, objective
 
@@ -38,9 +39,9 @@ class TuneConfig:
 
     def __post_init__(self):
         if self.what not in TUNABLE:
-            raise ValueError(f"Cannot tune {self.what!r}: use one of {', '.join(TUNABLE)}.")
+            raise DTEError(f"Cannot tune {self.what!r}: use one of {', '.join(TUNABLE)}.")
         if self.num_steps < 0:
-            raise ValueError(f"num_steps must be 0 or more, not {self.num_steps}.")
+            raise DTEError(f"num_steps must be 0 or more, not {self.num_steps}.")
 
 
 @dataclass
@@ -66,7 +67,7 @@ def tune(
     If the loss or a gradient stops being finite, tuning ends with a warning and returns the last
     state whose loss was finite.
 
-    Raises ValueError when heads or encoder shall be tuned and there is no encoder. Returns a
+    Raises DTEError when heads or encoder shall be tuned and there is no encoder. Returns a
     TuneResult.
     """
     config = config or TuneConfig()

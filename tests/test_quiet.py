@@ -30,7 +30,6 @@ def state():
 def talkative(monkeypatch):
     """Libraries that say everything, whatever other tests have left."""
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
-    monkeypatch.setattr(logging.getLogger(), "handlers", [])
     before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in LOGS]
     for log in LOGS:
         log.set_verbosity_info()
@@ -41,7 +40,8 @@ def talkative(monkeypatch):
         (log.enable_progress_bar if bar else log.disable_progress_bar)()
 
 
-def test_the_libraries_are_silent_until_it_ends(capsys):
+def test_the_libraries_are_silent_until_it_ends(capsys, monkeypatch):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest has some of its own
     before = state()
     with quiet_libraries():
         for log in LOGS:

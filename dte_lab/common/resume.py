@@ -9,6 +9,7 @@ from collections.abc import Collection
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 
+from dte_lab.common.errors import DTEError
 from dte_lab.common.files import write_atomically
 
 
@@ -39,9 +40,9 @@ def changed_settings(before: dict, now: dict, free: Collection[str] = ()) -> lis
 
 
 def check_settings(path: Path, before: dict, now: dict, free: Collection[str] = ()) -> None:
-    """Raise ValueError when the run at `path` was begun with other settings: `changed_settings`."""
+    """Raise DTEError when the run at `path` was begun with other settings: `changed_settings`."""
     if changed := changed_settings(before, now, free):
-        raise ValueError(
+        raise DTEError(
             f"{path} holds a run with other settings ({', '.join(changed)}): use them again, or "
             f"another {'folder' if path.is_dir() else 'file'}."
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save
 
+from dte_lab.common.errors import DTEError
 from dte_lab.common.files import write_atomically
 from dte_lab.world.words import known_words
 
@@ -42,7 +43,7 @@ def main(runs: dict[str, Path], out: Path) -> None:
                         for k, v in load_file(file).items()
                     }
                     if any(not torch.isfinite(v).all() for v in weights.values()):
-                        raise ValueError(f"{file} does not fit into half precision.")
+                        raise DTEError(f"{file} does not fit into half precision.")
                     write_atomically(target / file.name, save(weights, metadata={"format": "pt"}))
                 elif file.name == "config.json":  # not where it lay on the machine that trained it
                     config = json.loads(file.read_text())
