@@ -1,9 +1,11 @@
 """What all checks share: call the answer on copies, compare, and name the known mistake."""
 
+from collections.abc import Callable, Mapping
+
 import torch
 
 
-def call(answer, *arguments):
+def call(answer: Callable[..., object], *arguments: object) -> object:
     """The answer's result; AssertionError says how it stopped, if it did."""
     try:
         return answer(*(a.clone() if isinstance(a, torch.Tensor) else a for a in arguments))
@@ -17,7 +19,7 @@ def call(answer, *arguments):
         ) from error
 
 
-def compare(got, expected, mistakes, advice):
+def compare(got: object, expected: object, mistakes: Mapping[str, object], advice: str) -> None:
     """Raise AssertionError with the mistake whose result `got` is, else with general advice."""
     if same(got, expected):
         return
@@ -33,7 +35,7 @@ def compare(got, expected, mistakes, advice):
     raise AssertionError(f"The result is not right yet. {advice}")
 
 
-def same(a, b):
+def same(a: object, b: object) -> bool:
     """Whether two results are equal: tensors in shape and within 1e-5, others in type and value."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return a.shape == b.shape and torch.allclose(a.float(), b.float(), atol=1e-5)

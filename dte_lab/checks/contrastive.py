@@ -1,12 +1,15 @@
 """Checks of the exercises in 02_contrastive_regularization."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from dte_lab.checks.compare import call, compare
 
 
-def contrastive_loss(answer):
+def contrastive_loss(answer: Callable[..., object]) -> None:
     """02, exercise 1: (v (d,), positives (N, d), negatives (M, d), temperature) -> scalar."""
     g = torch.Generator().manual_seed(0)
     v = 3 * torch.randn(6, generator=g)
@@ -14,7 +17,7 @@ def contrastive_loss(answer):
     negatives = 0.5 * torch.randn(4, 6, generator=g)
     near, far = (F.cosine_similarity(x, v[None], dim=-1) for x in (positives, negatives))
 
-    def loss(near, far):
+    def loss(near: Tensor, far: Tensor) -> Tensor:
         return torch.cat([near, far]).logsumexp(0) - near.logsumexp(0)
 
     for tau in (0.5, 0.1, 0.002):
@@ -50,7 +53,7 @@ def contrastive_loss(answer):
     print("contrastive_loss: right, and safe at small temperatures.")
 
 
-def negatives_mask(answer):
+def negatives_mask(answer: Callable[..., object]) -> None:
     """02, exercise 2: (concepts (B,), bank_concepts (M,)) -> bool (B, B + M)."""
     concepts, bank = torch.tensor([3, 1, 3, 7]), torch.tensor([1, -1, 3, 5, -1])
     ids = torch.cat([concepts, bank])
@@ -84,7 +87,7 @@ def negatives_mask(answer):
     print("negatives_mask: right. The same thing in another picture is not pushed away.")
 
 
-def cosine_gradient(answer):
+def cosine_gradient(answer: Callable[..., object]) -> None:
     """02, exercise 3: (v (d,), u (d,)) -> gradient of their cosine with respect to v, (d,)."""
     g = torch.Generator().manual_seed(1)
     for length in (3.0, 0.5):

@@ -1,12 +1,15 @@
 """Checks of the exercises in 04_dual_path."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from dte_lab.checks.compare import call, compare
 
 
-def soft_attention(answer):
+def soft_attention(answer: Callable[..., object]) -> None:
     """04, exercise 1: (x (T, C), text (L, d), W, offsets) -> (T, D), one head of the soft path.
 
     W and offsets are dicts with the keys "q", "k" and "v": weights (D, Din), and pairs A (Din, r),
@@ -21,7 +24,9 @@ def soft_attention(answer):
         for name, d in widths.items()
     }
 
-    def result(changed="qkv", axis=-1, scale=6**-0.5, turned=False):
+    def result(
+        changed: str = "qkv", axis: int = -1, scale: float = 6**-0.5, turned: bool = False
+    ) -> Tensor:
         z = {}
         for name, source in (("q", x), ("k", text), ("v", text)):
             a, b = offsets[name]
@@ -57,7 +62,7 @@ def soft_attention(answer):
     print("soft_attention: right. Three thin products changed what the layer looks at and says.")
 
 
-def dual_output(answer):
+def dual_output(answer: Callable[..., object]) -> None:
     """04, exercise 2: (soft (T, D), hard (T, D), alpha, project, A (D, r), B (r, C)) -> (T, C).
 
     `project` is the output projection; it may see T rows, not 2 T.
@@ -68,7 +73,7 @@ def dual_output(answer):
     a, b = torch.randn(6, 2, generator=g), torch.randn(2, 5, generator=g)
     seen = []
 
-    def project(z):
+    def project(z: Tensor) -> Tensor:
         if isinstance(z, torch.Tensor) and z.ndim == 2:
             seen.append(len(z))
         return F.linear(z, weight, bias)
@@ -109,7 +114,7 @@ def dual_output(answer):
     print("dual_output: right. The coefficients add up to 1, so one projection serves both paths.")
 
 
-def alpha_schedule(answer):
+def alpha_schedule(answer: Callable[..., object]) -> None:
     """04, exercise 3: (t (B,), T, first, last) -> (B,), from first at t = T to last at t = 0."""
     t, T, first, last = torch.tensor([1000.0, 750.0, 250.0, 0.0]), 1000, 0.9, 0.3
     share = t / T

@@ -1,12 +1,15 @@
 """Checks of the exercises in 01_features."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from dte_lab.checks.compare import call, compare
 
 
-def noisy_latent(answer):
+def noisy_latent(answer: Callable[..., object]) -> None:
     """01, exercise 1: (x0 (B, C, h, w), noise alike, t (B,), alphas_cumprod (T,)) -> x_t."""
     g = torch.Generator().manual_seed(0)
     # As wide as the batch is long: there (B,) broadcasts, along the wrong axis and silently.
@@ -43,7 +46,7 @@ def noisy_latent(answer):
     print("noisy_latent: right. The two variances add up to 1 at every t.")
 
 
-def map_to_grid(answer):
+def map_to_grid(answer: Callable[..., object]) -> None:
     """01, exercise 2: (map (B, C, h, w), grid) -> each normalised over itself, (B, C, grid, grid).
 
     h and w are multiples of grid.
@@ -57,56 +60,65 @@ def map_to_grid(answer):
         + shift
         + torch.tensor([5.0, 90.0])[:, None, None, None]
     )
-
-    def normalised(x, dims, correction=0):
-        std = x.std(dims, keepdim=True, correction=correction)
-        return (x - x.mean(dims, keepdim=True)) / std
-
-    def pooled(x):
-        return F.avg_pool2d(x, 2)  # 4 to 2
-
-    whole = (1, 2, 3)
     compare(
         call(answer, x, 2),
-        pooled(normalised(x, whole)),
-        {
-            "Averaging comes last: it shrinks the variance, so a map that is normalised after it "
-            "gets another scale.": normalised(pooled(x), whole),
-            "Mean and variance were taken over the whole batch: each picture's map is normalised "
-            "over itself, dims (1, 2, 3), or its features would depend on its "
-            "neighbours.": pooled(normalised(x, (0, 1, 2, 3))),
-            "Each channel was normalised alone, which hides how strongly one channel answers "
-            "beside another: take mean and variance over channels and positions, dims "
-            "(1, 2, 3).": pooled(normalised(x, (2, 3))),
-            "Each position was normalised alone, which hides where the map is strong: take mean "
-            "and variance over channels and positions, dims (1, 2, 3).": pooled(normalised(x, 1)),
-            "The map is not normalised yet: subtract its mean and divide by its standard "
-            "deviation.": pooled(x),
-            "The mean is still in it: subtract it before you divide.": pooled(
-                x / x.std(whole, keepdim=True, correction=0)
-            ),
-            "The map is centred, but its scale is as before: divide by the standard "
-            "deviation.": pooled(x - x.mean(whole, keepdim=True)),
-            "It was divided by the variance: divide by the standard deviation, its root.": pooled(
-                (x - x.mean(whole, keepdim=True)) / x.var(whole, keepdim=True, correction=0)
-            ),
-            "std divides by n - 1 by default: with correction=0 the variance is exactly 1.": pooled(
-                normalised(x, whole, correction=1)
-            ),
-            "The largest value of each cell was kept: take the mean, avg_pool instead of "
-            "max_pool.": F.max_pool2d(normalised(x, whole), 2),
-            "Single positions were picked and the rest dropped: average over the cell.": normalised(
-                x, whole
-            )[..., ::2, ::2],
-            "The map has its old size: average it down to grid x grid.": normalised(x, whole),
-        },
+        pooled(normalised(x, (1, 2, 3))),
+        map_mistakes(x),
         "Subtract each picture's mean over channels and positions, divide by its standard "
         "deviation, then average down to grid x grid.",
     )
     print("map_to_grid: right. Maps of very different scales can now be laid side by side.")
 
 
-def fuse(answer):
+def map_mistakes(x: Tensor) -> dict[str, Tensor]:
+    """{sentence: what this known mistake makes of the map x (B, C, 4, 4) and a grid of 2}."""
+    whole = (1, 2, 3)
+    return {
+        "Averaging comes last: it shrinks the variance, so a map that is normalised after it "
+        "gets another scale.": normalised(pooled(x), whole),
+        "Mean and variance were taken over the whole batch: each picture's map is normalised "
+        "over itself, dims (1, 2, 3), or its features would depend on its "
+        "neighbours.": pooled(normalised(x, (0, 1, 2, 3))),
+        "Each channel was normalised alone, which hides how strongly one channel answers "
+        "beside another: take mean and variance over channels and positions, dims "
+        "(1, 2, 3).": pooled(normalised(x, (2, 3))),
+        "Each position was normalised alone, which hides where the map is strong: take mean "
+        "and variance over channels and positions, dims (1, 2, 3).": pooled(normalised(x, 1)),
+        "The map is not normalised yet: subtract its mean and divide by its standard "
+        "deviation.": pooled(x),
+        "The mean is still in it: subtract it before you divide.": pooled(
+            x / x.std(whole, keepdim=True, correction=0)
+        ),
+        "The map is centred, but its scale is as before: divide by the standard deviation.": pooled(
+            x - x.mean(whole, keepdim=True)
+        ),
+        "It was divided by the variance: divide by the standard deviation, its root.": pooled(
+            (x - x.mean(whole, keepdim=True)) / x.var(whole, keepdim=True, correction=0)
+        ),
+        "std divides by n - 1 by default: with correction=0 the variance is exactly 1.": pooled(
+            normalised(x, whole, correction=1)
+        ),
+        "The largest value of each cell was kept: take the mean, avg_pool instead of "
+        "max_pool.": F.max_pool2d(normalised(x, whole), 2),
+        "Single positions were picked and the rest dropped: average over the cell.": normalised(
+            x, whole
+        )[..., ::2, ::2],
+        "The map has its old size: average it down to grid x grid.": normalised(x, whole),
+    }
+
+
+def normalised(x: Tensor, dims: int | tuple[int, ...], correction: int = 0) -> Tensor:
+    """x with mean 0 and standard deviation 1 over `dims`."""
+    std = x.std(dims, keepdim=True, correction=correction)
+    return (x - x.mean(dims, keepdim=True)) / std
+
+
+def pooled(x: Tensor) -> Tensor:
+    """Means of 2 x 2 positions: 4 to 2."""
+    return F.avg_pool2d(x, 2)
+
+
+def fuse(answer: Callable[..., object]) -> None:
     """01, exercise 3: two maps and a vector per picture -> one token per position (B, g*g, d).
 
     (patches (B, Dc, g, g), unet (B, Du, g, g), whole (B, De), w_clip (d, Dc), w_unet (d, Du),
@@ -124,7 +136,7 @@ def fuse(answer):
     vector = whole @ weights[2].T  # (B, d)
     both = clip_map + unet_map
 
-    def tokens(x):
+    def tokens(x: Tensor) -> Tensor:
         return x.flatten(2).transpose(1, 2)  # (B, g*g, d)
 
     right = both + vector[:, :, None, None]

@@ -1,6 +1,9 @@
 """Checks of the exercises in 03_lora_hypernetwork."""
 
+from collections.abc import Callable, Sequence
+
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -12,21 +15,27 @@ class LargestTensor(TorchDispatchMode):
 
     numel = 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        function: Callable[..., object],
+        types: Sequence[type],
+        args: tuple = (),
+        kwargs: dict | None = None,
+    ) -> object:
         out = function(*args, **(kwargs or {}))
         made = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
         self.numel = max([self.numel, *made])
         return out
 
 
-def call_thin(answer, *arguments):
+def call_thin(answer: Callable[..., object], *arguments: object) -> tuple[object, int]:
     """The answer's result, and the size of the largest tensor that it made on the way."""
     with LargestTensor() as largest:
         got = call(answer, *arguments)
     return got, largest.numel
 
 
-def scalar(got):
+def scalar(got: object) -> Tensor:
     """A number or a tensor with one entry as a tensor of shape (); else AssertionError."""
     if isinstance(got, int | float):
         return torch.tensor(float(got))
@@ -36,7 +45,7 @@ def scalar(got):
     return got.reshape(())
 
 
-def refuse_whole(numel, a, b):
+def refuse_whole(numel: int, a: Tensor, b: Tensor) -> None:
     """Raise AssertionError when a tensor as large as A B was made."""
     if numel >= (whole := len(a) * b.shape[1]):
         raise AssertionError(
@@ -45,7 +54,7 @@ def refuse_whole(numel, a, b):
         )
 
 
-def largest_useful_rank(answer):
+def largest_useful_rank(answer: Callable[..., object]) -> None:
     """03, exercise 1: (d_in, d_out) -> the largest rank at which A and B are smaller than W."""
     for d_in, d_out in ((768, 320), (192, 192), (12, 6), (96, 192), (2, 3)):
         full = d_in * d_out
@@ -79,7 +88,7 @@ def largest_useful_rank(answer):
     print("largest_useful_rank: right. For a square W it is just below half the width.")
 
 
-def low_rank_norm(answer):
+def low_rank_norm(answer: Callable[..., object]) -> None:
     """03, exercise 2: (A (Din, r), B (r, Dout)) -> Frobenius norm of A B, without forming it."""
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(50, 3, generator=g), torch.randn(3, 40, generator=g)
@@ -109,7 +118,7 @@ def low_rank_norm(answer):
     print("low_rank_norm: right. Two r x r matrices were enough.")
 
 
-def offset_cosine(answer):
+def offset_cosine(answer: Callable[..., object]) -> None:
     """03, exercise 3: (A1, B1, A2, B2) -> cosine of A1 B1 and A2 B2 as vectors of entries."""
     g = torch.Generator().manual_seed(1)
     a1, b1 = torch.randn(50, 3, generator=g), torch.randn(3, 40, generator=g)
@@ -119,14 +128,14 @@ def offset_cosine(answer):
     # Opposed rather than alike, and rescaled by s and 1/s, which leaves the change as it is.
     a2, b2 = -4 * a2, b2 / 4
 
-    def inner(a, b, c, d):
+    def inner(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
         return ((a.T @ c) * (b @ d.T)).sum()
 
     both = inner(a1, b1, a2, b2)
     norms = (inner(a1, b1, a1, b1) * inner(a2, b2, a2, b2)).sqrt()
     got, numel = call_thin(answer, a1, b1, a2, b2)
 
-    def flat(x, y):
+    def flat(x: Tensor, y: Tensor) -> Tensor:
         return torch.nn.functional.cosine_similarity(x.flatten(), y.flatten(), dim=0)
 
     compare(

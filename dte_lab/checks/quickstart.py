@@ -1,12 +1,15 @@
 """Checks of the exercises in 00_quickstart."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from dte_lab.checks.compare import call, compare
 
 
-def nearest_words(answer):
+def nearest_words(answer: Callable[..., object]) -> None:
     """00, exercise 1: (v (d,), embeddings (n, d), words, k) -> the k nearest words by cosine."""
     words = ["tram", "bus", "car", "kite", "moon", "soup"]
     # Lengths and angles to v are set apart, so that each wrong measure gives another order.
@@ -19,7 +22,7 @@ def nearest_words(answer):
         raise AssertionError(f"Return a list of k words, here 3 of {words}; got {got!r}.")
     got = list(got)
 
-    def ranked(score):
+    def ranked(score: Tensor) -> list[str]:
         return [words[i] for i in score.topk(3).indices.tolist()]
 
     cosine = F.cosine_similarity(table, v[None], dim=1)
@@ -46,7 +49,7 @@ def nearest_words(answer):
     print("nearest_words: right. Only the direction of a vector counts, not its length.")
 
 
-def low_rank_offset(answer):
+def low_rank_offset(answer: Callable[..., object]) -> None:
     """00, exercise 2: (x (T, Din), W (Dout, Din), A (Din, r), B (r, Dout)) -> (T, Dout)."""
     g = torch.Generator().manual_seed(0)
     x, weight = torch.randn(3, 5, generator=g), torch.randn(4, 5, generator=g)
@@ -69,7 +72,7 @@ def low_rank_offset(answer):
     print("low_rank_offset: right. A B was never formed: two thin products are enough.")
 
 
-def blend(answer):
+def blend(answer: Callable[..., object]) -> None:
     """00, exercise 3: (soft, hard, alpha) -> alpha * soft + (1 - alpha) * hard, any shape."""
     g = torch.Generator().manual_seed(0)
     soft, hard = torch.randn(2, 5, 8, generator=g), torch.randn(2, 5, 8, generator=g)

@@ -1,5 +1,7 @@
 """Answers to the exercises of 03_lora_hypernetwork."""
 
+from bisect import bisect_left
+
 import torch
 import torch.nn.functional as F
 
@@ -11,7 +13,7 @@ def package_largest_useful_rank(d_in, d_out):
     def numbers(rank):
         return count_parameters({"layer.to_q": (d_in, d_out)}, rank, 8, 1, 1)["offsets"]
 
-    return max((r for r in range(1, d_in + 1) if numbers(r) < numbers("full")), default=0)
+    return bisect_left(range(1, d_in + 1), numbers("full"), key=numbers)
 
 
 def package_low_rank_norm(a, b):
