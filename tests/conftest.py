@@ -3,6 +3,7 @@
 import base64
 import copy
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,42 @@ import torch
 from beartype import beartype
 from jaxtyping import install_import_hook
 from PIL import Image
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # every core has a worker: one thread each
+    os.environ["OMP_NUM_THREADS"] = "1"  # also in the kernels and processes that tests start
+    torch.set_num_threads(1)
+
+# What takes longest begins first, so that the workers end together: notebooks, then these files.
+SLOW = ("test_world_training", "test_small", "test_evaluation", "test_pretrain", "test_processes")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Folders of tests are shared out, file by file, to one worker per core, of four at most.
+
+    `pytest -n 0` keeps them in one process, where single files stay anyway: they start sooner.
+    """
+    option = config.option
+    if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
+        return
+    debugged = option.usepdb or option.collectonly
+    if option.numprocesses is None and not debugged and any(map(os.path.isdir, config.args)):
+        allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)
+        option.numprocesses = min(4, len(allowed))
+        option.dist, option.loadscopereorder = "loadfile", False
+
+
+def pytest_collection_modifyitems(config, items):
+    """The order of SLOW, for the workers."""
+
+    def rank(item):
+        name = item.path.stem
+        if item.path.suffix == ".ipynb":
+            return -1
+        return SLOW.index(name) if name in SLOW else len(SLOW)
+
+    if hasattr(config, "workerinput"):
+        items.sort(key=rank)
 
 
 def checked_shapes(function, *args, **kwargs):
