@@ -23,7 +23,11 @@ from dte_lab import DTEPipeline, TuneConfig, TuningEncoder, load_backbone, tune
 from dte_lab.common.files import write_atomically
 from dte_lab.config import EncoderConfig
 from dte_lab.hardware.memory import DTYPES, Setting, predict
-from dte_lab.training.pretrain import PretrainConfig, build_optimizer, prepare, train_step
+from dte_lab.training.batches import prepare
+from dte_lab.training.config import PretrainConfig
+from dte_lab.training.optimizer import build_optimizer
+from dte_lab.training.pretrain import train_step
+from dte_lab.training.step import Frozen
 
 SETTINGS = [
     Setting(batch=batch, gradient_checkpointing=options, offload=options)
@@ -89,20 +93,19 @@ def measure(backbone, setting, steps=3):
     note("sampling, soft path alone", lambda: sampling(1.0), batch)
 
     accelerator = Accelerator(cpu=device.type == "cpu")
-    optimizer = build_optimizer(
-        list(encoder.train().requires_grad_(True).parameters()), PretrainConfig()
-    )
-    prompt = encode.plain([settings.feature_prompt])
+    parameters = list(encoder.train().requires_grad_(True).parameters())
+    optimizer = build_optimizer(parameters, PretrainConfig().weight_decay)
+    frozen = Frozen.of(backbone, encoder, encode)
     items = {
         "image": pictures,
         "target": pictures,
         "prompt": ["a picture of S*"] * batch,
         "concept": torch.arange(batch),
     }
-    sample = prepare(backbone, items, PretrainConfig(batch_size=batch), 0)
+    sampled = prepare(backbone, items, PretrainConfig(batch_size=batch), 0)
 
     def step():
-        train_step(accelerator, encoder, optimizer, backbone, encode, prompt, sample)
+        train_step(accelerator, encoder, optimizer, frozen, sampled)
 
     note("pre-training", step)
     features = encoder.static_features(backbone, pictures[:1], 0, encode)

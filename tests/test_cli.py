@@ -311,16 +311,16 @@ def test_training_commands_fit_the_functions_they_call(
     assert call.get("steps") == (5 if steps else None)
 
 
-def test_pretrain_starts_a_run(dte, monkeypatch, model, tmp_path):
+def test_pretrain_starts_a_run(dte, monkeypatch, tmp_path):
     def record(backbone, encoder, dataset, config, **options):
         item = dataset[0]
         assert {"image", "target", "prompt", "concept"} <= set(item)
         assert (config.steps, options["out_dir"]) == (3, tmp_path)
         assert encoder.config.clip_dim and encoder.method.regulariser == "none"
-        assert len(options["eval_images"]) == len(options["watched_images"]) == 4
+        assert len(options["eval_images"]) == len(options["probe_images"]) == 4
 
     monkeypatch.setattr("dte_lab.training.pretrain.pretrain", record)
-    arguments = ["--backbone", model, "--steps", "3", "--regulariser", "none"]
+    arguments = ["--steps", "3", "--regulariser", "none"]
     code, _, err = dte("pretrain", "--out", tmp_path, *arguments)
     assert code == 0, err
 

@@ -5,10 +5,15 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch.utils.data import default_collate
 
 from dte_lab import TuningEncoder, load_encoder
+from dte_lab.backbone import add_noise
 from dte_lab.common.checkpoint import read_state
-from dte_lab.training.pretrain import PretrainConfig, StepBatches, learning_rate, prepare, pretrain
+from dte_lab.training.batches import StepBatches, prepare
+from dte_lab.training.config import PretrainConfig, learning_rate
+from dte_lab.training.pretrain import pretrain
+from dte_lab.training.step import Processes
 
 CONFIG = PretrainConfig(
     steps=6, batch_size=3, warmup_steps=2, log_every=1, checkpoint_every=2, sample_every=100
@@ -139,7 +144,7 @@ def test_a_start_changes_a_fresh_encoder_once(tiny_backbone, tiny_config, tmp_pa
 
     for steps in (1, 2):
         config = dataclasses.replace(CONFIG, steps=steps, learning_rate=0.0)
-        trained = run(tiny_backbone, tiny_config, tmp_path, config, start=start)
+        trained = run(tiny_backbone, tiny_config, tmp_path, config, initialise=start)
     assert len(started) == 1 and trained.zero_shot_weight == 0
 
 
@@ -151,23 +156,6 @@ def in_pieces_as_whole(backbone, dte, tmp_path, config):
     pieces = run(backbone, dte, tmp_path / "pieces", config)
     for (name, x), y in zip(whole.state_dict().items(), pieces.state_dict().values(), strict=True):
         assert torch.equal(x, y), name
-
-
-def test_a_checkpoint_from_before_a_setting_existed_has_its_default(
-    tiny_backbone, tiny_config, tmp_path, monkeypatch
-):
-    from dte_lab.training import pretrain as module
-
-    settings = module._settings
-
-    def older(*args):
-        return {k: v for k, v in settings(*args).items() if k != "optimizer_8bit"}
-
-    with monkeypatch.context() as before:
-        before.setattr(module, "_settings", older)
-        run(tiny_backbone, tiny_config, tmp_path, dataclasses.replace(CONFIG, steps=2))
-    run(tiny_backbone, tiny_config, tmp_path, dataclasses.replace(CONFIG, steps=4))
-    assert [line["step"] for line in log(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_training_moves_every_parameter_and_the_ema_follows(tiny_backbone, tiny_config, tmp_path):
@@ -239,7 +227,7 @@ def test_predictions_of_watched_pictures_are_those_of_the_encoder(
         tiny_backbone, TuningEncoder.from_backbone(tiny_backbone, tiny_config)
     ).pixels(pictures)
     config = dataclasses.replace(CONFIG, steps=4, predict_every=2, learning_rate=0.05)
-    options = {"watched_images": pictures}
+    options = {"probe_images": pictures}
     trained = run(tiny_backbone, tiny_config, tmp_path / "whole", config, **options)
     steps, v_star = read_predictions(tmp_path / "whole" / "predictions.jsonl")
     assert steps.tolist() == [0, 2, 4] and v_star.shape == (3, 2, 24)
@@ -298,50 +286,47 @@ def test_batches_depend_on_the_step_alone():
     assert len({tuple(b) for b in whole}) == 5
 
 
-def test_processes_share_the_batch_and_its_noise(tiny_backbone):
-    from torch.utils.data import default_collate
+def collated(indices):
+    return default_collate([Pictures()[i] for i in indices])
 
-    config = dataclasses.replace(CONFIG, batch_size=4)
-    (batch,) = list(StepBatches(12, dataclasses.replace(config, steps=1), 0))
-    shares = [
-        list(StepBatches(12, dataclasses.replace(config, steps=1), 0, rank, 2))[0]
-        for rank in (0, 1)
-    ]
+
+def test_processes_share_the_batch_and_its_noise(tiny_backbone):
+    config = dataclasses.replace(CONFIG, batch_size=4, steps=1)
+    (batch,) = list(StepBatches(12, config, 0))
+    two = [Processes(rank, 2) for rank in (0, 1)]
+    shares = [list(StepBatches(12, config, 0, processes))[0] for processes in two]
     assert shares[0] + shares[1] == batch
-    whole = prepare(tiny_backbone, default_collate([Pictures()[i] for i in batch]), config, 7)
+    whole = prepare(tiny_backbone, collated(batch), config, 7)
     parts = [
-        prepare(tiny_backbone, default_collate([Pictures()[i] for i in share]), config, 7, rank, 2)
-        for rank, share in enumerate(shares)
+        prepare(tiny_backbone, collated(share), config, 7, processes)
+        for processes, share in zip(two, shares, strict=True)
     ]
     for name in ("noise", "timesteps", "feature_timesteps", "concepts"):
-        assert torch.equal(torch.cat([part[name] for part in parts]), whole[name]), name
+        together = torch.cat([getattr(part, name) for part in parts])
+        assert torch.equal(together, getattr(whole, name)), name
     for name in ("latents", "feature_latents"):
-        torch.testing.assert_close(torch.cat([part[name] for part in parts]), whole[name])
+        together = torch.cat([getattr(part, name) for part in parts])
+        torch.testing.assert_close(together, getattr(whole, name))
 
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_what_the_features_see(tiny_backbone, shared):
     """The noisy target at the loss's timestep, or the noisy concept picture at one of its own."""
-    from torch.utils.data import default_collate
-
-    from dte_lab.backbone import add_noise
-
-    batch = default_collate([Pictures()[i] for i in range(3)])
+    pictures = collated(range(3))
     config = dataclasses.replace(CONFIG, shared_timestep_probability=float(shared))
-    sample = prepare(tiny_backbone, batch, config, step=4)
-    latents = tiny_backbone.encode_images(batch["target"])
-    torch.testing.assert_close(sample["latents"], latents)
-    noisy = add_noise(tiny_backbone, latents, sample["noise"], sample["timesteps"])
-    same = torch.equal(sample["feature_timesteps"], sample["timesteps"])
-    assert same == shared
-    assert torch.allclose(sample["feature_latents"], noisy, atol=1e-5) == shared
+    batch = prepare(tiny_backbone, pictures, config, step=4)
+    latents = tiny_backbone.encode_images(pictures["target"])
+    torch.testing.assert_close(batch.latents, latents)
+    noisy = add_noise(tiny_backbone, latents, batch.noise, batch.timesteps)
+    assert torch.equal(batch.feature_timesteps, batch.timesteps) == shared
+    assert torch.allclose(batch.feature_latents, noisy, atol=1e-5) == shared
     if not shared:  # solve for the noise: it must be standard normal around the concept picture
-        pictures = tiny_backbone.encode_images(batch["image"])
-        alpha = tiny_backbone.alphas_cumprod[sample["feature_timesteps"]][:, None, None, None]
-        noise = (sample["feature_latents"] - alpha.sqrt() * pictures) / (1 - alpha).sqrt()
+        own = tiny_backbone.encode_images(pictures["image"])
+        alpha = tiny_backbone.alphas_cumprod[batch.feature_timesteps][:, None, None, None]
+        noise = (batch.feature_latents - alpha.sqrt() * own) / (1 - alpha).sqrt()
         assert abs(noise.mean()) < 0.15 and abs(noise.std() - 1) < 0.1
-        assert not torch.allclose(noise, sample["noise"], atol=1e-2)
-    again = prepare(tiny_backbone, batch, config, step=4)
-    other = prepare(tiny_backbone, batch, config, step=5)
-    assert torch.equal(again["noise"], sample["noise"])
-    assert not torch.equal(other["noise"], sample["noise"])
+        assert not torch.allclose(noise, batch.noise, atol=1e-2)
+    again = prepare(tiny_backbone, pictures, config, step=4)
+    other = prepare(tiny_backbone, pictures, config, step=5)
+    assert torch.equal(again.noise, batch.noise)
+    assert not torch.equal(other.noise, batch.noise)

@@ -52,7 +52,7 @@ def test_a_batch_is_composed_as_single_pairs_are(batches):
 def test_prompts_say_what_the_target_shows(backbone, batches):
     torch.manual_seed(0)
     batch, prompts = batches(400), backbone.tokenizer.batch_decode(batches.ids)
-    ids, slots = batch["prompts"]
+    ids, slots = batch["prompt"]
     assert (slots.max(dim=1).values == 0).all()  # each has a placeholder
     rows = (ids[:, None] == batches.ids).all(-1).int().argmax(1)
     same = (batch["image"] == batch["target"]).flatten(1).all(1)
@@ -69,7 +69,7 @@ def test_prompts_say_what_the_target_shows(backbone, batches):
 def test_only_draws_one_concept(batches):
     name = batches.names[3]
     batch = batches.only(name)(50)
-    left = batch["concepts"] % len(concepts())
+    left = batch["concept"] % len(concepts())
     assert set(left.tolist()) == {concepts()[name].index}
     assert len(batches.shown) > len(batches.only(name).shown) > 0
 
@@ -78,7 +78,7 @@ def test_pictures_are_no_held_out_combinations_and_ids_tell_concepts_apart(batch
     names = split_names("val")
     for n, s, b in batches.shown[::50].tolist():
         assert not held_out(names[n], STYLES[s], SCENES[b])
-    ids = batches(200)["concepts"]
+    ids = batches(200)["concept"]
     total = len(concepts())
     halves = torch.stack([ids % total, ids // total % total])
     known = {concepts()[name].index for name in names}

@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter, OrderedDict
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -223,15 +224,16 @@ def _tiny_run(out, steps, minutes=None, stop_after=None, device="cpu"):
     model = torch.nn.Sequential(OrderedDict(blocks=blocks, last=last))
     seen = []
 
+    @contextmanager
     def loss(model):
         if stop_after is not None and len(seen) == stop_after:
             raise KeyboardInterrupt
         seen.append(0)
-        return (model(torch.randn(2, 3, 8, 8, device=device)) - 1).pow(2).mean(), {}
+        yield (model(torch.randn(2, 3, 8, 8, device=device)) - 1).pow(2).mean(), {}
 
     config = TrainConfig(
         steps, 2, 1e-2, muon_learning_rate=1e-2, warmup_steps=3, sample_every=100,
-        checkpoint_minutes=0,
+        checkpoint_minutes=0, log_every=1,
     )  # fmt: skip
     return train(out, model, config, loss, lambda model, step: {}, minutes, device)
 
@@ -276,7 +278,7 @@ def test_bf16_is_used_where_it_is_asked_for(tmp_path):
     def loss(model):
         y = model["blocks"](torch.ones(2, 8))
         seen.append(y.dtype)
-        return y.float().square().mean(), {}
+        return nullcontext((y.float().square().mean(), {}))
 
     for precision, dtype in (("no", torch.float32), ("bf16", torch.bfloat16)):
         model = torch.nn.ModuleDict({"blocks": torch.nn.Sequential(torch.nn.Linear(8, 8))})
@@ -309,11 +311,10 @@ def test_muon_moves_hidden_matrices_and_adamw_the_rest():
 
 
 def test_training_stops_on_a_gradient_that_is_not_finite(tmp_path):
-    model = torch.nn.Linear(2, 1)
+    model, x = torch.nn.Linear(2, 1), torch.full((1, 2), torch.nan)
     config = TrainConfig(5, 2, 1e-2)
     with pytest.raises(FloatingPointError, match="before 5"):
-        train(tmp_path, model, config, lambda m: (m(torch.full((1, 2), torch.nan)).sum(), {}),
-              lambda m, s: {})  # fmt: skip
+        train(tmp_path, model, config, lambda m: nullcontext((m(x).sum(), {})), lambda m, s: {})
 
 
 def test_what_is_not_finite_is_not_saved(tmp_path):
@@ -321,9 +322,10 @@ def test_what_is_not_finite_is_not_saved(tmp_path):
 
     def loss(model):
         seen.append(0)
-        return model(torch.full((1, 2), torch.nan if len(seen) > 2 else 1.0)).sum(), {}
+        x = torch.full((1, 2), torch.nan if len(seen) > 2 else 1.0)
+        return nullcontext((model(x).sum(), {}))
 
-    config = TrainConfig(40, 2, 1e-2, checkpoint_minutes=0)
+    config = TrainConfig(40, 2, 1e-2, checkpoint_minutes=0, log_every=1)
     with pytest.raises(FloatingPointError, match="before 3"):
         train(tmp_path, model, config, loss, lambda m, s: {})
     saved = load_file(tmp_path / "checkpoint.safetensors")

@@ -29,98 +29,100 @@ world.add_typer(train, name="train")
 Steps = Annotated[int | None, typer.Option(min=1, help="Train this many steps in all.")]
 Minutes = Annotated[float | None, typer.Option(min=0, help="Stop this call after so long.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Pictures a step; 1,024 on a GPU.")]
+SharedBatchSize = Annotated[int | None, typer.Option(min=1, help="Of all processes together.")]
 BankSize = Annotated[int | None, typer.Option(min=1, help="Pictures rendered beforehand.")]
 Precision = Annotated[
     Literal["no", "bf16"],
     typer.Option(help="bf16 is faster where the processor has it (avx512_bf16, or a GPU)."),
 ]
+FrozenPrecision = Annotated[str, typer.Option(help="no, bf16 or fp16: of frozen parts, autocast.")]
 Run = Annotated[Path, typer.Option(help="OUT of its `dte world train`.")]
+Pictures = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder with a sub-folder of pictures per class, or a Hugging Face dataset with "
+        "image and label; by default the small world."
+    ),
+]
+Regulariser = Annotated[
+    str | None, typer.Option(help="Of v*: contrastive, or none or another to compare it with.")
+]
+Optimizer8bit = Annotated[
+    bool, typer.Option("--optimizer-8bit", help="AdamW8bit of bitsandbytes, if installed.")
+]
+Workers = Annotated[int | None, typer.Option(min=0, help="Reading pictures.")]
+Every = Annotated[int | None, typer.Option(min=1, help="In steps.")]
 
 
 def pretrain(
     out: Out,
     backbone: Backbone = "small",
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Folder with a sub-folder of pictures per class, or a Hugging Face dataset with "
-            "image and label; by default the small world."
-        ),
-    ] = None,
+    data: Pictures = None,
     steps: Steps = None,
     minutes: Minutes = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Of all processes together.")
-    ] = None,
+    batch_size: SharedBatchSize = None,
     rank: Rank = None,
-    regulariser: Annotated[
-        str | None, typer.Option(help="Of v*: contrastive, or none or another to compare it with.")
-    ] = None,
+    regulariser: Regulariser = None,
     device: Device = "cpu",
-    mixed_precision: Annotated[
-        str, typer.Option(help="no, bf16 or fp16: of frozen parts and autocast.")
-    ] = "no",
+    mixed_precision: FrozenPrecision = "no",
     gradient_checkpointing: Checkpointing = False,
-    optimizer_8bit: Annotated[
-        bool, typer.Option("--optimizer-8bit", help="AdamW8bit of bitsandbytes, if installed.")
-    ] = False,
-    num_workers: Annotated[int | None, typer.Option(min=0, help="Reading pictures.")] = None,
-    log_every: Annotated[int | None, typer.Option(min=1, help="In steps.")] = None,
-    checkpoint_every: Annotated[int | None, typer.Option(min=1, help="In steps.")] = None,
+    optimizer_8bit: Optimizer8bit = False,
+    num_workers: Workers = None,
+    log_every: Every = None,
+    checkpoint_every: Every = None,
 ) -> None:
     """Pre-train the tuning encoder; writes OUT/encoder. Several processes: accelerate launch."""
     from dte_lab.backbone import load_backbone
     from dte_lab.config import EncoderConfig, MethodConfig
     from dte_lab.encoder import TuningEncoder
     from dte_lab.hardware.device import checked_device
-    from dte_lab.training.first_words import fit_token_head
-    from dte_lab.training.pictures import load_pictures
     from dte_lab.training.pretrain import PretrainConfig, pretrain
-    from dte_lab.world.pairs import ConceptPairs
-    from dte_lab.world.scenes import render_image
 
+    options = given(
+        steps=steps, max_minutes=minutes, batch_size=batch_size, num_workers=num_workers,
+        log_every=log_every, checkpoint_every=checkpoint_every,
+    )  # fmt: skip
+    config = PretrainConfig(
+        mixed_precision=mixed_precision, optimizer_8bit=optimizer_8bit, **options
+    )
+    settings = EncoderConfig(**given(rank=rank)), MethodConfig(**given(regulariser=regulariser))
     parts = load_backbone(
         backbone,
         checked_device(device),
         checked_precision(mixed_precision),
         gradient_checkpointing=gradient_checkpointing,
     )
-    encoder = TuningEncoder.from_backbone(
-        parts, EncoderConfig(**given(rank=rank)), MethodConfig(**given(regulariser=regulariser))
-    )
+    dataset, shown = training_pictures(parts, data)
+    encoder = TuningEncoder.from_backbone(parts, *settings)
+    pretrain(parts, encoder, dataset, config, out_dir=out, **shown)
+
+
+def training_pictures(backbone, data: str | None) -> tuple:
+    """The dataset of `pretrain`, and its options that depend on what the pictures are.
+
+    Raises DTEError without `data` for a backbone that is no model of the small world.
+    """
     if data is not None:
-        dataset = load_pictures(data, parts.resolution)
-        shown, start = [dataset.pairs[0][0], dataset.pairs[len(dataset) // 2][0]], None
-        prompts = ("a picture of S*",)
-    elif parts.resolution <= 64:
-        dataset = ConceptPairs()
-        start = partial(fit_token_head, backbone=parts)
-        shown = [render_image(name, "fluent", "white") for name in SAMPLE_CONCEPTS]
-        prompts = ("a picture of S*", "a picture of S* on the beach")
-    else:
-        raise DTEError(f"{backbone} is no model of the small world: say --data FOLDER.")
-    pretrain(
-        parts,
-        encoder,
-        dataset,
-        PretrainConfig(
-            mixed_precision=mixed_precision,
-            optimizer_8bit=optimizer_8bit,
-            **given(
-                steps=steps,
-                max_minutes=minutes,
-                batch_size=batch_size,
-                num_workers=num_workers,
-                log_every=log_every,
-                checkpoint_every=checkpoint_every,
-            ),
-        ),
-        out_dir=out,
-        eval_images=shown,
-        eval_prompts=prompts,
-        watched_images=shown,
-        start=start,
-    )
+        from dte_lab.training.pictures import load_pictures
+
+        dataset = load_pictures(data, backbone.resolution)
+        pictures = [dataset.pairs[0][0], dataset.pairs[len(dataset) // 2][0]]
+        return dataset, {"eval_images": pictures, "probe_images": pictures}
+    from dte_lab.patch_autoencoder import PatchAutoencoder
+    from dte_lab.training.first_words import fit_token_head
+    from dte_lab.world.pairs import ConceptPairs
+    from dte_lab.world.scenes import render_image
+
+    if not isinstance(backbone.vae, PatchAutoencoder):
+        raise DTEError(f"{backbone.name} is no model of the small world: say --data FOLDER.")
+    pictures = [render_image(name, "fluent", "white") for name in SAMPLE_CONCEPTS]
+    prompts = ("a picture of S*", "a picture of S* on the beach")
+    return ConceptPairs(), {
+        "eval_images": pictures,
+        "eval_prompts": prompts,
+        "probe_images": pictures,
+        "initialise": partial(fit_token_head, backbone=backbone),
+    }
 
 
 @world.command()
@@ -152,7 +154,7 @@ def autoencoder(
     options = given(
         parts=parts, steps=steps, minutes=minutes, batch_size=batch_size, bank_size=bank_size
     )
-    train_autoencoder.main(out, device=device, mixed_precision=mixed_precision, **options)
+    train_autoencoder.main(out, device=checked(device), mixed_precision=mixed_precision, **options)
 
 
 @train.command()
@@ -170,7 +172,7 @@ def clip(
     from dte_lab.world import train_clip
 
     options = given(steps=steps, minutes=minutes, batch_size=batch_size, bank_size=bank_size)
-    train_clip.main(out, parts, device=device, mixed_precision=mixed_precision, **options)
+    train_clip.main(out, parts, device=checked(device), mixed_precision=mixed_precision, **options)
 
 
 @train.command()
@@ -191,7 +193,7 @@ def unet(
     options = given(
         steps=steps, minutes=minutes, batch_size=batch_size, bank_size=bank_size, seed=seed
     )
-    train_unet.main(out, parts, device=device, mixed_precision=mixed_precision, **options)
+    train_unet.main(out, parts, device=checked(device), mixed_precision=mixed_precision, **options)
 
 
 @train.command()
@@ -217,7 +219,7 @@ def encoder(
         rank=rank, regulariser=regulariser,
     )  # fmt: skip
     train_encoder.main(
-        out, backbone, e4t=e4t, device=device, mixed_precision=mixed_precision, **options
+        out, backbone, e4t=e4t, device=checked(device), mixed_precision=mixed_precision, **options
     )
 
 
@@ -247,6 +249,12 @@ def evaluate(
     from dte_lab.evaluation import base_model as evaluate
 
     evaluate.main(out, backbone, captions)
+
+
+def checked(device: str | None) -> str:
+    from dte_lab.hardware.device import checked_device
+
+    return checked_device(device)
 
 
 def checked_precision(name: str):

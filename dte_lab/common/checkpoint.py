@@ -1,26 +1,78 @@
-"""The state of a training run in one file, which is never half written; and its learning rate.
+"""The state of a training run in one file, which is never half written.
 
-Shared by the pre-training of the encoder and the training of the small base model.
+Shared by the pre-training of the encoder and the training of the small base model. accelerate's
+own `save_state` writes pickles, and several files one after the other.
 """
 
-from contextlib import contextmanager
+import json
+from collections.abc import Collection
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor, nn
 
 from dte_lab.common.files import write_atomically
+from dte_lab.common.resume import as_json, check_settings, cut_back
+
+State = dict[str, Tensor]
 
 
-def trapezoid(step, steps, warmup_steps, decay_fraction):
-    """Factor of the learning rate: linear warm-up, constant, linear decay to zero at `steps`."""
-    warm = (step + 1) / max(1, warmup_steps)
-    decay = (steps - step) / max(1, int(decay_fraction * steps))
-    return min(1.0, warm, decay)
+class Checkpoint:
+    """Weights, their average, optimizer and finished steps of a run, in `path`.
+
+    kind: the command that the run belongs to. settings: those that `check_settings` compares; it
+    leaves out the fields in `free`.
+    """
+
+    def __init__(self, path: Path, kind: str, settings: dict, free: Collection[str] = ()) -> None:
+        self.path, self.kind, self.settings, self.free = path, kind, settings, free
+
+    def save(self, model: nn.Module, average: nn.Module, optimizer, step: int) -> None:
+        """Write the whole state: last of all that a step writes, since it says: this is done."""
+        parts = {"model": model.state_dict(), "ema": dict(average.named_parameters())}
+        settings = json.dumps(as_json(self.settings))
+        metadata = {"step": str(step), "kind": self.kind, "settings": settings}
+        write_state(self.path, parts, optimizer, metadata)
+
+    def load(self, model: nn.Module, average: nn.Module, optimizer) -> int:
+        """Restore the state, and cut the logs beside it back to it; returns its step, 0 for none.
+
+        Raises ValueError when the file is damaged, or holds another kind of run, one with other
+        settings, or weights of another size.
+        """
+        step = self._restore(model, average, optimizer) if self.path.is_file() else 0
+        for log in self.path.parent.glob("*.jsonl"):
+            cut_back(log, step)
+        return step
+
+    def _restore(self, model: nn.Module, average: nn.Module, optimizer) -> int:
+        parts, metadata = read_state(self.path)
+        if metadata.get("kind") != self.kind:
+            raise ValueError(
+                f"{self.path} belongs to {metadata.get('kind', 'another version')}, not to "
+                f"{self.kind}: use another folder."
+            )
+        before = json.loads(metadata["settings"])
+        check_settings(self.path.parent, before, self.settings, self.free)
+        try:
+            model.load_state_dict(parts["model"])
+            with torch.no_grad():
+                for name, weight in average.named_parameters():
+                    weight.copy_(parts["ema"][name])
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(
+                f"The weights in {self.path} are of another model ({str(error).splitlines()[-1]}): "
+                "use another folder."
+            ) from error
+        restore_optimizer(optimizer, parts.get("optimizer", {}))
+        return int(metadata["step"])
 
 
-def write_state(path, parts, optimizer, metadata):
-    """Write parts {name: {key: tensor}}, the optimizer's state and metadata {str: str} to `path`.
+def write_state(path: Path, parts: dict[str, State], optimizer, metadata: dict[str, str]) -> None:
+    """Write parts {name: {key: tensor}}, the optimizer's state and metadata to `path`.
 
     The tensors are called "part.key", and "optimizer.index.key" with the parameter's index.
     """
@@ -31,18 +83,29 @@ def write_state(path, parts, optimizer, metadata):
     write_atomically(path, save(tensors, metadata))
 
 
-def read_state(path):
-    """Undo `write_state`: (parts, with the optimizer's as "optimizer"; metadata)."""
+def read_state(path: Path) -> tuple[dict[str, State], dict[str, str]]:
+    """Undo `write_state`: (parts, with the optimizer's as "optimizer"; metadata).
+
+    Raises ValueError when the file is damaged or was not written by `write_state`.
+    """
     parts = {}
-    with safe_open(path, "pt") as file:
-        for key in file.keys():
-            part, rest = key.split(".", 1)
-            parts.setdefault(part, {})[rest] = file.get_tensor(key)
-        return parts, file.metadata()
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            for key in file.keys() if "step" in metadata else ():
+                part, rest = key.split(".", 1)
+                parts.setdefault(part, {})[rest] = file.get_tensor(key)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): remove it to begin the run again."
+        ) from error
+    if not parts:
+        raise ValueError(f"{path} is no checkpoint of a training run: use another folder.")
+    return parts, metadata
 
 
 @torch.no_grad()
-def restore_optimizer(optimizer, state):
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: State) -> None:
     """Load {"index.key": tensor} into an optimizer of the same parameters."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     restored = {}
@@ -55,13 +118,16 @@ def restore_optimizer(optimizer, state):
     optimizer.load_state_dict({**optimizer.state_dict(), "state": restored})
 
 
-@contextmanager
-def ema_weights(ema, encoder):
-    """The encoder with the weights of a diffusers EMAModel, inside the block."""
-    parameters = list(encoder.parameters())
-    ema.store(parameters)
-    ema.copy_to(parameters)
+def save_folder(model, folder: Path) -> None:
+    """`model.save_pretrained` to a folder in which no file is ever half written.
+
+    Raises OSError when it cannot be written.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield
-    finally:
-        ema.restore(parameters)
+        with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+            model.save_pretrained(temporary)
+            for file in sorted(Path(temporary).iterdir()):
+                write_atomically(folder / file.name, file.read_bytes())
+    except SafetensorError as error:  # such as a full disk
+        raise OSError(f"{folder} cannot be written ({error}).") from error

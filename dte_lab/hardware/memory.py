@@ -23,7 +23,11 @@ from dte_lab.dual_path import dual_path
 from dte_lab.encoder import TuningEncoder, encoder_dimensions
 from dte_lab.sd15 import random_parts
 from dte_lab.tokens import PromptEncoder
-from dte_lab.training.pretrain import PretrainConfig, build_optimizer, prepare, train_step
+from dte_lab.training.batches import prepare
+from dte_lab.training.config import PretrainConfig
+from dte_lab.training.optimizer import build_optimizer
+from dte_lab.training.pretrain import train_step
+from dte_lab.training.step import Frozen
 from dte_lab.tuning import TuneConfig, tune
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -170,7 +174,7 @@ def _pretrain(backbone, encode, encoder, pictures):
     accelerator, config = Accelerator(cpu=True), PretrainConfig(batch_size=len(pictures))
     parameters = list(encoder.train().requires_grad_(True).parameters())
     average = [p.detach().clone() for p in parameters]  # EMA
-    optimizer = build_optimizer(parameters, config)
+    optimizer = build_optimizer(parameters, config.weight_decay)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -181,9 +185,8 @@ def _pretrain(backbone, encode, encoder, pictures):
         "prompt": [f"a picture of {placeholder_token}"] * len(pictures),
         "concept": torch.arange(len(pictures)),
     }
-    sample = prepare(backbone, batch, config, 0)
-    prompt = encode.plain([encoder.settings.feature_prompt])
-    train_step(accelerator, encoder, optimizer, backbone, encode, prompt, sample)
+    frozen = Frozen.of(backbone, encoder, encode)
+    train_step(accelerator, encoder, optimizer, frozen, prepare(backbone, batch, config, 0))
     encoder.eval().requires_grad_(False)
     del average
 

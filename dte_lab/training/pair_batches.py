@@ -83,7 +83,7 @@ class PairBatches:
         return one
 
     def __call__(self, size: int) -> dict:
-        """image, target (B, 3, 64, 64) in [-1, 1]; prompts, tokenized; concepts (B,)."""
+        """image, target (B, 3, 64, 64) in [-1, 1]; prompt, tokenized; concept (B,)."""
         name, style, scene = self.shown[self.random(size, len(self.shown))].unbind(1)
         other = self.random(size, len(self.index)).where(self.chance(size, self.mixed), name)
         variant = self.chance(size, self.varied) * (1 + self.random(size, len(VARIANTS) - 1))
@@ -102,8 +102,8 @@ class PairBatches:
         return {
             "image": image,
             "target": target,
-            "prompts": (self.ids[prompt], self.slots[prompt]),
-            "concepts": left + n * (right + n * variant),
+            "prompt": (self.ids[prompt], self.slots[prompt]),
+            "concept": left + n * (right + n * variant),
         }
 
     def draw(self, name, other, style, variant, scene) -> Tensor:

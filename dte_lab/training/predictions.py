@@ -1,12 +1,17 @@
 """How the predicted word moves during pre-training: v* of a few fixed pictures, step by step."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from dte_lab.encoder import mean_prediction
+from dte_lab.common.resume import append_line
+from dte_lab.encoder import TuningEncoder, mean_prediction
 from dte_lab.features import ImageFeatures
+from dte_lab.pipeline import DTEPipeline
 
 
 class Predictions:
@@ -16,11 +21,15 @@ class Predictions:
     are computed once, and a line costs one pass through the encoder.
     """
 
-    def __init__(self, path, backbone, encoder, images, prompt_encoder):
-        """images: (B, 3, H, W) in [-1, 1], each of another concept."""
+    def __init__(
+        self, path: Path, pipe: DTEPipeline, images: Float[Tensor, "batch 3 pixels pixels"]
+    ) -> None:
+        """images: in [-1, 1], each of another concept."""
         self.path = path
         features = [
-            encoder.static_features(backbone, image[None], prompt_encoder=prompt_encoder)
+            pipe.encoder.static_features(
+                pipe.backbone, image[None], prompt_encoder=pipe.prompt_encoder
+            )
             for image in images
         ]
         clip, unet, timesteps = zip(*features, strict=True)
@@ -29,17 +38,19 @@ class Predictions:
         self.rows = len(timesteps[0])  # per picture
 
     @torch.no_grad()
-    def write(self, encoder, step):
+    def write(self, encoder: TuningEncoder, step: int) -> None:
         """Append the predictions of the encoder as it is now; step 0 begins the file anew."""
         was_training = encoder.training
         v_star = mean_prediction(encoder.eval()(*self.features), self.rows).v_star  # (B, d)
         encoder.train(was_training)
-        line = {"step": step, "v_star": v_star.double().cpu().numpy().round(6).tolist()}
-        with open(self.path, "w" if step == 0 else "a") as file:
-            file.write(json.dumps(line) + "\n")
+        if step == 0:
+            self.path.unlink(missing_ok=True)
+        append_line(
+            self.path, {"step": step, "v_star": v_star.double().cpu().numpy().round(6).tolist()}
+        )
 
 
-def read_predictions(path):
+def read_predictions(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Steps (n,) and v* (n, B, d) of a file that `Predictions` wrote, as arrays."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     steps = np.array([line["step"] for line in lines])

@@ -1,10 +1,12 @@
 """Pre-training of the tuning encoder for the small world, in the loop that trains the base model.
 
 What `dte pretrain` does with any pictures, with the small world's own: they are composed on the
-device, so that a GPU takes a whole step at once.
+device, so that a GPU takes a whole step at once. The shipped encoder was trained here.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,24 +15,83 @@ from torch import Tensor
 
 from dte_lab.backbone import load_backbone
 from dte_lab.baselines import E4TEncoder, e4t_config
+from dte_lab.common.checkpoint import save_folder
 from dte_lab.common.files import write_atomically
 from dte_lab.config import EncoderConfig, MethodConfig
 from dte_lab.encoder import TuningEncoder
-from dte_lab.objective import Batch, objective
 from dte_lab.pipeline import DTEPipeline
-from dte_lab.tokens import PromptEncoder
+from dte_lab.training.config import PREDICTIONS, PretrainConfig
 from dte_lab.training.first_words import fit_token_head
 from dte_lab.training.pair_batches import PairBatches
 from dte_lab.training.predictions import Predictions
-from dte_lab.training.pretrain import PREDICTIONS, PretrainConfig, seen_by_features
+from dte_lab.training.step import Frozen, Noise, make_batch, training_step
 from dte_lab.world.pairs import ConceptPairs
 from dte_lab.world.scenes import render_image
 from dte_lab.world.sprites import SAMPLE_CONCEPTS, split_names
-from dte_lab.world.training import TrainConfig, train
+from dte_lab.world.training import CHECKPOINT, TrainConfig, train
 
 UNSEEN = 256  # pairs of val concepts, for the log
 UNSEEN_EACH = 16  # pairs of each val concept, at the end
 BY_CONCEPT = "unseen.json"
+
+
+class EncoderTraining:
+    """What `train` calls: the loss of a batch, and measures of the averaged encoder."""
+
+    def __init__(
+        self, frozen: Frozen, batches: PairBatches, batch_size: int, predictions: Predictions
+    ) -> None:
+        self.frozen, self.batches, self.batch_size = frozen, batches, batch_size
+        self.predictions = predictions
+        torch.manual_seed(0)
+        self.val = PairBatches(frozen.prompt_encoder, ("val",), varied=0, mixed=0)
+        self.unseen = self.val(UNSEEN)
+
+    def draw(self, both: Tensor) -> Noise:
+        """The `Noise` of a step, from the device's own random numbers."""
+        noise, own_noise = torch.randn_like(both).chunk(2)
+        T = len(self.frozen.backbone.alphas_cumprod)
+        t, own_t = torch.randint(T, (len(both),), device=both.device).chunk(2)
+        probability = PretrainConfig.shared_timestep_probability
+        shared = torch.rand(len(t), device=both.device) < probability
+        return Noise(noise, t, own_noise, own_t, shared)
+
+    @contextmanager
+    def loss(self, encoder: TuningEncoder) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        batch = make_batch(self.frozen.backbone, self.batches(self.batch_size), self.draw)
+        with training_step(encoder, self.frozen, batch) as (losses, _):
+            yield losses.pop("loss"), losses
+
+    def sample(self, average: TuningEncoder, step: int) -> dict[str, float]:
+        self.predictions.write(average, step)
+        torch.manual_seed(0)
+        return {"unseen_diffusion": self.error(average, self.unseen)}
+
+    def error(self, encoder: TuningEncoder, pictures: dict) -> float:
+        """The diffusion loss on pairs, with torch's random numbers."""
+        batch = make_batch(self.frozen.backbone, pictures, self.draw)
+        with training_step(encoder, self.frozen, batch, enqueue=False) as (losses, _):
+            return losses["diffusion"].item()
+
+    @torch.no_grad()
+    def errors_by_concept(self, encoder: TuningEncoder) -> dict[str, float]:
+        """{val concept: diffusion loss on UNSEEN_EACH of its pairs}."""
+        torch.manual_seed(0)
+        return {
+            name: self.error(encoder, self.val.only(name)(UNSEEN_EACH)) for name in self.val.names
+        }
+
+
+def fresh_encoder(backbone, e4t: bool, seed: int, options: dict) -> TuningEncoder:
+    """options: of EncoderConfig and MethodConfig."""
+    known = EncoderConfig.__dataclass_fields__
+    settings = EncoderConfig(**{k: v for k, v in options.items() if k in known})
+    given = {k: v for k, v in options.items() if k not in known}
+    if e4t:
+        return E4TEncoder.from_backbone(
+            backbone, settings, replace(e4t_config(), **given), seed=seed
+        )
+    return TuningEncoder.from_backbone(backbone, settings, MethodConfig(**given), seed=seed)
 
 
 def main(
@@ -44,7 +105,7 @@ def main(
     seed: int = 0,
     device: str = "cpu",
     mixed_precision: str = "no",
-    **options,
+    **options: object,
 ) -> Path:
     """Train and save the EMA weights to `out/encoder`, which is returned.
 
@@ -57,65 +118,6 @@ def main(
     out = Path(out)
     if torch.device(device).type == "cuda":
         torch.set_float32_matmul_precision("high")  # TensorFloat-32
-    out.mkdir(parents=True, exist_ok=True)
-    backbone = load_backbone(backbone, device)
-    backbone.scheduler.alphas_cumprod = backbone.alphas_cumprod  # on the device once and for all
-    prompt_encoder = PromptEncoder(backbone)
-    known = EncoderConfig.__dataclass_fields__
-    settings = EncoderConfig(**{k: v for k, v in options.items() if k in known})
-    given = {k: v for k, v in options.items() if k not in known}
-    if e4t:
-        method, kind = replace(e4t_config(), **given), E4TEncoder
-    else:
-        method, kind = MethodConfig(**given), TuningEncoder
-    encoder = kind.from_backbone(backbone, settings, method, seed=seed)
-    T = len(backbone.alphas_cumprod)
-    feature_prompt = prompt_encoder.plain([settings.feature_prompt])
-    fresh = not (out / "checkpoint.safetensors").exists()
-    if fresh:
-        seen = set(ConceptPairs(count=concepts).names) & set(split_names("train"))
-        fit_token_head(encoder, backbone, sorted(seen), seed=seed)
-    batches = PairBatches(prompt_encoder, count=concepts)
-    torch.manual_seed(0)
-    val = PairBatches(prompt_encoder, ("val",), varied=0, mixed=0)
-    unseen = val(UNSEEN)
-    pixels = DTEPipeline(backbone, encoder).pixels(
-        [render_image(name, "fluent", "white") for name in SAMPLE_CONCEPTS]
-    )
-    watched = Predictions(out / PREDICTIONS, backbone, encoder, pixels, prompt_encoder)
-
-    def losses_of(encoder: TuningEncoder, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
-        """v* (B, d) and the losses of one batch, with random noise and timesteps."""
-        B = len(batch["image"])
-        both = backbone.encode_images(torch.cat([batch["target"], batch["image"]])).float()
-        latents, image_latents = both.chunk(2)  # (B, 96, 4, 4)
-        noise, own_noise = torch.randn_like(both).chunk(2)
-        t, own_t = torch.randint(T, (2 * B,), device=device).chunk(2)
-        shared = torch.rand(B, device=device) < PretrainConfig.shared_timestep_probability
-        noisy, feature_t = seen_by_features(
-            backbone, shared, (latents, noise, t), (image_latents, own_noise, own_t)
-        )
-        features = encoder.unet_features(backbone, noisy, feature_t, feature_prompt)
-        clip = encoder.image_features(backbone, batch["image"])
-        prediction = encoder(clip, features, feature_t)
-        bank = encoder.bank.clone(), encoder.bank_concepts.clone()
-        target = Batch(latents, noise, t, batch["prompts"], batch["concepts"])
-        with objective(
-            backbone, prompt_encoder, prediction, target, encoder.method, bank
-        ) as losses:
-            return prediction.v_star, losses
-
-    def loss(encoder: TuningEncoder) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = batches(batch_size)
-        v_star, losses = losses_of(encoder, batch)
-        encoder.enqueue(v_star, batch["concepts"])
-        return losses.pop("loss"), losses
-
-    def sample(ema: TuningEncoder, step: int) -> dict[str, float]:
-        watched.write(ema, step)
-        torch.manual_seed(0)
-        return {"unseen_diffusion": losses_of(ema, unseen)[1]["diffusion"].item()}
-
     config = TrainConfig(
         steps=steps,
         batch_size=batch_size,
@@ -127,16 +129,25 @@ def main(
         log_every=20,
         sample_every=4,
     )
-    if fresh:
-        watched.write(encoder, 0)
-    ema = train(out, encoder, config, loss, sample, minutes, device)
-    ema.load_state_dict({**ema.state_dict(), **dict(encoder.named_buffers())}, strict=False)
-    ema.save_pretrained(out / "encoder")
-    torch.manual_seed(0)
-    with torch.no_grad():
-        by_concept = {
-            name: losses_of(ema, val.only(name)(UNSEEN_EACH))[1]["diffusion"].item()
-            for name in val.names
-        }
-    write_atomically(out / BY_CONCEPT, json.dumps(by_concept, indent=1).encode())
+    out.mkdir(parents=True, exist_ok=True)
+    backbone = load_backbone(backbone, device)
+    backbone.scheduler.alphas_cumprod = backbone.alphas_cumprod  # on the device once and for all
+    encoder = fresh_encoder(backbone, e4t, seed, options)
+    frozen, pipe = Frozen.of(backbone, encoder), DTEPipeline(backbone, encoder)
+    pixels = pipe.pixels([render_image(name, "fluent", "white") for name in SAMPLE_CONCEPTS])
+    predictions = Predictions(out / PREDICTIONS, pipe, pixels)
+    if not (out / CHECKPOINT).exists():
+        seen = set(ConceptPairs(count=concepts).names) & set(split_names("train"))
+        fit_token_head(encoder, backbone, sorted(seen), seed=seed)
+        predictions.write(encoder, 0)
+    batches = PairBatches(frozen.prompt_encoder, count=concepts)
+    training = EncoderTraining(frozen, batches, batch_size, predictions)
+    settings = {
+        "encoder": encoder.settings, "method": encoder.method, "model": type(encoder).__name__,
+        "concepts": concepts,
+    }  # fmt: skip
+    average = train(out, encoder, config, training.loss, training.sample, minutes, device, settings)
+    save_folder(average, out / "encoder")
+    errors = training.errors_by_concept(average)
+    write_atomically(out / BY_CONCEPT, json.dumps(errors, indent=1).encode())
     return out / "encoder"

@@ -4,23 +4,29 @@ Training draws from banks that are made once and lie on its device: rendering as
 a GPU waiting.
 """
 
+import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 
 import numpy as np
 import torch
-from torch import Tensor
+from jaxtyping import Float, Float16, Int, UInt8
+from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import CLIPTokenizer
 
 from dte_lab.world.captions import caption, held_out, random_caption
 from dte_lab.world.clip import tokenize
-from dte_lab.world.scenes import SCENES, render
+from dte_lab.world.scenes import SCENES, render_all
 from dte_lab.world.sprites import STYLES, concepts, split_names
 
 Item = tuple[str, str, str, int]  # concept, style, scene, seed of the background
 
 
-def to_tensor(pictures: np.ndarray) -> Tensor:
-    """(B, 64, 64, 3) uint8 -> (B, 3, 64, 64) float in [-1, 1]."""
+def to_tensor(
+    pictures: UInt8[np.ndarray, "batch height width 3"],
+) -> Float[Tensor, "batch 3 height width"]:
+    """Bytes -> [-1, 1]."""
     return from_bytes(torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2))
 
 
@@ -48,40 +54,53 @@ def random_items(rng: np.random.Generator, size: int, split: str = "train") -> l
     return [random_item(rng, names) for _ in range(size)]
 
 
-def rendered(items: list[Item]) -> Tensor:
-    """The pictures of (concept, style, scene, seed): (B, 3, 64, 64) in [-1, 1]."""
-    return to_tensor(_render(items))
+def rendered(items: list[Item]) -> Float[Tensor, "batch 3 height width"]:
+    """The pictures of (concept, style, scene, seed), in [-1, 1]."""
+    return to_tensor(render_all(items))
 
 
-def _render(items: list[Item]) -> np.ndarray:
-    return np.stack([render(*item) for item in items])
+def picture_bank(items: list[Item]) -> UInt8[Tensor, "items 3 height width"]:
+    """The pictures as bytes, drawn by all cores: see `from_bytes`.
 
-
-def picture_bank(items: list[Item]) -> Tensor:
-    """The pictures as bytes (B, 3, 64, 64), drawn by all cores: see `from_bytes`."""
+    The processes are spawned, since a fork beside torch's threads can hang, and only where there is
+    work for several. They load no torch.
+    """
     chunks = [items[start : start + 256] for start in range(0, len(items), 256)]
-    with ProcessPoolExecutor() as pool:
-        bar = tqdm(pool.map(_render, chunks), total=len(chunks), desc="pictures", mininterval=5)
+    with ExitStack() as stack:
+        results = map(render_all, chunks)
+        if len(chunks) > 2:
+            context = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(ProcessPoolExecutor(mp_context=context))
+            results = pool.map(render_all, chunks)
+        bar = tqdm(results, total=len(chunks), desc="pictures", mininterval=5)
         return torch.from_numpy(np.concatenate(list(bar))).permute(0, 3, 1, 2).contiguous()
 
 
-def from_bytes(pictures: Tensor) -> Tensor:
-    """(B, 3, 64, 64) uint8 -> float in [-1, 1]."""
+def from_bytes(
+    pictures: UInt8[Tensor, "batch 3 height width"],
+) -> Float[Tensor, "batch 3 height width"]:
+    """Bytes -> [-1, 1]."""
     return pictures.float() / 127.5 - 1
 
 
 @torch.no_grad()
-def latent_bank(vae, items: list[Item]) -> Tensor:
-    """The scaled latents (B, 96, 4, 4) of the pictures, in half precision, on the vae's device."""
+def latent_bank(
+    vae: nn.Module, items: list[Item]
+) -> Float16[Tensor, "items channels height width"]:
+    """The scaled latents (N, 96, 4, 4) of the pictures, in half precision, on the vae's device."""
     parts = picture_bank(items).split(256)
     latents = [vae.encode(from_bytes(x.to(vae.device))).latent_dist.mode() for x in parts]
     return (torch.cat(latents) * vae.config.scaling_factor).half()
 
 
 def caption_bank(
-    tokenizer, items: list[Item], rng: np.random.Generator, count: int, full: float = 0.0
-) -> Tensor:
-    """Token ids of `count` random captions of each item: (B, count, T).
+    tokenizer: CLIPTokenizer,
+    items: list[Item],
+    rng: np.random.Generator,
+    count: int,
+    full: float = 0.0,
+) -> Int[Tensor, "items count tokens"]:
+    """Token ids of `count` random captions of each item.
 
     `full`: the share of those that name style and scene for sure.
     """
@@ -95,12 +114,12 @@ def caption_bank(
     return tokenize(tokenizer, texts).unflatten(0, (len(items), count))
 
 
-def random_rows(bank: Tensor, size: int) -> Tensor:
-    """Indices (size,) of random rows of a bank, on its device."""
+def random_rows(bank: Tensor, size: int) -> Int[Tensor, " size"]:
+    """Indices of random rows of a bank, on its device."""
     return torch.randint(len(bank), (size,), device=bank.device)
 
 
-def one_caption(captions: Tensor, rows: Tensor) -> Tensor:
+def one_caption(captions: Tensor, rows: Int[Tensor, " batch"]) -> Tensor:
     """A random one of the captions (N, count, ...), ids or states, of each of the rows (B,)."""
     which = torch.randint(captions.shape[1], rows.shape, device=rows.device)
     return captions[rows, which]
@@ -116,8 +135,10 @@ def indices(items: list[Item], names: list[str]) -> dict[str, Tensor]:
     }
 
 
-def picture_grid(x: Tensor, columns: int) -> np.ndarray:
-    """(B, 3, H, W) in [-1, 1] -> one uint8 picture, row by row."""
+def picture_grid(
+    x: Float[Tensor, "batch 3 height width"], columns: int
+) -> UInt8[np.ndarray, "rows columns 3"]:
+    """Pictures in [-1, 1] -> one picture of them all, row by row."""
     x = (x.detach().float().clamp(-1, 1).add(1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu()
     rows = [np.concatenate(list(r), axis=1) for r in x.numpy().reshape(-1, columns, *x.shape[1:])]
     return np.concatenate(rows)

@@ -166,3 +166,8 @@ def render(concept: str, style: str, scene: str, seed: int = 0) -> np.ndarray:
 def render_image(concept: str, style: str, scene: str, seed: int = 0) -> Image.Image:
     """`render` as a PIL image."""
     return Image.fromarray(render(concept, style, scene, seed))
+
+
+def render_all(items: list[tuple[str, str, str, int]]) -> np.ndarray:
+    """`render` of each (concept, style, scene, seed): (B, 64, 64, 3) uint8."""
+    return np.stack([render(*item) for item in items])

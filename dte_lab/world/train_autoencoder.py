@@ -6,13 +6,18 @@ With `parts`, which holds a vae, only its decoder is trained further: its latent
 parts have learned from.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
+from dte_lab.common.checkpoint import save_folder
+from dte_lab.common.images import save_png
 from dte_lab.common.stats import psnr
 from dte_lab.patch_autoencoder import PatchAutoencoder
 from dte_lab.world.data import (
@@ -23,7 +28,7 @@ from dte_lab.world.data import (
     random_items,
     random_rows,
 )
-from dte_lab.world.training import TrainConfig, train
+from dte_lab.world.training import PartOptions, TrainConfig, train
 
 LATENT_NOISE = 0.08  # std of the noise on latents of unit variance: the denoiser is never exact
 GRADIENT_WEIGHT = 0.5
@@ -57,6 +62,39 @@ def scale_latents(model: PatchAutoencoder, x: Tensor) -> None:
     model.register_to_config(scaling_factor=1 / model.encode(x).latent_dist.mode().std().item())
 
 
+class AutoencoderTraining:
+    """What `train` calls: the loss of random pictures of a bank, and how well it does on others.
+
+    bank: bytes of N pictures. noise: standard deviation on unscaled latents. x_val: in [-1, 1].
+    """
+
+    def __init__(
+        self,
+        bank: UInt8[Tensor, "items 3 height width"],
+        noise: float,
+        x_val: Float[Tensor, "pictures 3 height width"],
+        batch_size: int,
+        out: Path,
+    ) -> None:
+        self.bank, self.noise, self.x_val = bank, noise, x_val
+        self.batch_size, self.out = batch_size, out
+
+    @contextmanager
+    def loss(self, model: PatchAutoencoder) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        x = varied(from_bytes(self.bank[random_rows(self.bank, self.batch_size)]))
+        z = model.encode(x).latent_dist.mode()
+        y = model.decode(z + self.noise * torch.randn_like(z)).sample
+        yield reconstruction_loss(y, x), {}
+
+    def sample(self, model: PatchAutoencoder, step: int) -> dict[str, float]:
+        z = model.encode(self.x_val).latent_dist.mode()
+        y = model.decode(z).sample
+        grid = picture_grid(torch.stack([self.x_val[:24], y[:24]], 1).flatten(0, 1), 12)
+        save_png(Image.fromarray(grid), self.out / "samples.png")
+        std = (z.std() * model.config.scaling_factor).item()
+        return {"val_psnr": psnr(y, self.x_val), "latent_std": std}
+
+
 def main(
     out: Path,
     parts: Path | None = None,
@@ -69,6 +107,8 @@ def main(
     mixed_precision: str = "no",
 ) -> None:
     """Train and save the EMA weights to `out/vae` in the diffusers layout."""
+    options = PartOptions(steps, minutes, seed, batch_size, bank_size, device, mixed_precision)
+    out = Path(out)
     torch.manual_seed(seed)
     bank = picture_bank(random_items(np.random.default_rng(seed), bank_size)).to(device)
     x = from_bytes(bank[:1024]).cpu()
@@ -77,27 +117,12 @@ def main(
         model.initialise_from_pca(x)
         scale_latents(model, x)
     else:
-        model = PatchAutoencoder.from_pretrained(Path(parts) / "vae")
+        model = PatchAutoencoder.from_pretrained(Path(parts) / "vae", use_safetensors=True)
         model.encoder.requires_grad_(False)
         model.linear_encode.requires_grad_(False)
-    noise = LATENT_NOISE / model.config.scaling_factor
     x_val, _, _ = random_batch(np.random.default_rng(10_000), 240, "val")
-    x_val = x_val.to(device)
-
-    def loss(model: PatchAutoencoder) -> tuple[Tensor, dict]:
-        x = varied(from_bytes(bank[random_rows(bank, batch_size)]))
-        z = model.encode(x).latent_dist.mode()
-        value = reconstruction_loss(model.decode(z + noise * torch.randn_like(z)).sample, x)
-        return value, {}
-
-    def sample(model: PatchAutoencoder, step: int) -> dict[str, float]:
-        z = model.encode(x_val).latent_dist.mode()
-        y = model.decode(z).sample
-        grid = torch.stack([x_val[:24], y[:24]], 1).flatten(0, 1)
-        Image.fromarray(picture_grid(grid, 12)).save(out / "samples.png")
-        std = (z.std() * model.config.scaling_factor).item()
-        return {"val_psnr": psnr(y, x_val), "latent_std": std}
-
+    noise = LATENT_NOISE / model.config.scaling_factor
+    training = AutoencoderTraining(bank, noise, x_val.to(device), batch_size, out)
     config = TrainConfig(
         steps=steps,
         batch_size=batch_size,
@@ -108,7 +133,9 @@ def main(
         seed=seed,
         sample_every=200,
     )
-    model = train(Path(out), model, config, loss, sample, minutes, device).cpu()
+    settings = options.settings("autoencoder" if parts is None else "decoder")
+    model = train(out, model, config, training.loss, training.sample, minutes, device, settings)
+    model = model.cpu()
     if parts is None:
         scale_latents(model, x)  # training lets them grow, away from the noise
-    model.save_pretrained(Path(out) / "vae")
+    save_folder(model, out / "vae")

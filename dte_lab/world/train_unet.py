@@ -5,21 +5,26 @@ dte world train unet --out DIR --parts DIR
 `parts` holds what was trained before: vae, text_encoder, tokenizer. All stay frozen.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
+from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
+from dte_lab.common.checkpoint import save_folder
+from dte_lab.common.images import save_png
 from dte_lab.patch_autoencoder import PatchAutoencoder
 from dte_lab.world.align import align
 from dte_lab.world.captions import caption
 from dte_lab.world.clip import tokenize
 from dte_lab.world.data import (
-    Item,
     caption_bank,
     latent_bank,
     one_caption,
@@ -29,14 +34,12 @@ from dte_lab.world.data import (
     random_rows,
 )
 from dte_lab.world.sampling import draw
-from dte_lab.world.training import TrainConfig, train
+from dte_lab.world.training import CHECKPOINT, PartOptions, TrainConfig, train
 
 CAPTION_DROPOUT = 0.1  # the share of empty captions, for classifier-free guidance
 TIMESTEP_POWER = 2.0  # t / 1000 = u ** (1 / 2): more steps where the caption decides the picture
 CAPTIONS = 2  # ways to say what a picture of the bank shows
-SAMPLE_EVERY = (
-    500  # steps, and twice, four, eight times as many: pictures, and weights for curve.py
-)
+SAMPLE_EVERY = 500  # steps, and twice, four, ... times as many: pictures, and weights to judge
 
 SCHEDULER = {
     "num_train_timesteps": 1000,
@@ -67,6 +70,86 @@ def build_unet() -> UNet2DConditionModel:
     )
 
 
+@dataclass
+class DenoiserTraining:
+    """What batches are drawn from, in half precision: latents of items, states of captions."""
+
+    latents: Float[Tensor, "items channels height width"]
+    text_states: Float[Tensor, "items captions tokens dim"]
+    empty_state: Float[Tensor, "1 tokens dim"]
+    batch_size: int
+
+    @contextmanager
+    def loss(self, unet: UNet2DConditionModel) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        device, rows = self.latents.device, random_rows(self.latents, self.batch_size)
+        t = random_timesteps(self.batch_size, device)
+        x_t, v = noised(self.latents[rows].float(), t)  # (B, 96, 4, 4)
+        dropped = torch.rand(self.batch_size, 1, 1, device=device) < CAPTION_DROPOUT
+        states = torch.where(dropped, self.empty_state, one_caption(self.text_states, rows)).float()
+        yield nn.functional.mse_loss(unet(x_t, t, states).sample, v), {}
+
+
+def random_timesteps(count: int, device: torch.device | str) -> Int[Tensor, " count"]:
+    """Of 0 to 999, with density proportional to t ** (TIMESTEP_POWER - 1)."""
+    return (torch.rand(count, device=device) ** (1 / TIMESTEP_POWER) * 1000).long()
+
+
+def noised(
+    z: Float[Tensor, "batch channels height width"], t: Int[Tensor, " batch"]
+) -> tuple[Tensor, Tensor]:
+    """Noisy latents, and the velocity that is to be predicted."""
+    scheduler, noise = DDPMScheduler(**SCHEDULER), torch.randn_like(z)
+    return scheduler.add_noise(z, noise, t), scheduler.get_velocity(z, noise, t)
+
+
+@torch.no_grad()
+def caption_states(
+    text: CLIPTextModelWithProjection, ids: Int[Tensor, "captions tokens"]
+) -> Float[Tensor, "captions tokens dim"]:
+    """Last hidden states, in half precision."""
+    parts = ids.to(text.device).split(1024)
+    return torch.cat([text(part).last_hidden_state.half() for part in parts])
+
+
+@dataclass
+class DenoiserSamples:
+    """Pictures of captions, weights for base_model_curve.py, and the loss on fixed noise.
+
+    latents and states: of the items that are measured.
+    """
+
+    vae: PatchAutoencoder
+    text: CLIPTextModelWithProjection
+    tokenizer: CLIPTokenizer
+    latents: Float[Tensor, "items channels height width"]
+    states: Float[Tensor, "items tokens dim"]
+    out: Path
+    steps: int
+
+    def __post_init__(self) -> None:
+        self.x_true, _, items = random_batch(np.random.default_rng(10_000), 24)
+        self.captions = [caption(*item[:3]) for item in items]
+
+    def __call__(self, unet: UNet2DConditionModel, step: int) -> dict[str, float]:
+        pictures = draw(
+            self.vae, self.text, self.tokenizer, unet, build_scheduler(), self.captions, seed=0
+        )
+        grid = picture_grid(torch.stack([self.x_true, pictures], 1).flatten(0, 1), 12)
+        save_png(Image.fromarray(grid), self.out / f"samples-{step:06d}.png")
+        if step < self.steps:
+            save_folder(unet, self.out / f"unet-{step:06d}")
+        # The same pictures, noise and timesteps every time: a loss curve without sampling noise.
+        torch.manual_seed(0)
+        t = torch.arange(0, 1000, 1000 / len(self.latents)).long().to(self.latents.device)
+        x_t, v = noised(self.latents, t)
+        measures = {"test_loss": nn.functional.mse_loss(unet(x_t, t, self.states).sample, v)}
+        # From pure noise, -v is the picture that the caption alone tells.
+        noise, t = torch.randn_like(self.latents), torch.full_like(t, 999)
+        guess = -unet(noise, t, self.states).sample
+        measures["test_told_error"] = nn.functional.mse_loss(guess, self.latents)
+        return {name: value.item() for name, value in measures.items()}
+
+
 def main(
     out: Path,
     parts: Path,
@@ -79,72 +162,26 @@ def main(
     mixed_precision: str = "no",
 ) -> None:
     """Train and save the EMA weights to `out/unet`, the sampler's settings to `out/scheduler`."""
-    out, parts = Path(out), Path(parts)
-    out.mkdir(parents=True, exist_ok=True)
-    vae = PatchAutoencoder.from_pretrained(parts / "vae").eval().to(device)
-    text = CLIPTextModelWithProjection.from_pretrained(parts / "text_encoder").eval().to(device)
-    tokenizer = CLIPTokenizer.from_pretrained(parts / "tokenizer")
+    options = PartOptions(steps, minutes, seed, batch_size, bank_size, device, mixed_precision)
+    out, parts, safe = Path(out), Path(parts), {"use_safetensors": True}
+    vae = PatchAutoencoder.from_pretrained(parts / "vae", **safe).eval().to(device)
+    text = CLIPTextModelWithProjection.from_pretrained(parts / "text_encoder", **safe)
+    text, tokenizer = text.eval().to(device), CLIPTokenizer.from_pretrained(parts / "tokenizer")
     torch.manual_seed(seed)
     unet = build_unet()
-    noise_scheduler = DDPMScheduler(**SCHEDULER)
     rng = np.random.default_rng((seed, 77))
     items = random_items(rng, bank_size)
     bank = latent_bank(vae, items)  # (N, 96, 4, 4)
-
-    def noised(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Noisy latents, and the velocity that is to be predicted."""
-        noise = torch.randn_like(z)
-        return noise_scheduler.add_noise(z, noise, t), noise_scheduler.get_velocity(z, noise, t)
-
-    @torch.no_grad()
-    def states(ids: Tensor) -> Tensor:
-        """Of captions (B, T): (B, T, 192), in half precision."""
-        parts = ids.to(device).split(1024)
-        return torch.cat([text(part).last_hidden_state.half() for part in parts])
-
-    def full(items: list[Item]) -> Tensor:
-        return tokenize(tokenizer, [caption(*item[:3]) for item in items])
-
     captions = caption_bank(tokenizer, items, rng, CAPTIONS)  # (N, CAPTIONS, T)
-    told = states(captions.flatten(0, 1)).unflatten(0, captions.shape[:2])
-    nothing = states(tokenize(tokenizer, [""]))
-
-    def random_t(count: int) -> Tensor:
-        return (torch.rand(count, device=device) ** (1 / TIMESTEP_POWER) * 1000).long()
-
-    if not (out / "checkpoint.safetensors").exists():
+    text_states = caption_states(text, captions.flatten(0, 1)).unflatten(0, captions.shape[:2])
+    empty_state = caption_states(text, tokenize(tokenizer, [""]))
+    full = caption_states(text, tokenize(tokenizer, [caption(*i[:3]) for i in items[:512]])).float()
+    if not (out / CHECKPOINT).exists():
         z = bank[:512].float()
-        t = random_t(len(z))
-        align(unet.to(device), noised(z, t)[0], t, states(full(items[:512])).float(), z)
-
-    def loss(unet: UNet2DConditionModel) -> tuple[Tensor, dict]:
-        rows, t = random_rows(bank, batch_size), random_t(batch_size)
-        x_t, v = noised(bank[rows].float(), t)  # (B, 96, 4, 4)
-        dropped = torch.rand(batch_size, 1, 1, device=device) < CAPTION_DROPOUT
-        context = torch.where(dropped, nothing, one_caption(told, rows)).float()
-        return nn.functional.mse_loss(unet(x_t, t, context).sample, v), {}
-
-    x_true, _, shown = random_batch(np.random.default_rng(10_000), 24)
-    shown_texts = [caption(*item[:3]) for item in shown]
-    z_test, test_states = bank[:256].float(), states(full(items[:256])).float()
-
-    def sample(unet: UNet2DConditionModel, step: int) -> dict[str, float]:
-        pictures = draw(vae, text, tokenizer, unet, build_scheduler(), shown_texts, seed=0)
-        grid = torch.stack([x_true, pictures], 1).flatten(0, 1)
-        Image.fromarray(picture_grid(grid, 12)).save(out / f"samples-{step:06d}.png")
-        if step < steps:
-            unet.save_pretrained(out / f"unet-{step:06d}")  # for curve.py
-        # The same pictures, noise and timesteps every time: a loss curve without sampling noise.
-        torch.manual_seed(0)
-        t = torch.arange(0, 1000, 1000 / len(z_test)).long().to(device)
-        x_t, v = noised(z_test, t)
-        measures = {"test_loss": nn.functional.mse_loss(unet(x_t, t, test_states).sample, v)}
-        # From pure noise, -v is the picture that the caption alone tells.
-        noise, t = torch.randn_like(z_test), torch.full_like(t, 999)
-        told = -unet(noise, t, test_states).sample
-        measures["test_told_error"] = nn.functional.mse_loss(told, z_test)
-        return {name: value.item() for name, value in measures.items()}
-
+        t = random_timesteps(len(z), device)
+        align(unet.to(device), noised(z, t)[0], t, full, z)
+    training = DenoiserTraining(bank, text_states, empty_state, batch_size)
+    samples = DenoiserSamples(vae, text, tokenizer, bank[:256].float(), full[:256], out, steps)
     config = TrainConfig(
         steps=steps,
         batch_size=batch_size,
@@ -155,6 +192,7 @@ def main(
         seed=seed,
         sample_every=SAMPLE_EVERY,
     )
-    unet = train(out, unet, config, loss, sample, minutes, device)
-    unet.save_pretrained(out / "unet")
+    settings = options.settings("unet")
+    unet = train(out, unet, config, training.loss, samples, minutes, device, settings)
+    save_folder(unet, out / "unet")
     build_scheduler().save_pretrained(out / "scheduler")

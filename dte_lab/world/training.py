@@ -10,25 +10,38 @@ import json
 import math
 import time
 from collections.abc import Callable
-from copy import deepcopy
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dte_lab.common.attention import short_attention
-from dte_lab.common.checkpoint import read_state, restore_optimizer, trapezoid, write_state
+from dte_lab.common.checkpoint import Checkpoint
+from dte_lab.common.errors import DTEError
 from dte_lab.common.files import write_atomically
+from dte_lab.common.resume import append_line
+from dte_lab.common.schedule import average_of, ema_weight, trapezoid, update_ema
+from dte_lab.common.settings import check_number, check_one_of, check_whole
 from dte_lab.world.muon import MuonAdamW, hidden_matrices
 
+CHECKPOINT, LOG, CONFIG = "checkpoint.safetensors", "log.jsonl", "config.json"
 EAGER_STEPS = 3  # before a GPU's step is captured, for what libraries set up at first use
+FREE_TO_CHANGE = {"steps", "warmup_steps", "log_every", "sample_every", "checkpoint_minutes"}
+
+# Gives the loss of one batch and scalars to log; the backward pass runs inside its block.
+Loss = Callable[[nn.Module], AbstractContextManager[tuple[Tensor, dict[str, Tensor]]]]
 
 
 @dataclass
 class TrainConfig:
-    """Recipe of one run; everything here is ours, not the paper's (which trains no base model)."""
+    """Recipe of one run; everything here is ours, not the paper's (which trains no base model).
+
+    Raises ValueError for a value with which nothing can be trained.
+    """
 
     steps: int
     batch_size: int
@@ -45,7 +58,42 @@ class TrainConfig:
     seed: int = 0
     log_every: int = 50
     sample_every: int = 1000  # times 1, 2, 4, 8, ...: samples of so many steps, and of the last
-    checkpoint_minutes: float = 5.0
+    checkpoint_minutes: float = 5.0  # from one to the next, which is written with a line of the log
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every", "sample_every"):
+            check_whole(name, getattr(self, name), 1)
+        for name in ("warmup_steps", "seed"):
+            check_whole(name, getattr(self, name), 0)
+        for name in ("learning_rate", "weight_decay", "checkpoint_minutes"):
+            check_number(name, getattr(self, name), 0)
+        if self.muon_learning_rate is not None:
+            check_number("muon_learning_rate", self.muon_learning_rate, 0)
+        for name in ("decay_fraction", "ema_decay"):
+            check_number(name, getattr(self, name), 0, 1)
+        if not isinstance(self.betas, tuple) or len(self.betas) != 2:
+            raise DTEError(f"betas are two numbers from 0 to 1, not {self.betas!r}.")
+        for value in self.betas:
+            check_number("betas", value, 0, 1)
+        check_number("clip_norm", self.clip_norm, above=0)
+        check_one_of("mixed_precision", self.mixed_precision, ("no", "bf16"))
+
+
+@dataclass(frozen=True)
+class PartOptions:
+    """What the commands that train a part of the base model have in common."""
+
+    steps: int
+    minutes: float | None
+    seed: int
+    batch_size: int
+    bank_size: int
+    device: str
+    mixed_precision: str
+
+    def settings(self, part: str) -> dict:
+        """Of `train`: what a run must have been begun with, besides its recipe."""
+        return {"part": part, "bank_size": self.bank_size}
 
 
 def schedule(step: int, c: TrainConfig) -> float:
@@ -80,35 +128,6 @@ def on_gpu(device: str) -> bool:
     return torch.device(device).type == "cuda"
 
 
-@torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, weight: Tensor) -> None:
-    """ema += weight (model - ema), all parameters at once."""
-    old, new = list(ema.parameters()), list(model.parameters())
-    difference = torch._foreach_sub(new, old)
-    torch._foreach_mul_(difference, weight)
-    torch._foreach_add_(old, difference)
-
-
-def ema_weight(step: int, decay: float) -> float:
-    """Of the newest weights; large at first, so that the start is forgotten in short runs."""
-    return 1 - min(decay, (1 + step) / (10 + step))
-
-
-def save_checkpoint(path: Path, model: nn.Module, ema: nn.Module, optimizer, step: int) -> None:
-    """Model, EMA, optimiser state and step in one safetensors file, written atomically."""
-    parts = {"model": model.state_dict(), "ema": ema.state_dict()}
-    write_state(path, parts, optimizer, {"step": str(step)})
-
-
-def load_checkpoint(path: Path, model: nn.Module, ema: nn.Module, optimizer) -> int:
-    """Undo `save_checkpoint`; returns the number of finished steps."""
-    parts, metadata = read_state(path)
-    model.load_state_dict(parts["model"])
-    ema.load_state_dict(parts["ema"])
-    restore_optimizer(optimizer, parts.get("optimizer", {}))
-    return int(metadata["step"])
-
-
 def captured(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """`step`, once traced, as one CUDA graph: the function replays the kernels that it launched."""
     graph = torch.cuda.CUDAGraph()
@@ -122,96 +141,134 @@ def captured(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return replay
 
 
+class TrainStep:
+    """Changes model, optimizer and average; gives what to log, in the order of `names`."""
+
+    def __init__(
+        self, model: nn.Module, average: nn.Module, optimizer: MuonAdamW, loss: Loss,
+        config: TrainConfig, device: str,
+    ) -> None:  # fmt: skip
+        self.model, self.average, self.optimizer, self.loss = model, average, optimizer, loss
+        self.config, self.device = config, device
+        self.weight, self.names = torch.tensor(0.0, device=device), []
+
+    def set(self, step: int) -> None:
+        """Seed, learning rates and the average's weight of a step."""
+        torch.manual_seed(self.config.seed * 1_000_003 + step)
+        for group in self.optimizer.param_groups:
+            group["lr"].fill_(group["peak"] * schedule(step, self.config))
+        self.weight.fill_(ema_weight(step, self.config.ema_decay))
+
+    def autocast(self, enabled: bool) -> torch.autocast:
+        return torch.autocast(
+            torch.device(self.device).type,
+            torch.bfloat16,
+            enabled=enabled,
+            cache_enabled=not on_gpu(self.device),  # a captured cast would not be repeated
+        )
+
+    def __call__(self) -> Float[Tensor, " values"]:
+        with (
+            short_attention(self.device),
+            self.autocast(self.config.mixed_precision == "bf16"),
+            self.loss(self.model) as (value, logs),
+        ):
+            self.optimizer.zero_grad(set_to_none=True)
+            with self.autocast(False):
+                value.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        self.optimizer.step()
+        update_ema(self.average, self.model, self.weight)
+        self.names[:] = ["loss", "gradient_norm", *logs]
+        return torch.stack([value.detach(), norm, *(x.detach() for x in logs.values())])
+
+
+class MeanLog:
+    """A log of means over the steps since the line before."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.started = out, time.monotonic()
+        self.total, self.count = 0, 0
+
+    @property
+    def minutes(self) -> float:
+        return round((time.monotonic() - self.started) / 60, 3)
+
+    def add(self, values: Float[Tensor, " values"]) -> None:
+        self.total, self.count = self.total + values, self.count + 1
+
+    def write(self, step: int, entry: dict[str, float]) -> None:
+        append_line(self.out / LOG, {"step": step, "minutes": self.minutes, **entry})
+
+    def write_means(self, step: int, names: list[str], rate: float) -> None:
+        """Nothing where no step came since. A state behind one that is not finite is not saved."""
+        if not self.count:
+            return
+        means = (self.total / self.count).tolist()
+        self.total, self.count = 0, 0
+        if not all(map(math.isfinite, means)):
+            raise FloatingPointError(
+                f"{self.out.name}: loss or gradient is not finite in the steps before {step}."
+            )
+        self.write(step, {**dict(zip(names, means, strict=True)), "learning_rate": rate})
+
+
+def sample_due(step: int, config: TrainConfig) -> bool:
+    """Whether samples are drawn after so many steps: see `TrainConfig`."""
+    samples, rest = divmod(step, config.sample_every)
+    return (rest == 0 and samples.bit_count() == 1) or step == config.steps
+
+
 def train(
     out: Path,
     model: nn.Module,
     config: TrainConfig,
-    loss: Callable[[nn.Module], tuple[Tensor, dict[str, Tensor]]],
+    loss: Loss,
     sample: Callable[[nn.Module, int], dict[str, float]],
     minutes: float | None = None,
     device: str = "cpu",
+    settings: dict | None = None,
 ) -> nn.Module:
     """Train until `config.steps` or for `minutes`; go on from `out/checkpoint.safetensors`.
 
-    `loss(model)` returns the loss of one batch, drawn with torch's random numbers, and scalars to
-    log; `sample(ema_model, step)` writes pictures into `out` and returns scalars to log. Returns
-    the EMA model. Raises FloatingPointError, at the next line of the log, when the loss or its
-    gradient was not finite.
+    loss: see `Loss`; it draws its batch with torch's random numbers. sample: of the average and the
+    step, writes pictures into `out` and returns scalars to log. settings: what the run must have
+    been begun with, besides `config`. Returns the average (EMA).
+
+    Raises DTEError when `out` holds a run with other settings, and FloatingPointError, at the next
+    line of the log, when the loss or its gradient was not finite.
     """
-    out.mkdir(parents=True, exist_ok=True)
     model.to(device, memory_format=torch.channels_last).train()  # 1.3 x as fast on CPU
-    ema = deepcopy(model).eval().requires_grad_(False)
-    optimizer = build_optimizer(model, config, device)
-    checkpoint, log = out / "checkpoint.safetensors", out / "log.jsonl"
-    step = load_checkpoint(checkpoint, model, ema, optimizer) if checkpoint.exists() else 0
-    write_atomically(out / "config.json", json.dumps(asdict(config), indent=1).encode())
-    start = saved = time.monotonic()
+    average, optimizer = average_of(model), build_optimizer(model, config, device)
+    settings = {"train": config} | (settings or {})
+    checkpoint = Checkpoint(out / CHECKPOINT, "dte world train", settings, FREE_TO_CHANGE)
+    step = first = checkpoint.load(model, average, optimizer)
+    write_atomically(out / CONFIG, json.dumps(asdict(config), indent=1).encode())
+    one_step, log = TrainStep(model, average, optimizer, loss, config, device), MeanLog(out)
     progress = tqdm(total=config.steps, initial=step, desc=out.name, mininterval=5)
-    weight, names = torch.tensor(0.0, device=device), []
-
-    def one_step() -> Tensor:
-        """Changes model, optimizer and EMA; returns what to log, in the order of `names`."""
-        with (
-            short_attention(device),
-            torch.autocast(
-                torch.device(device).type,
-                torch.bfloat16,
-                enabled=config.mixed_precision == "bf16",
-                cache_enabled=not on_gpu(device),  # a captured cast would not be repeated
-            ),
-        ):
-            value, logs = loss(model)
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-        optimizer.step()
-        update_ema(ema, model, weight)
-        names[:] = ["loss", "gradient_norm", *logs]
-        return torch.stack([value.detach(), norm, *(x.detach() for x in logs.values())])
-
-    def write_log(entry: dict) -> None:
-        with log.open("a") as file:
-            file.write(json.dumps({"step": step, "minutes": _minutes(start), **entry}) + "\n")
 
     def log_means() -> None:
-        """Of the steps since the last line; a state behind one that is not finite is not saved."""
-        means = (total / count).tolist()
-        if not all(map(math.isfinite, means)):
-            raise FloatingPointError(
-                f"{out.name}: loss or gradient is not finite in the steps before {step}."
-            )
-        rate = config.learning_rate * schedule(step - 1, config)
-        write_log({**dict(zip(names, means, strict=True)), "learning_rate": rate})
+        log.write_means(step, one_step.names, config.learning_rate * schedule(step - 1, config))
 
-    run, first, total, count = one_step, step, 0, 0
+    run, saved = one_step, log.started
     with torch.cuda.stream(torch.cuda.Stream() if on_gpu(device) else None):
-        while step < config.steps and not (minutes is not None and _minutes(start) >= minutes):
-            torch.manual_seed(config.seed * 1_000_003 + step)
-            for group in optimizer.param_groups:
-                group["lr"].fill_(group["peak"] * schedule(step, config))
-            weight.fill_(ema_weight(step, config.ema_decay))
+        while step < config.steps and not (minutes is not None and log.minutes >= minutes):
+            one_step.set(step)
             if on_gpu(device) and step == first + EAGER_STEPS:
                 run = captured(one_step)
-            total, count = total + run(), count + 1
+            log.add(run())
             step += 1
             progress.update()
-            save = (time.monotonic() - saved) / 60 > config.checkpoint_minutes
-            if step % config.log_every == 0 or step == config.steps or save:
+            line = step % config.log_every == 0 or step == config.steps
+            if line:
                 log_means()
-                total, count = 0, 0
-            samples, rest = divmod(step, config.sample_every)
-            if (rest == 0 and samples.bit_count() == 1) or step == config.steps:
+            if sample_due(step, config):
                 with torch.no_grad():
-                    write_log(sample(ema, step))
-            if save:
-                save_checkpoint(checkpoint, model, ema, optimizer, step)
+                    log.write(step, sample(average, step))
+            if line and (time.monotonic() - saved) / 60 > config.checkpoint_minutes:
+                checkpoint.save(model, average, optimizer, step)
                 saved = time.monotonic()
-        if count:  # time was up between two lines
-            log_means()
-        save_checkpoint(checkpoint, model, ema, optimizer, step)  # and wait for the last step
+        log_means()  # where time was up between two lines
+        checkpoint.save(model, average, optimizer, step)  # and wait for the last step
     progress.close()
-    return ema
-
-
-def _minutes(start: float) -> float:
-    return round((time.monotonic() - start) / 60, 3)
+    return average
