@@ -8,7 +8,7 @@ import torch
 
 from dte_lab import sd15
 from dte_lab.hardware import memory
-from dte_lab.hardware.memory import PeakMemory, Setting, predict
+from dte_lab.hardware.memory import Setting, TracedMemory, predict, traced_peak
 
 TINY = {
     "unet": {
@@ -37,7 +37,7 @@ def tiny(monkeypatch):
 
 
 def test_storages_are_counted_once_and_forgotten():
-    with PeakMemory() as count:
+    with TracedMemory() as count:
         a = torch.zeros(1000)  # 4000 bytes, 4096 in blocks of 512
         b = a[10:].view(-1, 2)  # no memory of its own
         assert count.now == 4096
@@ -53,6 +53,20 @@ def test_storages_are_counted_once_and_forgotten():
         y.backward()
         del y
         assert count.now == 2 * 4096  # x and its gradient
+
+
+def test_traced_peak_is_what_a_step_makes_beyond_what_is_frozen():
+    frozen, other = torch.ones(128, 256), torch.ones(64, 256)  # 131,072 and 65,536 bytes
+
+    def step():
+        turned = other.T  # no memory of its own, but a storage that is seen here first
+        product = frozen @ turned  # 32,768 bytes
+        return product.relu() + 1  # two more, of which one remains
+
+    made = 3 * 32_768
+    assert traced_peak(step, [frozen, other]) == made
+    assert traced_peak(step, [frozen]) == made + 65_536
+    assert step().unique().tolist() == [257]  # what was given can still be computed with
 
 
 def test_fake_steps_take_what_real_ones_take(tiny, monkeypatch):

@@ -6,18 +6,21 @@ a step changes its prediction. What a trace cannot see is not in it: CUDA's own 
 workspaces and gaps in the allocator's blocks.
 """
 
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from weakref import finalize
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dte_lab import placeholder_token
 from dte_lab.backbone import Backbone
+from dte_lab.common.errors import DTEError
 from dte_lab.config import EncoderConfig
 from dte_lab.dual_path import dual_path
 from dte_lab.encoder import TuningEncoder, encoder_dimensions
@@ -56,7 +59,7 @@ class Setting:
         )  # fmt: skip
 
 
-class PeakMemory(TorchDispatchMode):
+class TracedMemory(TorchDispatchMode):
     """Counts the bytes of all live storages that appear while it is active, and their maximum.
 
     Fake tensors hold no values; where the code asks for one number it gets 1 or True.
@@ -98,6 +101,20 @@ class PeakMemory(TorchDispatchMode):
         peaks[name] = self.peak
 
 
+def traced_peak(step: Callable[[], object], frozen: Iterable[Tensor] = ()) -> int:
+    """Peak bytes of all tensors that `step()` makes beyond the frozen ones; nothing is computed.
+
+    frozen: tensors that `step` only reads, so that a view of one is not taken for a new tensor.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, TracedMemory() as memory:
+        kept = [fake.from_tensor(tensor) for tensor in frozen]
+        for tensor in kept:
+            memory.track(tensor.untyped_storage())
+        before = memory.now
+        step()
+    return memory.peak - before
+
+
 @contextmanager
 def _elsewhere(memory, backbone):
     """With `offload`, count image encoder and autoencoder only while they are in use."""
@@ -126,11 +143,11 @@ def _elsewhere(memory, backbone):
 def predict(setting, parts=("tuning", "pre-training", "sampling")):
     """Peak bytes of each part for a Setting: {"tuning": ..., ...}.
 
-    Raises ValueError for a backbone other than sd15.
+    Raises DTEError for a backbone other than sd15.
     """
     if setting.backbone != "sd15":
-        raise ValueError(f"Memory is predicted for sd15 alone, not for {setting.backbone}.")
-    peaks, memory = {}, PeakMemory()
+        raise DTEError(f"Memory is predicted for sd15 alone, not for {setting.backbone}.")
+    peaks, memory = {}, TracedMemory()
     with FakeTensorMode(allow_non_fake_inputs=True), memory:
         backbone = _sd15(setting)
         if setting.gradient_checkpointing:

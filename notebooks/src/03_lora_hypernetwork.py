@@ -261,8 +261,8 @@ net = encoder.hypernetwork
 with torch.device("meta"):
     net_large = LoRAHypernetwork(
         projection_shapes(large), settings.rank, settings.width, settings.num_heads,
-        settings.trunk_depth, 1
-    )
+        settings.trunk_depth, 1,
+    )  # fmt: skip
 for hypernetwork in (net, net_large):
     queries = ", ".join(f"{len(i)} for head {head}" for head, i in hypernetwork.groups.items())
     show(
@@ -299,8 +299,8 @@ assert torch.allclose(A, offsets[key][0], atol=1e-5)
 # %%
 fresh = LoRAHypernetwork(
     projection_shapes(unet), net.rank, settings.width, settings.num_heads, settings.trunk_depth,
-    settings.offset_scale
-).to(device)
+    settings.offset_scale,
+).to(device)  # fmt: skip
 with torch.no_grad():
     largest = {
         "untrained": max((a @ b).abs().max().item() for a, b in fresh(tokens).values()),

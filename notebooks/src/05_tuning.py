@@ -558,10 +558,10 @@ checks.tuning_bytes(tuning_bytes)
 # gap between the lines grow with the batch, or is it the same everywhere?
 
 # %%
-from torch._subclasses.fake_tensor import FakeTensorMode
+from functools import partial
 
-from dte_lab.hardware.device import PeakMemory as MeasuredPeak
-from dte_lab.hardware.memory import PeakMemory
+from dte_lab.hardware.device import PeakMemory
+from dte_lab.hardware.memory import traced_peak
 from dte_lab.panels.tuning import memory_figure
 from dte_lab.tuning import tune
 
@@ -577,18 +577,12 @@ def one_step(noise_levels):
 def predicted_mb(noise_levels):
     """Peak of all tensors of a step beyond the frozen weights, without computing it."""
     frozen = [weight for part in pipe.backbone.modules for weight in part.parameters()]
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, PeakMemory() as memory:
-        frozen = [fake.from_tensor(weight) for weight in frozen]
-        for weight in frozen:
-            memory.track(weight.untyped_storage())
-        before = memory.now
-        one_step(noise_levels)
-    return (memory.peak - before) / 2**20
+    return traced_peak(partial(one_step, noise_levels), frozen) / 2**20
 
 
 def measured_mb(noise_levels):
     """The same as the operating system, or CUDA's allocator, saw it; None where it does not say."""
-    peak = MeasuredPeak(pipe.backbone.device)
+    peak = PeakMemory(pipe.backbone.device)
     one_step(noise_levels)
     return peak.read()
 
