@@ -31,7 +31,7 @@ def regularise(
     concepts: Int[Tensor, " batch"] | None = None,
     bank: Bank | None = None,
     class_word: Float[Tensor, "batch dim"] | None = None,
-) -> dict[str, tuple[float, Float[Tensor, ""]]]:
+) -> dict[str, tuple[float | int, Float[Tensor, ""]]]:
     """The terms of `method.regulariser`: {name: (weight, scalar)}.
 
     concepts: ids that tell which samples of the batch are negatives of each other. bank: more

@@ -56,13 +56,15 @@ class DTEPipeline:
         return self
 
     def personalize(
-        self, image, num_steps=12, seed=0, callback=None, progress=True, config=None, method=None
-    ):
+        self, image, num_steps=12, seed=0, callback=None, progress=True, config=None, method=None,
+        prediction=None,
+    ):  # fmt: skip
         """Predict v* and the offsets from pictures of one concept, then tune them.
 
         image: a path, a PIL image, or a list of them. num_steps: 0 (prediction only), 12 as in the
         paper, or any other number. callback: see `tune`. config: TuneConfig, whose num_steps is
         overridden. method: MethodConfig, by default the one that the encoder was trained with.
+        prediction: an EncoderPrediction to tune in place of the encoder's own.
         Raises DTEError for pictures that cannot be read, see images.py. Returns a Concept.
         """
         start = time.perf_counter()
@@ -75,7 +77,8 @@ class DTEPipeline:
         if backbone.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(backbone.device)
 
-        prediction = encoder.predict(backbone, pixels, seed, self.prompt_encoder)
+        if prediction is None:
+            prediction = encoder.predict(backbone, pixels, seed, self.prompt_encoder)
         result = tune(
             backbone, self.prompt_encoder, prediction, pixels, method, config,
             bank=(encoder.bank, encoder.bank_concepts), seed=seed, callback=callback,

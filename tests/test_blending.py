@@ -7,7 +7,9 @@ import pytest
 
 from dte_lab import DTEPipeline
 from dte_lab.evaluation import blending
+from dte_lab.evaluation.blending import Blend
 from dte_lab.evaluation.edits import Item
+from dte_lab.evaluation.trials import Sampling
 
 
 class FakeMeasures:
@@ -30,8 +32,8 @@ def experiment(tiny_backbone, tiny_encoder, tiny_pixels, monkeypatch):
 
     def run(out, count=2):
         return blending.blending(
-            out, pipe, count, num_steps=1, scenes=("beach", "red"), num_inference_steps=2,
-            progress=False,
+            out, pipe, count, num_steps=1, scenes=("beach", "red"), progress=False,
+            sampling=Sampling(2, num_inference_steps=2),
         )  # fmt: skip
 
     return run
@@ -39,7 +41,7 @@ def experiment(tiny_backbone, tiny_encoder, tiny_pixels, monkeypatch):
 
 def test_a_run_that_was_cut_off_goes_on_where_it_stopped(experiment, tmp_path, monkeypatch):
     whole = experiment(tmp_path / "whole.json")
-    assert len(whole["rows"]) == 2 * (1 + len(blending.SETTINGS))
+    assert len(whole["rows"]) == 2 * (1 + len(blending.BLENDS))
     assert whole["versions"]["torch"] and whole["settings"]["concepts"] == 2
     assert {line["identity"]["n"] for line in whole["means"]} == {2}
 
@@ -78,18 +80,18 @@ def test_settings_differ_in_sampling_alone(experiment, tmp_path, monkeypatch):
     monkeypatch.setattr(DTEPipeline, "personalize", note_tuning)
     monkeypatch.setattr(DTEPipeline, "generate", note_drawing)
     rows = experiment(tmp_path / "run.json")["rows"]
-    assert len(tuned) == 2 and len(drawn) == 2 * len(blending.SETTINGS)
-    assert [call[1:] for call in drawn] == 2 * blending.SETTINGS
-    assert all(call[0] is tuned[0].v_star for call in drawn[: len(blending.SETTINGS)])
+    assert len(tuned) == 2 and len(drawn) == 2 * len(blending.BLENDS)
+    assert [call[1:] for call in drawn] == 2 * blending.BLENDS
+    assert all(call[0] is tuned[0].v_star for call in drawn[: len(blending.BLENDS)])
     assert rows[1]["hard_word"] == tuned[0].nearest_words[0][0]
-    values = {row["identity"] for row in rows[1 : len(blending.SETTINGS)]}
-    assert len(values) > len(blending.SETTINGS) / 2, "the settings must draw different pictures"
+    values = {row["identity"] for row in rows[1 : len(blending.BLENDS)]}
+    assert len(values) > len(blending.BLENDS) / 2, "the settings must draw different pictures"
 
 
 def test_identity_is_scaled_by_the_truth():
     def row(concept, setting, margin):
         measures = dict.fromkeys(blending.MEASURED, 0.5) | {"identity_margin": margin}
-        return {"concept": concept} | dict(zip(blending.SETTING, setting, strict=True)) | measures
+        return {"concept": concept} | Blend(*setting)._asdict() | measures
 
     true, soft = (None, None, None), ("soft", "attention", 1)
     rows = [row("cat", true, 0.4), row("cat", soft, 0.3), row("dog", true, 0.6),

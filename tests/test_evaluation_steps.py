@@ -7,8 +7,9 @@ import torch
 
 from dte_lab import DTEPipeline
 from dte_lab.common.images import to_pil
-from dte_lab.evaluation import run, steps
+from dte_lab.evaluation import steps
 from dte_lab.evaluation.measures import LOSSES, PICTURE_MEASURES, diffusion_loss
+from dte_lab.evaluation.records import Row
 from dte_lab.evaluation.steps import steps_needed, summarise_steps
 
 
@@ -18,18 +19,14 @@ def rows(margins, losses):
     table = []
     for (method, n), values in (margins | {("oracle", 0): (0.5,) * 4}).items():
         for name, margin in zip(names, values, strict=True):
-            for is_style in (0, 1):
-                row = dict.fromkeys(run.COLUMNS, "") | dict.fromkeys(PICTURE_MEASURES, "0.5")
-                row |= dict.fromkeys(LOSSES, str(losses.get(n, 1)))
+            group = "animals" if name in ("cat", "dog") else "things"
+            measures = dict.fromkeys(PICTURE_MEASURES, 0.5) | {"scene": 1}
+            measures |= dict.fromkeys(LOSSES, losses.get(n, 1))
+            measures |= {"identity_margin": margin, "seconds": n + 1}
+            for is_style in (False, True):
                 table.append(
-                    row
-                    | {
-                        "method": method, "steps": str(n), "concept": name, "scene": "1",
-                        "group": "animals" if name in ("cat", "dog") else "things",
-                        "is_style": str(is_style), "identity_margin": str(margin),
-                        "seconds": str(n + 1),
-                    }
-                )  # fmt: skip
+                    Row(method, n, name, group, "noto", "white", "x", is_style, **measures)
+                )
     return table
 
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from scipy.stats import f
 
-from dte_lab.evaluation.blending import SETTINGS
+from dte_lab.evaluation.blending import BLENDS
 from dte_lab.panels import dual_path
 
 
@@ -29,7 +29,7 @@ def pictures():
 def table():
     """Random measures of 12 concepts."""
     rng = np.random.default_rng(0)
-    return {s: {name: rng.normal(size=12) for name in dual_path.NAMES} for s in SETTINGS}
+    return {s: {name: rng.normal(size=12) for name in dual_path.NAMES} for s in BLENDS}
 
 
 def test_tokens_figure_has_a_bar_per_token_and_path():

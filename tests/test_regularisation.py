@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from dte_lab import DTEPipeline
 from dte_lab.evaluation import regularisation as experiment
+from dte_lab.evaluation import v_star_paths
 from dte_lab.tuning import TuneConfig
 
 
@@ -58,8 +59,8 @@ def test_rows_measure_the_tuned_words(pipe, tmp_path):
 
     # One weight of 0, where N does not matter, and N = 1 and 3 at the weight 1.
     assert len(document["sweep"]) == 3
-    paths = experiment.read_paths(tmp_path / "e.safetensors")
-    assert set(paths) == {f"tuning.{kind}.strawberry" for kind in experiment.KINDS}
+    paths = v_star_paths.read_paths(tmp_path / "e.safetensors")
+    assert set(paths) == {f"tuning.{kind}.strawberry" for kind in experiment.COMPARED}
     (steps, with_term), (_, without) = paths.values()
     assert steps == [0, 1, 2, 3] and with_term.shape == (4, 24)
     torch.testing.assert_close(with_term[0], without[0])
@@ -68,14 +69,14 @@ def test_rows_measure_the_tuned_words(pipe, tmp_path):
 
 def test_summary_pairs_by_concept():
     def row(concept, kind, steps, value):
-        measures = dict.fromkeys(experiment.MEASURES, value)
+        measures = dict.fromkeys(experiment.TUNED_MEASURES, value)
         names = {"concept": concept, "start": "shipped", "regulariser": kind, "steps": steps}
         return names | measures
 
     rows = [
         row(concept, kind, steps, base + (kind == "contrastive") * gain * steps)
         for concept, base, gain in (("cat", 1.0, 0.25), ("dog", 5.0, 0.75))
-        for kind in experiment.KINDS
+        for kind in experiment.COMPARED
         for steps in (0, 2)
     ]
     result = experiment.summary(rows)
@@ -111,7 +112,7 @@ def test_runs_of_pretraining_start_each_regulariser_with_its_own_encoder(
     from dte_lab import TuningEncoder
 
     runs = {}
-    for seed, kind in enumerate(experiment.KINDS):
+    for seed, kind in enumerate(experiment.COMPARED):
         runs[kind] = tmp_path / kind
         encoder = TuningEncoder.from_backbone(tiny_backbone, tiny_config, seed=seed)
         for parameter in encoder.token_head.parameters():  # its last layer starts at 0
@@ -126,13 +127,13 @@ def test_runs_of_pretraining_start_each_regulariser_with_its_own_encoder(
     assert own[0]["norm"] != own[2]["norm"], "before tuning they differ already"
     starts = [(line["start"], line["after"]) for line in document["differences"]]
     assert starts == [("shipped", False), ("shipped", True), ("own", False), ("own", True)]
-    paths = experiment.read_paths(tmp_path / "e.safetensors")
+    paths = v_star_paths.read_paths(tmp_path / "e.safetensors")
     steps, v_star = paths["pretraining.none.cupcake"]
-    assert len(steps) == experiment.MOST_POINTS and steps[0] == 0 and steps[-1] == 1980
+    assert len(steps) == v_star_paths.MOST_POINTS and steps[0] == 0 and steps[-1] == 1980
     assert v_star[:, 0].tolist() == [s / 20 for s in steps]
 
     alone = run(pipe, tmp_path / "alone.json")
     added = run(pipe, tmp_path / "alone.json", runs={"none": runs["none"]})
     assert added == alone, "one run brings its path only"
-    paths = experiment.read_paths(tmp_path / "alone.safetensors")
+    paths = v_star_paths.read_paths(tmp_path / "alone.safetensors")
     assert {key.split(".")[0] for key in paths} == {"tuning", "pretraining"}

@@ -14,8 +14,8 @@ from skimage import data
 from dte_lab import Concept, DTEPipeline
 from dte_lab.backbone import WEIGHTS
 from dte_lab.encoder import ABLATIONS, load_encoder
-from dte_lab.evaluation import base_model_curve as curve
-from dte_lab.evaluation.base_model import classify_scene, generate, seeds_table, table
+from dte_lab.evaluation.base_model import classify_scene, generate
+from dte_lab.evaluation.base_model_tables import curve_table, measures_table, seeds_table
 from dte_lab.world import SCENES, caption, render_image, split_names
 
 # Any attempt to connect fails loudly.
@@ -64,9 +64,9 @@ def test_model_card_holds_the_measures_of_the_results_files():
     folder = Path(__file__).parents[1] / "results"
     files = ("world.json", "world_seed1.json", "world_curve.json")
     shipped, other, measured = (json.loads((folder / name).read_text()) for name in files)
-    assert table(shipped) in card
+    assert measures_table(shipped) in card
     assert seeds_table([shipped, other]) in card
-    assert curve.table(measured["points"]) in card
+    assert curve_table(measured["points"]) in card
 
 
 @pytest.mark.parametrize("photo", ["chelsea", "coffee"])

@@ -12,6 +12,7 @@ from dte_lab.baselines import load_e4t
 from dte_lab.encoder import load_encoder
 from dte_lab.evaluation import encoders
 from dte_lab.evaluation.measures import PICTURE_MEASURES
+from dte_lab.evaluation.records import Row
 from dte_lab.tokens import PromptEncoder
 from dte_lab.training import small_world as train_encoder
 from dte_lab.training.pair_batches import PairBatches
@@ -155,10 +156,10 @@ def test_variants_of_the_encoder_are_trained_once_and_gathered(tmp_path, monkeyp
 def test_pictures_of_variants_are_compared_by_concept_over_seeds():
     def rows(method, values, steps=12):
         return [
-            {
-                "method": method, "steps": steps, "concept": concept, "group": "animals",
-                "is_style": 0, **dict.fromkeys(PICTURE_MEASURES, 1.0), "scene": value,
-            }
+            Row(
+                method, steps, concept, "animals", "noto", "white", "beach", False,
+                **dict.fromkeys(PICTURE_MEASURES, 1.0) | {"scene": value},
+            )
             for concept, value in zip(("cat", "dog"), values, strict=True)
         ]  # fmt: skip
 

@@ -1,6 +1,7 @@
 """The commands that measure and export: `dte evaluate`, `dte report`, `dte export`."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -44,18 +45,15 @@ def evaluate(
     load = partial(load_pipeline, backbone, encoder, device)
     pipe = load()
     try:
-        from dte_lab.evaluation.edits import QUICK_SCENES, SCENE_EDITS
+        from dte_lab.evaluation.edits import QUICK_SCENES
         from dte_lab.evaluation.methods import Methods
-        from dte_lab.evaluation.run import evaluate
-    except ImportError as error:
-        raise DTEError(str(error)) from error
-    specs = method or Methods(pipe).experiment("quick" if quick else experiment)
-    try:
-        evaluate(
-            out, pipe, specs, 6 if quick else concepts, seeds,
-            QUICK_SCENES if quick else SCENE_EDITS, split, 10 if quick else 15,
-            processes=processes, load=load,
-        )  # fmt: skip
+        from dte_lab.evaluation.run import EvaluationConfig, measure_methods
+
+        specs = method or Methods(pipe).experiment("quick" if quick else experiment)
+        config = EvaluationConfig(seeds=seeds, split=split, concepts=concepts)
+        if quick:
+            config = replace(config, concepts=6, scenes=QUICK_SCENES, num_inference_steps=10)
+        measure_methods(out, pipe, specs, config, processes=processes, load=load)
     except ImportError as error:  # the outside judges
         raise DTEError(str(error)) from error
     report(out)
@@ -67,8 +65,9 @@ def report(
     """Turn a finished run into table.md and figures, beside its measures."""
     from dte_lab.common.files import write_atomically
     from dte_lab.common.plots import save_figure
-    from dte_lab.evaluation.report import curves, markdown, picture_sheet, steps_table, tradeoff
-    from dte_lab.evaluation.run import read_csv
+    from dte_lab.evaluation.figures import picture_sheet, steps_figure, tradeoff
+    from dte_lab.evaluation.records import read_csv
+    from dte_lab.evaluation.report import markdown, steps_table
 
     if not (run / "run.json").is_file():
         raise DTEError(f"{run} holds no run.json: give the --out of dte evaluate.")
@@ -79,7 +78,7 @@ def report(
     text = markdown(summary) + steps_table(rows)
     write_atomically(run / "table.md", (text.rstrip() + "\n").encode())
     save_figure(tradeoff(summary), run / "tradeoff.png")
-    if (figure := curves(summary)) is not None:
+    if (figure := steps_figure(summary)) is not None:
         save_figure(figure, run / "steps.png")
     if (run / "pictures").is_dir():
         save_figure(picture_sheet(run, summary), run / "pictures.png")

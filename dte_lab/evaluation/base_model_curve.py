@@ -3,7 +3,7 @@
     python -m dte_lab.evaluation.base_model_curve RUN --out results/world_curve.json
 
 RUN is the folder of `dte world train unet`, which keeps the EMA weights of steps 500, 1,000, 2,000,
-4,000, ...; the other parts are those of the small backbone. The judges are those of evaluate.py.
+4,000, ...; the other parts are those of the small backbone. The judges are those of base_model.py.
 """
 
 import json
@@ -18,8 +18,9 @@ from tqdm.auto import tqdm
 
 from dte_lab.backbone import Backbone, load_backbone
 from dte_lab.common.files import write_atomically
-from dte_lab.common.stats import interval, percent
+from dte_lab.common.stats import interval
 from dte_lab.evaluation.base_model import Classifier, evaluation_items, generate, scene_hits
+from dte_lab.evaluation.base_model_tables import curve_table
 from dte_lab.world.captions import caption
 from dte_lab.world.clip import tokenize
 from dte_lab.world.data import rendered
@@ -62,20 +63,7 @@ def main(
         )
         write_atomically(out, json.dumps({"config": config, "points": points}, indent=1).encode())
 
-    print(table(points))
-
-
-def table(points: list[dict]) -> str:
-    """The curve as the Markdown table of the model card."""
-    rows = [
-        "| Steps of 512 | Samples | Concept, top-1 | Concept, top-5 | Style | Scene | Told error |",
-        "|---" * 7 + "|",
-    ]
-    for point in points:
-        cells = [f"{point['steps']:,}", f"{point['samples'] / 1e6:.2f} M"]
-        cells += [percent(point[m]) for m in ("concept_top1", "concept_top5", "style", "scene")]
-        rows.append("| " + " | ".join([*cells, f"{point['told_error']['mean']:.3f}"]) + " |")
-    return "\n".join(rows)
+    print(curve_table(points))
 
 
 if __name__ == "__main__":

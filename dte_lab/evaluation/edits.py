@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from dte_lab.common.errors import DTEError
 from dte_lab.world.captions import caption
 from dte_lab.world.data import to_tensor
 from dte_lab.world.scenes import BOX, SIZE, SPRITE_PX, render
@@ -30,8 +32,8 @@ class Item:
     def group(self) -> str:
         return concepts()[self.name].group
 
-    def picture(self) -> Tensor:
-        """(1, 3, 64, 64) in [-1, 1]."""
+    def picture(self) -> Float[Tensor, "1 3 height width"]:
+        """In [-1, 1], 64 pixels wide."""
         return to_tensor(render(self.name, self.style, self.scene, self.seed)[None])
 
 
@@ -49,11 +51,11 @@ class Edit:
 def items(count: int, split: str = "test") -> list[Item]:
     """`count` concepts of a split, evenly spread over its order, the three styles in rotation.
 
-    Raises ValueError when the split has fewer.
+    Raises DTEError when the split has fewer.
     """
     names = split_names(split)
     if not 1 <= count <= len(names):
-        raise ValueError(f"The split {split} has {len(names)} concepts: ask for 1 to {len(names)}.")
+        raise DTEError(f"The split {split} has {len(names)} concepts: ask for 1 to {len(names)}.")
     chosen = [names[i * len(names) // count] for i in range(count)]
     return [Item(name, STYLES[i % 3], INPUT_SCENES[(i // 3) % 3]) for i, name in enumerate(chosen)]
 
@@ -65,18 +67,23 @@ def edits(item: Item, scenes: tuple[str, ...] = SCENE_EDITS) -> list[Edit]:
     return asked + [Edit(s, caption("S*", s, "white"), s, "white", True) for s in others]
 
 
-def truth(item: Item, edit: Edit, seed: int = 0) -> Tensor:
-    """The true rendering of an edit: (3, 64, 64) in [-1, 1]."""
+def truth(item: Item, edit: Edit, seed: int = 0) -> Float[Tensor, "3 64 64"]:
+    """The true rendering of an edit, in [-1, 1]."""
     return to_tensor(render(item.name, edit.style, edit.scene, seed)[None])[0]
 
 
-def object_mask(name: str, style: str) -> Tensor:
-    """(48, 48) bool in the sprite's box: where it is."""
+def object_mask(name: str, style: str) -> Bool[Tensor, "48 48"]:
+    """Where in its box the sprite is."""
     return torch.from_numpy(sprite(name, style, SPRITE_PX)[..., 3] > 0.1)
 
 
-def object_region(x: Tensor, mask: Tensor) -> Tensor:
-    """Pictures (..., 64, 64) -> (..., 48, 48), mid-grey outside the mask (48, 48)."""
+def object_region(
+    x: Float[Tensor, "*batch height width"], mask: Bool[Tensor, "48 48"]
+) -> Float[Tensor, "*batch 48 48"]:
+    """The sprite's box of pictures of the small world, mid-grey outside the mask.
+
+    Raises DTEError for pictures of another size.
+    """
     if x.shape[-1] != SIZE:
-        raise ValueError(f"The small world's pictures have {SIZE} pixels, not {x.shape[-1]}.")
+        raise DTEError(f"The small world's pictures have {SIZE} pixels, not {x.shape[-1]}.")
     return torch.where(mask, x[..., BOX, BOX], torch.zeros((), dtype=x.dtype))

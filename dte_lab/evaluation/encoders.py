@@ -19,9 +19,9 @@ import typer
 from dte_lab.backbone import load_backbone
 from dte_lab.common.stats import interval
 from dte_lab.config import EncoderConfig
-from dte_lab.evaluation.methods import ANCHORS
+from dte_lab.evaluation.records import Row, versions, write_document
 from dte_lab.evaluation.report import per_concept
-from dte_lab.evaluation.run import versions, write_document
+from dte_lab.evaluation.specifications import ANCHORS
 from dte_lab.hypernetwork import count_parameters
 from dte_lab.lora import projection_shapes
 from dte_lab.training import small_world as train_encoder
@@ -40,7 +40,7 @@ def folder(runs: Path, name: str, seed: int) -> Path:
     return runs / (f"{name}-seed{seed}" if seed else name)
 
 
-def variant(run: Path, name: str, seed: int, shapes: dict) -> dict:
+def variant(run: Path, name: str, seed: int, shapes: dict[str, tuple[int, int]]) -> dict:
     """What is known of a finished run. `unseen`: [steps, error] pairs; `by_concept`: the errors at
     the end, one per val concept in their order."""
     options = VARIANTS[name]
@@ -79,7 +79,7 @@ def compare(runs: Iterable[tuple[str, Sequence[float]]]) -> dict[str, dict]:
     }
 
 
-def compare_pictures(rows, measure: str = "fidelity") -> dict[int, dict[str, dict]]:
+def compare_pictures(rows: Iterable[Row], measure: str = "fidelity") -> dict[int, dict[str, dict]]:
     """{steps of tuning: what `compare` says of a measure} from the rows of `dte evaluate`.
 
     Its methods are dte@encoder=DIR/NAME/encoder, with NAME as `folder` writes it.

@@ -4,20 +4,26 @@
 others are by networks and rules that did not.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
+from statistics import fmean
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 from dte_lab import placeholder_token
+from dte_lab.backbone import Backbone
+from dte_lab.concept import Concept
 from dte_lab.encoder import EncoderPrediction
 from dte_lab.evaluation.base_model import JUDGE_SIZE, Judge, classify_scene
 from dte_lab.evaluation.edits import Edit, Item, object_mask, object_region, truth
 from dte_lab.evaluation.judges import ImageJudge, SentenceJudge
 from dte_lab.features import image_features
 from dte_lab.objective import Batch, objective
+from dte_lab.pipeline import DTEPipeline
 from dte_lab.world.captions import caption
 from dte_lab.world.scenes import BOX, SCENES
 from dte_lab.world.sprites import concepts, split_names
@@ -40,23 +46,26 @@ LOSSES = {
     "loss": "diffusion loss of the input picture, on noise that is the same for all",
     "loss_elsewhere": "the same of the true renderings of the edits, under the edits' prompts",
 }
+LEVELS_ELSEWHERE = 8  # noise levels of each edit
 TIMES = ("seconds", "seconds_per_picture", "extra_memory_mb")  # what a concept costs
 
 
 class Measures:
     """The judges, loaded once. Raises ImportError when the outside judges are not installed."""
 
-    def __init__(self, backbone):
+    def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
         self.clip = Judge(backbone)
         self.outside = ImageJudge(size=JUDGE_SIZE)
         self.sentences = SentenceJudge()
-        self._latest = None
+        self._latest: tuple[Item, Tensor] | None = None
 
-    def pictures(self, drawn: Tensor, item: Item, edits: list[Edit]) -> list[dict[str, float]]:
+    def pictures(
+        self, drawn: Float[Tensor, "edits seeds 3 64 64"], item: Item, edits: Sequence[Edit]
+    ) -> list[dict[str, float]]:
         """One dict of PICTURE_MEASURES per edit, means over seeds.
 
-        drawn: (edits, seeds, 3, 64, 64) in [-1, 1], the item's edits as a method drew them.
+        drawn: in [-1, 1], the item's edits as a method drew them.
         """
         E, S = drawn.shape[:2]
         x, given = drawn.flatten(0, 1), item.picture()  # (E*S, 3, 64, 64), (1, 3, 64, 64)
@@ -86,7 +95,7 @@ class Measures:
             rows.append({name: value.mean().item() for name, value in values.items()})
         return rows
 
-    def words(self, name: str, words: list[str]) -> dict[str, float]:
+    def words(self, name: str, words: Sequence[str]) -> dict[str, float]:
         """WORD_MEASURES of the words nearest to a v*; nothing where a method learns none."""
         if not words:
             return {}
@@ -97,22 +106,27 @@ class Measures:
             "word_similarity": (outside[1:] @ outside[0]).mean().item(),
         }
 
-    def _features(self, x: Tensor) -> Tensor:
+    def _features(
+        self, x: Float[Tensor, "pictures 3 height width"]
+    ) -> Float[Tensor, "pictures features"]:
+        """Unit features."""
         return F.normalize(self.outside.features(x), dim=-1)
 
-    def _others(self, item: Item) -> Tensor:
-        """Features (n, 1280) of the other concepts of the item's split, in its style and scene,
-        and in its mask, so that the mask's outline does not tell which is the right one.
+    def _others(self, item: Item) -> Float[Tensor, "others features"]:
+        """Features of the other concepts of the item's split, in its style and scene, and in its
+        mask, so that the mask's outline does not tell which is the right one.
         """
-        if self._latest != item:
+        if self._latest is None or self._latest[0] != item:
             names = [n for n in split_names(concepts()[item.name].split) if n != item.name]
             x = torch.cat([replace(item, name=name).picture() for name in names])
             x = object_region(x, object_mask(item.name, item.style))
-            self._latest, self._features_of_others = item, self._features(x)
-        return self._features_of_others
+            self._latest = item, self._features(x)
+        return self._latest[1]
 
-    def _to_truth(self, x: Tensor, item: Item, edit: Edit) -> tuple[Tensor, Tensor]:
-        """Similarity and RMSE (S,) of pictures (S, 3, 64, 64) to the true rendering."""
+    def _to_truth(
+        self, x: Float[Tensor, "seeds 3 64 64"], item: Item, edit: Edit
+    ) -> tuple[Float[Tensor, " seeds"], Float[Tensor, " seeds"]]:
+        """Similarity and RMSE of pictures to the true rendering of the edit."""
         mask, true = object_mask(item.name, edit.style), truth(item, edit)[None]
         reference = self._features(object_region(true, mask))[0]
         similarity = self._features(object_region(x, mask)) @ reference
@@ -121,38 +135,53 @@ class Measures:
         return similarity, errors.square().mean((1, 2)).sqrt() / 2
 
 
-def phrase_of(concept) -> str:
+def phrase_of(concept: Concept) -> str:
     """What stands for the concept in prompts: "S*", or the words a baseline was tuned with."""
     return concept.info.get("phrase", placeholder_token)
 
 
-def prompts_of(concept, edits: list[Edit]) -> list[str]:
+def prompts_of(concept: Concept, edits: Sequence[Edit]) -> list[str]:
+    """What is asked of a concept: the edits' prompts with its phrase."""
     return [edit.prompt.replace(placeholder_token, phrase_of(concept)) for edit in edits]
 
 
 @torch.no_grad()
-def diffusion_loss(pipe, concept, pictures: Tensor, prompts: list[str], count=32, seed=1) -> float:
-    """Diffusion loss of a concept, mean over `count` noise levels that depend on `seed` alone.
+def diffusion_loss(
+    pipe: DTEPipeline,
+    concept: Concept,
+    pictures: Float[Tensor, "pictures 3 height width"],
+    prompts: Sequence[str],
+    count: int = 32,
+    seed: int = 1,
+) -> float:
+    """Diffusion loss of a concept: mean over `count` noise levels of each picture.
 
-    pictures: (n, 3, H, W) in [-1, 1], taken in turn. prompts: n, each with "S*". Tuning's own loss
-    has new noise at every step, which hides small changes.
+    pictures: in [-1, 1]. prompts: one for each of them, with the concept's phrase. The levels are
+    spread evenly over the timesteps and the same for all pictures; the noise depends on `seed`
+    alone. Tuning's own loss has new noise at every step, which hides small changes.
     """
     backbone, generator = pipe.backbone, torch.Generator().manual_seed(seed)
-    turn = [i % len(prompts) for i in range(count)]
-    latents = backbone.encode_images(pictures)[turn].float()  # (count, C, h, w)
-    noise = torch.randn(latents.shape, generator=generator).to(latents)
     timesteps = torch.linspace(0, len(backbone.alphas_cumprod) - 1, count).long()
-    batch = Batch(latents, noise, timesteps.to(latents.device), [prompts[i] for i in turn])
     prediction = EncoderPrediction(concept.v_star, concept.offsets)
-    method = replace(concept.config, regulariser="none")
-    with objective(backbone, pipe.prompt_encoder, prediction, batch, method) as terms:
-        return terms["diffusion"].item()
+    method, losses = replace(concept.config, regulariser="none"), []
+    for picture, prompt in zip(pictures, prompts, strict=True):
+        latents = backbone.encode_images(picture[None]).float().expand(count, -1, -1, -1)
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        batch = Batch(latents, noise, timesteps.to(latents.device), [prompt] * count)
+        with objective(backbone, pipe.prompt_encoder, prediction, batch, method) as terms:
+            losses.append(terms["diffusion"].item())
+    return fmean(losses)
 
 
-def losses(pipe, concept, item: Item, edits: list[Edit]) -> dict[str, float]:
+def concept_losses(
+    pipe: DTEPipeline, concept: Concept, item: Item, edits: Sequence[Edit]
+) -> dict[str, float]:
     """LOSSES of a concept."""
-    true = torch.stack([truth(item, edit) for edit in edits])
-    asked = prompts_of(concept, edits)
     own = [f"a picture of {phrase_of(concept)}"]
-    given = diffusion_loss(pipe, concept, item.picture(), own)
-    return {"loss": given, "loss_elsewhere": diffusion_loss(pipe, concept, true, asked)}
+    true = torch.stack([truth(item, edit) for edit in edits])
+    return {
+        "loss": diffusion_loss(pipe, concept, item.picture(), own),
+        "loss_elsewhere": diffusion_loss(
+            pipe, concept, true, prompts_of(concept, edits), count=LEVELS_ELSEWHERE
+        ),
+    }

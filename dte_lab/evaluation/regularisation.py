@@ -15,7 +15,8 @@ LONG steps and in pre-training. A run that was cut off goes on; paths can be add
 """
 
 import json
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Annotated
@@ -23,44 +24,57 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+from jaxtyping import Float
+from PIL import Image
 from safetensors.torch import load_file, save
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from dte_lab.common.files import write_atomically
 from dte_lab.common.images import to_pil
+from dte_lab.common.resume import as_json, check_settings
 from dte_lab.common.stats import interval
-from dte_lab.encoder import EncoderPrediction, load_encoder
-from dte_lab.evaluation.edits import items
+from dte_lab.concept import Concept
+from dte_lab.config import MethodConfig
+from dte_lab.encoder import load_encoder
+from dte_lab.evaluation.edits import Item, items
 from dte_lab.evaluation.judges import SentenceJudge
-from dte_lab.evaluation.run import check_settings, fingerprint, versions, write_document
-from dte_lab.objective import Batch, objective
+from dte_lab.evaluation.measures import diffusion_loss
+from dte_lab.evaluation.methods import Methods
+from dte_lab.evaluation.records import fingerprint, versions, write_document
+from dte_lab.evaluation.v_star_paths import Paths, VStarPath, pretraining_paths
 from dte_lab.pipeline import DTEPipeline
-from dte_lab.training.predictions import read_predictions
-from dte_lab.tuning import TuneConfig, noise_levels
+from dte_lab.tuning import TuneConfig
 from dte_lab.world.scenes import render_image
 from dte_lab.world.sprites import SAMPLE_CONCEPTS
 
-KINDS = ("contrastive", "none")
-MEASURES = {
+COMPARED = ("contrastive", "none")
+TUNED_MEASURES = {
     "word_similarity": "mean cosine, by all-MiniLM-L6-v2, of the concept's name to the words",
     "nearest_cosine": "cosine of v* to its nearest word",
     "norm": "norm of v*, in mean norms of a word",
     "words_kept": "share of the nearest words that were so before tuning",
     "diffusion": "diffusion loss on noise that is the same for all",
 }
-WORDS = 5
+PROMPT = "a picture of S*"
+NUM_WORDS = 5
 LONG = 100
 SWEEP = {
     "num_positives": (1, 5, 20), "temperature": (0.05, 0.1, 0.5),
     "contrastive_weight": (0, 0.01, 0.1, 1),
 }  # fmt: skip
-MOST_POINTS = 40  # of a path in pre-training
 
 
 class Experiment:
     """What every measurement needs: the pipelines, the judge's view of all words, the tuning."""
 
-    def __init__(self, pipes: dict[str, DTEPipeline], judge, tuning: TuneConfig, seed: int):
+    def __init__(
+        self,
+        pipes: dict[str, DTEPipeline],
+        judge: SentenceJudge,
+        tuning: TuneConfig,
+        seed: int,
+    ) -> None:
         """pipes: by start; that of "own none" has the encoder trained without regulariser."""
         self.pipes, self.judge, self.tuning, self.seed = pipes, judge, tuning, seed
         self.table = next(iter(pipes.values())).prompt_encoder.table
@@ -68,20 +82,30 @@ class Experiment:
         parts = [judge.embed(words[i : i + 256]) for i in range(0, len(words), 256)]
         self.judged = torch.cat(parts)  # (n, 384)
 
-    def tune(self, pipe, picture, method, num_steps, callback=None):
+    def tune(
+        self,
+        pipe: DTEPipeline,
+        picture: Image.Image,
+        method: MethodConfig,
+        num_steps: int,
+        callback: Callable[[dict], None] | None = None,
+    ) -> Concept:
+        """A concept of the picture, with this experiment's seed."""
         return pipe.personalize(
-            picture,
-            num_steps,
-            self.seed,
-            callback,
-            progress=False,
-            config=self.tuning,
+            picture, num_steps, self.seed, callback, progress=False, config=self.tuning,
             method=method,
-        )
+        )  # fmt: skip
 
-    def measure(self, pipe, picture, name, concept, before=None) -> dict:
-        """MEASURES and the nearest words of a tuned concept; before: its words before tuning."""
-        cosines, rows = self.table.nearest_rows(concept.v_star, WORDS)
+    def measure(
+        self,
+        pipe: DTEPipeline,
+        picture: Image.Image,
+        name: str,
+        concept: Concept,
+        before: Sequence[str] | None = None,
+    ) -> dict:
+        """TUNED_MEASURES and the nearest words of a concept; before: its words before tuning."""
+        cosines, rows = self.table.nearest_rows(concept.v_star, NUM_WORDS)
         words = [self.table.words[i] for i in rows[0].tolist()]
         similar = self.judged[rows[0].cpu()] @ self.judge.embed([name])[0]
         values = {
@@ -89,29 +113,18 @@ class Experiment:
             "nearest_cosine": cosines[0, 0].item(),
             "norm": concept.v_star.norm().item() / self.table.mean_norm,
             "words_kept": len(set(words) & set(before or words)) / len(words),
-            "diffusion": self.fixed_loss(pipe, picture, concept),
+            "diffusion": diffusion_loss(pipe, concept, pipe.pixels([picture]), [PROMPT]),
         }
         return {key: float(f"{value:.5g}") for key, value in values.items()} | {"words": words}
 
-    @torch.no_grad()
-    def fixed_loss(self, pipe, picture, concept, count=16) -> float:
-        generator = torch.Generator().manual_seed(self.seed + 1)
-        backbone, T = pipe.backbone, len(pipe.backbone.alphas_cumprod)
-        latents = backbone.encode_images(pipe.pixels([picture])).float()
-        sample = noise_levels(latents, 0, count, T, generator)
-        prediction = EncoderPrediction(concept.v_star, concept.offsets)
-        batch = Batch(*sample, ["a picture of S*"] * count)
-        with objective(backbone, pipe.prompt_encoder, prediction, batch, concept.config) as terms:
-            return terms["diffusion"].item()
-
-    def concept_rows(self, item) -> list[dict]:
+    def concept_rows(self, item: Item) -> list[dict]:
         """Rows of one concept: each start before tuning, and after it with each regulariser."""
         [picture], rows = to_pil(item.picture()), []
         for start, pipe in self.pipes.items():
             names = {"concept": item.name, "group": item.group, "start": start.split()[0]}
             predicted = self.tune(pipe, picture, pipe.encoder.method, 0)
             before = self.measure(pipe, picture, item.name, predicted)
-            for kind in (k for k in KINDS if start in ("shipped", f"own {k}")):
+            for kind in (k for k in COMPARED if start in ("shipped", f"own {k}")):
                 method = replace(pipe.encoder.method, regulariser=kind)
                 tuned = self.tune(pipe, picture, method, self.tuning.num_steps)
                 after = self.measure(pipe, picture, item.name, tuned, before["words"])
@@ -119,7 +132,7 @@ class Experiment:
                     rows.append(names | {"regulariser": kind, "steps": steps} | values)
         return rows
 
-    def sweep_rows(self, name, picture) -> list[dict]:
+    def sweep_rows(self, name: str, picture: Image.Image) -> list[dict]:
         """Rows of SWEEP; where the weight is 0 nothing else matters, and there is one row."""
         pipe, rows = self.pipes["shipped"], []
         for values in product(*SWEEP.values()):
@@ -131,42 +144,35 @@ class Experiment:
             rows.append({"concept": name} | setting | self.measure(pipe, picture, name, tuned))
         return rows
 
-    def tuning_paths(self, name, picture, num_steps) -> dict[str, tuple[list[int], torch.Tensor]]:
-        """{"tuning.REGULARISER.NAME": (steps, v* (n, d))}, from the shipped encoder's start."""
+    def tuning_paths(self, name: str, picture: Image.Image, num_steps: int) -> Paths:
+        """ "tuning.REGULARISER.NAME", from the shipped encoder's start."""
         pipe, paths = self.pipes["shipped"], {}
-        for kind in KINDS:
-            seen = []
+        for kind in COMPARED:
+            seen: list[Tensor] = []
+
+            def callback(state: dict, seen: list[Tensor] = seen) -> None:
+                seen.append(state["v_star"])
+
             method = replace(pipe.encoder.method, regulariser=kind)
-            tuned = self.tune(
-                pipe,
-                picture,
-                method,
-                num_steps,
-                lambda state, seen=seen: seen.append(state["v_star"]),
-            )
+            tuned = self.tune(pipe, picture, method, num_steps, callback)
             v_star = torch.cat([*seen, tuned.v_star])  # (num_steps + 1, d)
             steps = [s for s in range(len(v_star)) if s <= 12 or s % 4 == 0]
-            paths[f"tuning.{kind}.{name}"] = steps, v_star[steps]
+            paths[f"tuning.{kind}.{name}"] = VStarPath(steps, v_star[steps])
         return paths
 
 
-def pretraining_paths(runs: dict[str, Path]) -> dict[str, tuple[list[int], torch.Tensor]]:
-    """{"pretraining.REGULARISER.NAME": (steps, v* (n, d))} of runs by regulariser."""
-    paths = {}
-    for kind, run in runs.items():
-        steps, v_star = read_predictions(run / "predictions.jsonl")  # (n,), (n, B, d)
-        chosen = np.unique(np.linspace(0, len(steps) - 1, MOST_POINTS).round().astype(int))
-        for i, name in enumerate(SAMPLE_CONCEPTS):
-            path = steps[chosen].tolist(), torch.from_numpy(v_star[chosen, i])
-            paths[f"pretraining.{kind}.{name}"] = path
-    return paths
-
-
 def regularisation(
-    out: Path, pipe: DTEPipeline, count: int = 60, watched: int = 4, runs: dict | None = None,
-    long: int = LONG, tuning: TuneConfig | None = None, judge=None, seed: int = 0,
+    out: Path,
+    pipe: DTEPipeline,
+    count: int = 60,
+    watched: int = 4,
+    runs: Mapping[str, Path] | None = None,
+    long: int = LONG,
+    tuning: TuneConfig | None = None,
+    judge: SentenceJudge | None = None,
+    seed: int = 0,
     progress: bool = True,
-) -> dict:  # fmt: skip
+) -> dict:
     """Run experiment 1 on `count` val concepts; write `out` and return its content.
 
     watched: of SAMPLE_CONCEPTS, for the sweep and the paths. runs: {regulariser: folder} of
@@ -174,31 +180,27 @@ def regularisation(
     Raises ValueError when `out` holds a run with other settings.
     """
     runs, tuning, pipes = runs or {}, tuning or TuneConfig(), {"shipped": pipe}
-    for kind, run in runs.items() if len(runs) == len(KINDS) else ():
+    for kind, run in runs.items() if len(runs) == len(COMPARED) else ():
         encoder = load_encoder(run / "encoder", pipe.backbone)
         pipes[f"own {kind}"] = DTEPipeline(pipe.backbone, encoder)
-    prints = {start: fingerprint(p.encoder) for start, p in pipes.items()}
     settings = {
-        "split": "val", "concepts": count, "watched": list(SAMPLE_CONCEPTS[:watched]),
-        "encoders": prints, "tuning": asdict(tuning), "long": long, "seed": seed, "sweep": SWEEP,
-        "backbone": pipe.backbone.name, "encoder": asdict(pipe.encoder.settings),
-        "method": asdict(pipe.encoder.method),
-        "weights": fingerprint(pipe.backbone.unet, pipe.backbone.text_encoder),
+        "split": "val", "concepts": count, "watched": SAMPLE_CONCEPTS[:watched],
+        "encoders": {start: fingerprint(p.encoder) for start, p in pipes.items()},
+        "tuning": tuning, "long": long, "seed": seed, "sweep": SWEEP, **Methods(pipe).settings(),
     }  # fmt: skip
-    settings = json.loads(json.dumps(settings))
     document, vectors = _earlier(out, settings)
     experiment = Experiment(pipes, judge or SentenceJudge(), tuning, seed)
     chosen = items(count, "val")
 
-    def write():
+    def write() -> None:
         document.update(summary(document["rows"]), scale=scale(experiment, chosen))
         write_atomically(out.with_suffix(".safetensors"), save(vectors))
         write_document(out, document, ("rows", "sweep"))
 
-    def keep(paths):
-        for key, (steps, v_star) in paths.items():
-            vectors[f"{key}.steps"] = torch.tensor(steps)
-            vectors[f"{key}.v_star"] = v_star.half().cpu().contiguous()
+    def keep(paths: Paths) -> None:
+        for key, path in paths.items():
+            vectors[f"{key}.steps"] = torch.tensor(path.steps)
+            vectors[f"{key}.v_star"] = path.v_star.half().cpu().contiguous()
 
     keep(pretraining_paths(runs))
     if document["rows"]:
@@ -218,62 +220,61 @@ def regularisation(
     return document
 
 
-def values(rows, measure, start, regulariser, after) -> np.ndarray:
+def values(
+    rows: Sequence[dict], measure: str, start: str, regulariser: str, after: bool
+) -> Float[np.ndarray, " concepts"]:
     """One value per concept, in the order of the rows; after: tuning, else before it."""
     wanted, keys = (start, regulariser, after), ("start", "regulariser")
     of = [row for row in rows if (*(row[k] for k in keys), row["steps"] > 0) == wanted]
     return np.array([row[measure] for row in of])
 
 
-def summary(rows) -> dict:
+def summary(rows: Sequence[dict]) -> dict[str, list[dict]]:
     """`means` and `differences`: lists of dicts with {mean, low, high, n} of each measure."""
     means, differences = [], []
     for start in dict.fromkeys(row["start"] for row in rows):
         for after in (False, True):
-            cells = {k: {m: values(rows, m, start, k, after) for m in MEASURES} for k in KINDS}
+            cells = {
+                k: {m: values(rows, m, start, k, after) for m in TUNED_MEASURES} for k in COMPARED
+            }
             for kind, cell in cells.items():
                 if len(cell["norm"]):
                     names = {"start": start, "regulariser": kind, "after": after}
                     means.append(names | {m: interval(v) for m, v in cell.items()})
             if all(len(cell["norm"]) for cell in cells.values()):
                 ours, none = cells.values()
-                paired = {m: interval(ours[m] - none[m]) for m in MEASURES}
+                paired = {m: interval(ours[m] - none[m]) for m in TUNED_MEASURES}
                 differences.append({"start": start, "after": after} | paired)
     return {"means": means, "differences": differences}
 
 
-def scale(experiment: Experiment, chosen) -> dict:
+def scale(experiment: Experiment, chosen: Sequence[Item]) -> dict[str, dict[str, float]]:
     """Word similarity of a name to all words, and to those that the judge finds most alike."""
     similarity = experiment.judge.embed([i.name for i in chosen]) @ experiment.judged.T  # (m, n)
-    best = similarity.topk(min(WORDS, similarity.shape[1])).values
+    best = similarity.topk(min(NUM_WORDS, similarity.shape[1])).values
     return {"random": interval(similarity.mean(1)), "best": interval(best.mean(1))}
 
 
-def read_paths(file: Path) -> dict[str, tuple[list[int], torch.Tensor]]:
-    """{"PHASE.REGULARISER.NAME": (steps, v* (n, d))} of `out` with the suffix .safetensors."""
-    vectors = load_file(file)
-    keys = [key.removesuffix(".steps") for key in vectors if key.endswith(".steps")]
-    return {k: (vectors[f"{k}.steps"].tolist(), vectors[f"{k}.v_star"].float()) for k in keys}
-
-
-def _earlier(out: Path, settings):
+def _earlier(out: Path, settings: dict) -> tuple[dict, dict[str, Tensor]]:
     """The document and vectors of an earlier call with the same settings, or empty ones."""
     if not out.is_file():
-        return {"settings": settings, "versions": versions(), "rows": [], "sweep": []}, {}
+        return {"settings": as_json(settings), "versions": versions(), "rows": [], "sweep": []}, {}
     document = json.loads(out.read_text())
     check_settings(out, document["settings"], settings)
     return document, load_file(out.with_suffix(".safetensors"))
 
 
-Run = Annotated[Path | None, typer.Option(help="OUT of a `dte pretrain` with that regulariser.")]
+RunFolder = Annotated[
+    Path | None, typer.Option(help="OUT of a `dte pretrain` with that regulariser.")
+]
 
 
 def main(
     out: Annotated[Path, typer.Option("--out", help="The JSON file.")],
     concepts: Annotated[int, typer.Option(min=2, max=60, help="How many of val.")] = 60,
     watched: Annotated[int, typer.Option(min=1, max=4, help="For sweep and paths.")] = 4,
-    contrastive_run: Run = None,
-    none_run: Run = None,
+    contrastive_run: RunFolder = None,
+    none_run: RunFolder = None,
     backbone: str = "small",
     device: str = "cpu",
 ) -> None:
@@ -285,7 +286,7 @@ def main(
     for line in document["differences"]:
         when = "after" if line["after"] else "before"
         typer.echo(f"contrastive minus none, {line['start']} start, {when} tuning")
-        for name, v in ((name, line[name]) for name in MEASURES):
+        for name, v in ((name, line[name]) for name in TUNED_MEASURES):
             typer.echo(f"  {name:16} {v['mean']:+.4f} [{v['low']:+.4f}, {v['high']:+.4f}]")
 
 

@@ -10,6 +10,7 @@ the extra `evaluate`.
 import json
 import math
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -19,10 +20,12 @@ import typer
 
 from dte_lab.common.stats import interval
 from dte_lab.evaluation.measures import LOSSES
-from dte_lab.evaluation.methods import ANCHORS, STEPS
-from dte_lab.evaluation.report import name_of, per_concept
+from dte_lab.evaluation.records import Row
+from dte_lab.evaluation.report import Cell, groups_of, name_of, per_concept
+from dte_lab.evaluation.specifications import ANCHORS, STEP_GRID
 
-MEASURES = ("fidelity", "identity_scaled", "scene", "seconds", *LOSSES)
+Points = Mapping[str, Mapping[int, Cell]]  # {concept: {steps: {measure: value}}} of a method
+CURVES = ("fidelity", "identity_scaled", "scene", "seconds", *LOSSES)
 QUALITIES = ("fidelity", "identity_scaled", "scene")
 SHARE = 0.9  # what satisfies: this share of the best mean that any method reaches in the group
 FEW = 12  # the paper's number of steps: before it and after it the loss tells different things
@@ -39,20 +42,19 @@ def steps_needed(curve: dict[int, float], level: float, patience: int = 0) -> in
     return next((s for i, s in enumerate(steps) if all(good[i : i + patience + 1])), None)
 
 
-def summarise_steps(rows) -> dict:
+def summarise_steps(rows: Sequence[Row]) -> dict:
     """Curves, least steps, and how well the losses tell the quality, from the rows of a run."""
     table = {k: cells for k, cells in per_concept(rows).items() if k[0] not in ANCHORS}
     points = defaultdict(lambda: defaultdict(dict))  # method, concept, steps
     for method, steps in sorted(table, key=lambda key: key[1]):
         for concept, cell in table[method, steps].items():
             points[method][concept][steps] = cell
-    groups = defaultdict(set)
-    for of_method in points.values():
-        for concept, by_steps in of_method.items():
-            groups[next(iter(by_steps.values()))["group"]].add(concept)
+    groups, group_of = defaultdict(set), groups_of(rows)
+    for concept in set().union(*points.values()):
+        groups[group_of[concept]].add(concept)
     return {
         "names": {method: name_of(method) for method in points},
-        "curves": {method: curves(cells) for method, cells in points.items()},
+        "curves": {method: step_curves(cells) for method, cells in points.items()},
         "least": {
             group: least(points, sorted(members))
             for group, members in [("all", set().union(*groups.values())), *sorted(groups.items())]
@@ -60,7 +62,7 @@ def summarise_steps(rows) -> dict:
         "guide": {method: guide(cells) for method, cells in points.items()},
         "points": [
             {"method": method, "concept": concept, "steps": steps}
-            | {k: round(cell[k], 4) for k in MEASURES if k in cell}
+            | {k: round(cell[k], 4) for k in CURVES if k in cell}
             for method, of_method in points.items()
             for concept, by_steps in of_method.items()
             for steps, cell in by_steps.items()
@@ -68,7 +70,7 @@ def summarise_steps(rows) -> dict:
     }
 
 
-def curves(by_concept) -> dict[str, list[dict]]:
+def step_curves(by_concept: Points) -> dict[str, list[dict]]:
     """{measure: [{steps, mean, low, high, n}, ...]}, 95 % bootstrap intervals over concepts."""
     steps = sorted({s for by_steps in by_concept.values() for s in by_steps})
     return {
@@ -76,11 +78,13 @@ def curves(by_concept) -> dict[str, list[dict]]:
             {"steps": s, **interval([cells[s][name] for cells in by_concept.values()])}
             for s in steps
         ]
-        for name in MEASURES
+        for name in CURVES
     }
 
 
-def least(points, members, resamples=2000, seed=0) -> dict:
+def least(
+    points: Mapping[str, Points], members: Sequence[str], resamples: int = 2000, seed: int = 0
+) -> dict:
     """The level that satisfies, and per method the least steps that reach it.
 
     The interval comes from resampling the concepts, with the level fixed; None in it, and as the
@@ -112,7 +116,7 @@ def least(points, members, resamples=2000, seed=0) -> dict:
     return found
 
 
-def guide(by_concept) -> dict:
+def guide(by_concept: Points) -> dict:
     """{part of the steps: {loss: {quality: interval}}} of the rank correlation over the steps.
 
     One Spearman correlation per concept. A loss to go by would have -1: the lower, the better.
@@ -149,7 +153,7 @@ def main(
     run: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/steps"),
     concepts: Annotated[int, typer.Option(min=2, help="How many held-out concepts.")] = 20,
     split: Annotated[str, typer.Option(help="test or val.")] = "test",
-    steps: Annotated[str, typer.Option(help="Numbers of steps, with commas between.")] = STEPS,
+    steps: Annotated[str, typer.Option(help="Numbers of steps, with commas between.")] = STEP_GRID,
     device: str = "cpu",
     processes: Annotated[int, typer.Option(min=1, help="That share the concepts.")] = 1,
 ) -> None:
@@ -158,15 +162,15 @@ def main(
     from dte_lab.common.files import write_atomically
     from dte_lab.common.quiet import quiet_libraries
     from dte_lab.evaluation.methods import Methods
-    from dte_lab.evaluation.run import evaluate, read_csv, versions
+    from dte_lab.evaluation.records import read_csv, versions
+    from dte_lab.evaluation.run import EvaluationConfig, measure_methods
 
     quiet_libraries()
     load = partial(DTEPipeline.from_pretrained, "small", device=device)
     pipe = load()
-    specs = [s.replace(STEPS, steps) for s in Methods(pipe).experiment("steps")]
-    evaluate(
-        run, pipe, specs, concepts, split=split, with_losses=True, processes=processes, load=load
-    )
+    specs = [s.replace(STEP_GRID, steps) for s in Methods(pipe).experiment("steps")]
+    config = EvaluationConfig(split=split, concepts=concepts, with_losses=True)
+    measure_methods(run, pipe, specs, config, processes=processes, load=load)
     settings = json.loads((run / "run.json").read_text())["settings"]
     document = {
         "settings": settings, "versions": versions(), "share": SHARE,

@@ -486,7 +486,7 @@ show(
 # minus without for each concept.
 
 # %%
-from dte_lab.evaluation.run import fingerprint
+from dte_lab.evaluation.records import fingerprint
 
 experiment = json.loads((results / "regularisation.json").read_text())
 made_with = experiment["settings"]
@@ -605,8 +605,8 @@ for name, picture in zip(SAMPLE_CONCEPTS, pictures, strict=True):
 # it, as the method draws, and with the soft path alone, where `v*` has to be editable by itself.
 
 # %%
+from dte_lab.evaluation.records import read_csv
 from dte_lab.evaluation.report import paired, summarise
-from dte_lab.evaluation.run import read_csv
 
 rows = read_csv(results / "editability" / "measures.csv")
 summary = summarise(rows)
@@ -696,7 +696,7 @@ for kind in ("contrastive", "l2", "nearest"):
 #   nothing.
 
 # %%
-from dte_lab.evaluation.regularisation import read_paths
+from dte_lab.evaluation.v_star_paths import read_paths
 from dte_lab.evaluation.word_map import neighbours_kept, place, word_positions
 
 has_neighbours = np.flatnonzero(of_nearest > np.quantile(at_random, 0.995))

@@ -771,7 +771,7 @@ show(
 
 # %%
 from dte_lab.evaluation.encoders import compare_pictures
-from dte_lab.evaluation.run import read_csv
+from dte_lab.evaluation.records import read_csv
 
 rows = read_csv(RESULTS / "encoders" / "measures.csv")
 labels = {"base": "rank 4, 702 things"} | {

@@ -1,0 +1,211 @@
+"""What is compared, written as NAME[@OPTION=VALUE...][:STEPS[,STEPS...]].
+
+dte:0,12                        the tuning encoder, predicted only and after 12 steps
+dte@alpha_blend=1:12            a variant: any field of MethodConfig, or of TuneConfig but num_steps
+dte@prediction_interval=5:12    v* and the offsets predicted anew at every 5th step of sampling
+dte@offsets_on=hard:12          the offsets on the hard path, as the paper's text can be read
+dte@rank=1:12                   the prediction cut to a lower rank before tuning (SVD)
+dte@encoder=small/none:12       another encoder, by name or folder; this one had no regulariser
+ti:12,500   lora:12   lora-prior:12   e4t:12       baselines, with the fields of BaselineConfig that
+                                they read; e4t takes encoder=, too
+oracle, other                   the true rendering, and that of another concept: the scale
+
+A row of a table must show what its label says: an option that would change nothing is refused, when
+it is read (`parse`) or when its encoder is known (`idle_options`).
+"""
+
+import json
+import re
+from dataclasses import dataclass, field, fields, replace
+
+from dte_lab.baselines import BaselineConfig
+from dte_lab.common.errors import DTEError
+from dte_lab.common.settings import check_whole
+from dte_lab.config import REGULARISERS, MethodConfig
+from dte_lab.dual_path import GRANULARITIES, OFFSETS_ON
+from dte_lab.tuning import TuneConfig
+
+METHOD_OPTIONS = tuple(f.name for f in fields(MethodConfig))
+TUNE_OPTIONS = tuple(f.name for f in fields(TuneConfig) if f.name != "num_steps")
+BASELINE_OPTIONS = {  # the fields of BaselineConfig that each baseline reads
+    "ti": ("batch_size", "token_learning_rate"),
+    "lora": ("batch_size", "lora_learning_rate"),
+    "lora-prior": ("batch_size", "lora_learning_rate", "prior_pictures"),
+    "e4t": ("batch_size", "token_learning_rate", "multiplicative_learning_rate"),
+}
+ANCHORS = ("oracle", "other")
+OPTIONS = {
+    "dte": ("encoder", "rank", *METHOD_OPTIONS, *TUNE_OPTIONS),
+    **BASELINE_OPTIONS,
+    "e4t": ("encoder", *BASELINE_OPTIONS["e4t"]),
+    **dict.fromkeys(ANCHORS, ()),
+}
+
+STEP_GRID = "0,1,2,4,8,12,25,50,100,500"
+TABLE = ["dte:0,12", "ti:12", "lora:12", "lora-prior:12", "e4t:12"]
+EXPERIMENTS = {
+    "table": TABLE,
+    "long": [
+        "dte:0,12,25,50",
+        *TABLE[1:],
+        "ti@batch_size=4:500",
+        "lora@batch_size=8@lora_learning_rate=0.003:120",
+    ],
+    "quick": ["dte:0,2", "ti:2", "lora:2", "lora-prior:2", "e4t:2"],
+    "steps": [
+        *(f"{name}:{STEP_GRID}" for name in ("dte", "ti", "lora", "lora-prior", "e4t")),
+        "dte@offset_learning_rate=0.002:12,25,50,100",  # the shipped rate was chosen at 12 steps
+    ],
+    "blend": [
+        f"dte@alpha_blend={alpha}@offsets_on={offsets_on}@granularity={granularity}:12"
+        for offsets_on in OFFSETS_ON
+        for granularity in GRANULARITIES
+        for alpha in (0.25, 0.5, 0.7, 0.85)
+    ]
+    # At both ends the granularities are one and the same UNet.
+    + [f"dte@alpha_blend={alpha}@offsets_on={path}:12" for path in OFFSETS_ON for alpha in (0, 1)],
+    "rank": [f"dte@rank={rank}:0,12" for rank in (1, 2, 4, 8, 16)],  # those the encoder has
+    "regulariser": [f"dte@regulariser={kind}:0,12" for kind in REGULARISERS],
+}
+
+
+@dataclass(frozen=True)
+class Specification:
+    """A method to compare; `label` is its specification without the steps.
+
+    encoder: name or folder, None for the pipeline's own (of e4t: the backbone's). rank: to which
+    the prediction is cut. method: what differs from the encoder's MethodConfig. given: the names of
+    all options.
+    """
+
+    label: str
+    name: str
+    steps: tuple[int, ...] = ()
+    encoder: str | None = None
+    rank: int | None = None
+    method: dict[str, object] = field(default_factory=dict)
+    tuning: TuneConfig = field(default_factory=TuneConfig)
+    baseline: BaselineConfig = field(default_factory=BaselineConfig)
+    given: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """What `parse` reads as this."""
+        return f"{self.label}:{','.join(map(str, self.steps))}" if self.steps else self.label
+
+    @property
+    def is_anchor(self) -> bool:
+        return self.name in ANCHORS
+
+    def method_of(self, encoder_method: MethodConfig) -> MethodConfig:
+        """The MethodConfig with an encoder of this one."""
+        return replace(encoder_method, **self.method)
+
+
+def parse(spec: str) -> Specification:
+    """Read a specification.
+
+    Raises DTEError for an unknown name or option, a value that the option cannot have, an option
+    that is given twice or changes nothing, and missing or wrong steps.
+    """
+    label, steps = split_steps(spec)
+    name, *texts = label.split("@")
+    if name not in OPTIONS:
+        raise DTEError(f"Unknown method {name!r}: use one of {', '.join(OPTIONS)}.")
+    if bool(steps) == (name in ANCHORS):
+        raise DTEError(f"{spec!r}: write steps as in dte:0,12; {' and '.join(ANCHORS)} take none.")
+    values: dict[str, object] = {}
+    for text in texts:
+        option, _, value = text.partition("=")
+        if option == "num_steps":
+            raise DTEError(f"{spec!r}: write the steps at the end, as in dte:12,50.")
+        if option not in OPTIONS[name]:
+            takes = ", ".join(OPTIONS[name]) or "none"
+            raise DTEError(f"{spec!r}: {name} has no option {option!r}; it takes {takes}.")
+        if not value or option in values:
+            raise DTEError(f"{spec!r}: write {option}=VALUE, once.")
+        values[option] = value if option == "encoder" else _value(value)
+    method = {key: v for key, v in values.items() if key in METHOD_OPTIONS}
+    others = {key: v for key, v in values.items() if key not in ("encoder", "rank", *method)}
+    try:
+        MethodConfig(**method)
+        tuning = TuneConfig(**(others if name == "dte" else {}))
+        baseline = BaselineConfig(**({} if name == "dte" else others))
+        if "rank" in values:
+            check_whole("rank", values["rank"], 1)
+    except (ValueError, TypeError) as error:
+        raise DTEError(f"{spec!r}: {error}") from error
+    return Specification(
+        label, name, steps, values.get("encoder"), values.get("rank"), method, tuning, baseline,
+        tuple(values),
+    )  # fmt: skip
+
+
+def split_steps(spec: str) -> tuple[str, tuple[int, ...]]:
+    """'dte@rank=1:12,0' -> ('dte@rank=1', (0, 12)), the label and the numbers of steps."""
+    label, colon, tail = spec.rpartition(":")
+    if not colon or not re.fullmatch(r"\d+(,\d+)*", tail):
+        return spec, ()
+    return label, tuple(sorted({int(n) for n in tail.split(",")}))
+
+
+def _value(text: str) -> object:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return tuple(value) if isinstance(value, list) else value
+
+
+def idle_options(
+    spec: Specification, encoder_method: MethodConfig, has_bank: bool, guided: bool = True
+) -> dict[str, str]:
+    """{option that would change nothing: why} of a method with an encoder of `encoder_method`.
+
+    has_bank: whether the encoder knows embeddings of other concepts. guided: whether pictures are
+    drawn with classifier-free guidance.
+    """
+    if spec.name != "dte":
+        untuned = not any(spec.steps)
+        return {o: NO_STEPS for o in spec.given if untuned and o != "encoder"}
+    method = spec.method_of(encoder_method)
+    idle = _idle_in_tuning(spec, encoder_method, method, has_bank)
+    if method.alpha_blend in (0, 1, (0, 0), (1, 1)):
+        idle["granularity"] = "at both ends of alpha_blend all granularities are the same"
+    if not guided:
+        idle["unconditional_offsets"] = "there is no unconditional half without guidance"
+    return {option: why for option, why in idle.items() if option in spec.given}
+
+
+NO_STEPS = "nothing is tuned in 0 steps"
+
+
+def _idle_in_tuning(
+    spec: Specification, before: MethodConfig, method: MethodConfig, has_bank: bool
+) -> dict[str, str]:
+    kind, idle = method.regulariser, {}
+    works_with = {  # option: the regularisers that read it
+        "num_positives": ("contrastive", "hinge"),
+        "temperature": ("contrastive",),
+        "contrastive_weight": ("contrastive",),
+        "norm_weight": ("contrastive", "hinge", "norm"),
+        "regulariser_weight": ("l2", "nearest", "hinge", "gaussian"),
+    }
+    for option, kinds in works_with.items():
+        if kind not in kinds:
+            idle[option] = f"regulariser={kind} does not read it"
+        elif kind == "contrastive" and option != "norm_weight" and not has_bank:
+            idle[option] = "the encoder knows no other concepts to keep away from"
+    weight = method.contrastive_weight if kind == "contrastive" else method.regulariser_weight
+    for option in ("num_positives", "temperature"):
+        if not weight:
+            idle.setdefault(option, "the term has no weight")
+    freely = spec.tuning.what == "predictions"
+    for option in TUNE_OPTIONS:
+        if option.endswith("_learning_rate") and (option == "encoder_learning_rate") == freely:
+            idle[option] = f"trainable={spec.tuning.what} does not read it"
+    if not any(spec.steps):
+        idle |= dict.fromkeys((*TUNE_OPTIONS, *works_with), NO_STEPS)
+        if "nearest" not in (before.regulariser, kind):  # which changes the prompt at once
+            idle["regulariser"] = NO_STEPS
+    return idle
