@@ -18,7 +18,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # every core has a worker: one thread e
     torch.set_num_threads(1)
 
 # What takes longest begins first, so that the workers end together: notebooks, then these files.
-SLOW = ("test_world_training", "test_small", "test_evaluation", "test_pretrain", "test_processes")
+SLOW = (
+    "test_world_training", "test_small", "test_processes", "test_train_encoder", "test_evaluation",
+    "test_world_evaluate", "test_memory", "test_sd15",
+)  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -155,6 +158,14 @@ def tiny_backbone(tiny_path):
     from dte_lab import load_backbone
 
     return load_backbone(tiny_path)
+
+
+@pytest.fixture(scope="session")
+def small_pipe():
+    """The shipped models, for tests that leave them as they are."""
+    from dte_lab import DTEPipeline
+
+    return DTEPipeline.from_pretrained("small")
 
 
 @pytest.fixture(scope="session")

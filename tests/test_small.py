@@ -29,8 +29,8 @@ main(sys.argv[1:])
 
 
 @pytest.fixture(scope="module")
-def pipe():
-    return DTEPipeline.from_pretrained("small")
+def pipe(small_pipe):
+    return small_pipe
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import pytest
 import torch
 import typer
 
-from dte_lab.backbone import load_backbone
 from dte_lab.baselines import load_e4t
 from dte_lab.encoder import load_encoder
 from dte_lab.evaluation import encoders
@@ -25,8 +24,8 @@ from dte_lab.world.sprites import STYLES, sprite
 
 
 @pytest.fixture(scope="module")
-def backbone():
-    return load_backbone("small")
+def backbone(small_pipe):
+    return small_pipe.backbone
 
 
 @pytest.fixture(scope="module")
