@@ -9,7 +9,6 @@ Each picture carries a digest of the function that drew it and of the files that
 
 import hashlib
 import inspect
-import io
 import json
 import sys
 import textwrap
@@ -21,10 +20,9 @@ from PIL import Image
 
 from dte_lab import DTEPipeline
 from dte_lab.backbone import WEIGHTS, load_backbone
-from dte_lab.common.files import write_atomically
 from dte_lab.common.images import read_image
+from dte_lab.common.plots import picture_grid, save_figure
 from dte_lab.evaluation.base_model import evaluation_items, generate
-from dte_lab.panels import picture_grid
 from dte_lab.world.captions import caption
 from dte_lab.world.data import picture_grid as pixel_grid
 from dte_lab.world.data import rendered
@@ -93,7 +91,7 @@ FIGURES = {  # name -> what draws it, and the files that it is drawn from
 }
 
 
-def digest(name):
+def digest(name: str) -> str:
     """Of a figure's function and files, in hexadecimal."""
     draw, sources = FIGURES[name]
     found = hashlib.sha256(inspect.getsource(draw).encode())
@@ -105,7 +103,7 @@ def digest(name):
     return found.hexdigest()
 
 
-def stale():
+def stale() -> list[str]:
     """Names of the figures that are missing, or were drawn by or from something else."""
     names = []
     for name in FIGURES:
@@ -115,13 +113,16 @@ def stale():
     return names
 
 
-if __name__ == "__main__":
-    if sys.argv[1:] == ["--check"]:
+def main(arguments: list[str]) -> None:
+    """Draw the named figures, or all; with --check alone, exit with the names of those to draw."""
+    if arguments == ["--check"]:
         if names := stale():
             sys.exit(f"Draw these figures anew: python figures/make.py {' '.join(names)}")
-    else:
-        for name in sys.argv[1:] or FIGURES:
-            buffer = io.BytesIO()
-            metadata = {"Source": digest(name)}
-            FIGURES[name][0]().savefig(buffer, format="png", dpi=100, metadata=metadata)
-            write_atomically(HERE / f"{name}.png", buffer.getvalue())
+        return
+    for name in arguments or FIGURES:
+        figure = FIGURES[name][0]()
+        save_figure(figure, HERE / f"{name}.png", dpi=100, metadata={"Source": digest(name)})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -5,6 +5,7 @@ exercise cells alone, and no other cell uses what those define: both is checked 
 """
 
 import ast
+import json
 import re
 import shutil
 import textwrap
@@ -72,12 +73,23 @@ assert double(2) == 4
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A folder with one small notebook, executed."""
+    """A folder with one small notebook, executed, whose last cell need not load the package."""
     root = tmp_path_factory.mktemp("notebooks")
     (root / "notebooks" / "src").mkdir(parents=True)
     (root / "notebooks" / "src" / "small.py").write_text(SMALL.lstrip())
-    notebooks.build(root, run=True)
+    load = "from dte_lab.pipeline import peak_memory_mb"
+    assert load in notebooks.EPILOGUE
+    with pytest.MonkeyPatch.context() as quick:
+        epilogue = notebooks.EPILOGUE.replace(load, "peak_memory_mb = lambda device: 2048")
+        quick.setattr(notebooks, "EPILOGUE", epilogue)
+        notebooks.build(root, run=True)
     return root
+
+
+def test_the_last_cell_tells_device_and_memory(capsys):
+    exec(notebooks.EPILOGUE, {"device": "cpu"})
+    told = json.loads(capsys.readouterr().out)
+    assert told["device"] == "cpu" and 0.1 < told["peak_memory_gb"] < 100
 
 
 @pytest.fixture
@@ -178,7 +190,7 @@ def test_solved_edition_has_outputs_a_page_can_show(built):
     assert "two = 2" in exercise.source and exercise.metadata == {"tags": ["exercise"]}
     assert "widgets" not in notebook.metadata
     measured = notebook.metadata["dte_lab"]["measured"]
-    assert measured["seconds"] > 0 and measured["peak_memory_gb"] > 0
+    assert measured["seconds"] > 0 and measured["peak_memory_gb"] == 2
     assert f"{measured['seconds']} s on" in notebook.cells[1].source
     assert not any("execution" in cell.metadata for cell in notebook.cells)
 
