@@ -19,6 +19,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from dte_lab import placeholder_token
+from dte_lab.common.errors import DTEError
 from dte_lab.concept import Concept
 from dte_lab.config import MethodConfig
 from dte_lab.encoder import EncoderPrediction, TuningEncoder
@@ -95,6 +96,8 @@ def e4t(pipe, pixels, steps, seed=0, config=None):
     """
     config, start = config or BaselineConfig(), time.perf_counter()
     encoder, unit = pipe.encoder, pipe.prompt_encoder.table.typical_entry
+    if not isinstance(encoder, E4TEncoder):
+        raise DTEError("E4T needs a trained E4TEncoder: load one with load_e4t.")
     predicted = encoder.predict(pipe.backbone, pixels, seed, pipe.prompt_encoder)
     v_star = predicted.v_star.clone().requires_grad_()
     deltas = [d.detach().clone().requires_grad_() for d in encoder.hypernetwork.deltas]
@@ -115,9 +118,8 @@ def class_word(pipe, pixels):
     """The usable word that the backbone's CLIP finds in pictures (n, 3, H, W), and its embedding
     (1, d).
     """
-    embeds = pipe.encoder.image_features(pipe.backbone, pixels).embeds.mean(dim=0)  # (p,)
-    row = (pipe.encoder.word_clip @ embeds).argmax().item()
     table = pipe.prompt_encoder.table
+    row = pipe.encoder.class_row(pipe.backbone, pixels, table)
     return table.words[row], table.embeddings[row : row + 1]
 
 
@@ -256,11 +258,13 @@ class E4TEncoder(TuningEncoder):
         )
         self.hypernetwork = MultiplicativeOffsets(projections)
 
+    def bind(self, backbone, table):
+        super().bind(backbone, table)
+        self.hypernetwork.attach(backbone.unet)
+
     @classmethod
     def from_backbone(cls, backbone, settings=None, method=None, table=None, seed=0):
-        encoder = super().from_backbone(backbone, settings, method or e4t_config(), table, seed)
-        encoder.hypernetwork.attach(backbone.unet)
-        return encoder
+        return super().from_backbone(backbone, settings, method or e4t_config(), table, seed)
 
 
 def e4t_config():
@@ -271,12 +275,6 @@ def e4t_config():
 def load_e4t(path, backbone):
     """Load an E4TEncoder that `pretrain` wrote for this backbone.
 
-    Raises ValueError when there is none, or when it belongs to another backbone.
+    Raises DTEError when there is none, or when it belongs to another backbone.
     """
-    try:
-        encoder = E4TEncoder.from_pretrained(path, low_cpu_mem_usage=False)
-        fresh = E4TEncoder.from_backbone(backbone, encoder.settings, encoder.method)
-        fresh.load_state_dict(encoder.state_dict())
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"No E4T encoder of backbone {backbone.name} at {path}.") from error
-    return fresh.eval().requires_grad_(False)
+    return E4TEncoder.from_pretrained(path, backbone)

@@ -11,15 +11,20 @@ small world the token head starts with a better guess of its own (world/first_wo
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol, Self
 
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from torch import nn
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dte_lab.backbone import WEIGHTS, add_noise
+from dte_lab.backbone import WEIGHTS, Backbone, add_noise
+from dte_lab.common.errors import DTEError
+from dte_lab.common.random import stream
+from dte_lab.common.weights import load_weights
 from dte_lab.config import EncoderConfig, MethodConfig
 from dte_lab.features import (
     FeatureFusion,
@@ -29,7 +34,7 @@ from dte_lab.features import (
     unet_features,
 )
 from dte_lab.hypernetwork import TokenHead, build_hypernetwork
-from dte_lab.lora import projection_shapes
+from dte_lab.lora import Offsets, projection_shapes
 from dte_lab.tokens import PromptEncoder, TokenTable
 
 ABLATIONS = ("contrastive", "none")  # shipped for "small", by their regulariser
@@ -37,21 +42,55 @@ ABLATIONS = ("contrastive", "none")  # shipped for "small", by their regulariser
 
 @dataclass
 class EncoderPrediction:
-    """v_star (B, d) and offsets {"layer.projection": (A (B, Din, r), B (B, r, Dout))}.
+    """v* and offsets {"layer.projection": (A (B, Din, r), B (B, r, Dout))} of B pictures.
 
-    class_word (B, d): the embedding of the word that CLIP finds first in the picture.
+    class_word: the embedding of the word that CLIP finds first in the picture.
     """
 
-    v_star: torch.Tensor
-    offsets: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    class_word: torch.Tensor | None = None
+    v_star: Float[Tensor, "batch dim"]
+    offsets: Offsets
+    class_word: Float[Tensor, "batch dim"] | None = None
+
+
+class Predictor(Protocol):
+    """Where a concept starts: a TuningEncoder or, without a trained one, a ZeroShotStart.
+
+    Whatever looks at noisy latents or at weights asks `trained_encoder` first.
+    """
+
+    settings: EncoderConfig
+    method: MethodConfig
+    bank: Float[Tensor, "rows dim"]
+    bank_concepts: Int[Tensor, " rows"]
+
+    def predict(
+        self,
+        backbone: Backbone,
+        images: Float[Tensor, "pictures 3 height width"],
+        seed: int = 0,
+        prompt_encoder: PromptEncoder | None = None,
+    ) -> EncoderPrediction:
+        """v* and offsets (batch 1) of pictures of *one* concept in [-1, 1]."""
+
+    def class_row(
+        self,
+        backbone: Backbone,
+        images: Float[Tensor, "pictures 3 height width"],
+        table: TokenTable,
+    ) -> int:
+        """Row of the table with the word that CLIP finds in pictures of one concept."""
+
+    def eval(self) -> Self: ...
+
+    def to(self, device: torch.device | str) -> Self: ...
 
 
 class TuningEncoder(ModelMixin, ConfigMixin):
     """Predicts v* and offsets from features; make one with `from_backbone` or `load_encoder`.
 
     Buffers: `word_clip` (n, p) CLIP text embeddings of the n usable words, `word_embeddings` (n, d)
-    their input embeddings (taken from the backbone, not saved), and the negative bank.
+    their input embeddings and `typical_entry` (), the root of the mean of their squares (taken from
+    the backbone, not saved, see `bind`), and the negative bank.
     """
 
     @register_to_config
@@ -65,7 +104,7 @@ class TuningEncoder(ModelMixin, ConfigMixin):
         num_words: int,
         settings: dict | None = None,
         method: dict | None = None,
-    ):
+    ) -> None:
         super().__init__()
         settings = self.settings = EncoderConfig(**(settings or {}))
         self.method = MethodConfig(**(method or {}))
@@ -85,17 +124,27 @@ class TuningEncoder(ModelMixin, ConfigMixin):
             settings.offset_scale,
         )
         self.register_buffer("word_clip", torch.zeros(num_words, embed_dim))
-        self.register_buffer("word_embeddings", torch.zeros(num_words, token_dim), persistent=False)
+        # NaN until `bind`: an encoder without words shall not predict anything.
+        unknown = torch.full((num_words, token_dim), torch.nan)
+        self.register_buffer("word_embeddings", unknown, persistent=False)
+        self.register_buffer("typical_entry", torch.tensor(torch.nan), persistent=False)
         self.register_buffer("bank", torch.zeros(settings.negative_bank_size, token_dim))
         empty = torch.full((settings.negative_bank_size,), -1)
         self.register_buffer("bank_concepts", empty)  # concept of each row, -1 for an empty row
         self.register_buffer("bank_position", torch.zeros((), dtype=torch.long))
 
     @classmethod
-    def from_backbone(cls, backbone, settings=None, method=None, table=None, seed=0):
-        """A fresh encoder for a backbone, of an EncoderConfig and a MethodConfig.
+    def from_backbone(
+        cls,
+        backbone: Backbone,
+        settings: EncoderConfig | None = None,
+        method: MethodConfig | None = None,
+        table: TokenTable | None = None,
+        seed: int = 0,
+    ) -> Self:
+        """A fresh encoder for a backbone.
 
-        Raises ValueError when the backbone's text encoder has no projection to CLIP space.
+        Raises DTEError when the backbone's text encoder has no projection to CLIP space.
         """
         table = table or TokenTable(backbone)
         with torch.random.fork_rng(devices=[]):
@@ -104,38 +153,85 @@ class TuningEncoder(ModelMixin, ConfigMixin):
             dimensions = encoder_dimensions(backbone, table, settings)
             encoder = cls(**dimensions, settings=asdict(settings), method=asdict(method))
         encoder.word_clip.copy_(word_clip_embeddings(backbone, table))
-        encoder.word_embeddings.copy_(table.embeddings)
+        encoder.bind(backbone, table)
         return encoder.to(backbone.device)
 
-    def forward(self, image_features: ImageFeatures, unet_features, timesteps):
-        """image_features: see features.py. unet_features: (B, C, g, g). timesteps: (B,)."""
-        tokens = self.fusion(image_features, unet_features, timesteps)  # (B, g*g, width)
-        guess = self.zero_shot(image_features.embeds)  # (B, d)
-        residual = self.residual_unit * self.token_head(tokens, image_features.patches)
-        v_star = self.zero_shot_weight * guess + residual
-        best = (image_features.embeds @ self.word_clip.T).argmax(dim=-1)  # (B,)
-        return EncoderPrediction(v_star, self.hypernetwork(tokens), self.word_embeddings[best])
+    @classmethod
+    def from_pretrained(
+        cls, path: Path | str, backbone: Backbone | None = None, table: TokenTable | None = None
+    ) -> Self:
+        """What `save_pretrained` wrote, for the backbone that it was trained with; frozen.
+
+        Not as in diffusers, the backbone must be given: its words are not in the file. Raises
+        DTEError without one, with another one, and for a folder that holds no whole encoder.
+        """
+        if backbone is None:
+            raise DTEError(
+                f"A {cls.__name__} needs the words of the backbone it was trained with: call "
+                f"{cls.__name__}.from_pretrained(path, backbone), or dte_lab.load_encoder."
+            )
+        if not (Path(path) / "config.json").is_file():
+            raise DTEError(f"There is no {cls.__name__} at {path}: give a folder that holds one.")
+        load, table = super().from_pretrained, table or TokenTable(backbone)
+        encoder = load_weights(load, path, low_cpu_mem_usage=False)
+        for key, value in encoder_dimensions(backbone, table, encoder.settings).items():
+            saved = encoder.config[key]
+            if key == "projections":
+                saved = {name: list(shape) for name, shape in saved.items()}
+            if saved != value:
+                raise DTEError(
+                    f"The encoder at {path} belongs to another backbone than {backbone.name} "
+                    f"(mismatch in {key})."
+                )
+        encoder.bind(backbone, table)
+        return encoder.to(backbone.device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def bind(self, backbone: Backbone, table: TokenTable) -> None:
+        """Take from the backbone what is not saved: the embeddings of its words."""
+        self.word_embeddings.copy_(table.embeddings)
+        self.typical_entry.copy_(table.embeddings.square().mean().sqrt())
+
+    def forward(
+        self,
+        image_features: ImageFeatures,
+        unet_features: Float[Tensor, "batch features grid grid"],
+        timesteps: Int[Tensor, " batch"],
+    ) -> EncoderPrediction:
+        """One prediction per row of the features, see features.py."""
+        tokens = self.fusion(image_features, unet_features, timesteps)  # (B, grid^2, width)
+        similarity = image_features.embeds @ self.word_clip.T  # (B, n), cosines to the words
+        guess = self.mix_words(similarity)  # (B, d)
+        residual = self.residual_unit * self.token_head(tokens, image_features.patches)  # (B, d)
+        v_star = self.zero_shot_weight * guess + residual  # (B, d)
+        offsets = self.hypernetwork(tokens)  # {key: (A (B, Din, r), B (B, r, Dout))}
+        class_word = self.word_embeddings[similarity.argmax(dim=-1)]  # (B, d)
+        return EncoderPrediction(v_star, offsets, class_word)
 
     @property
-    def residual_unit(self):
+    def residual_unit(self) -> Float[Tensor, ""]:
         """What the token head's outputs count in: `token_scale` of a word's typical entry."""
-        return self.settings.token_scale * self.word_embeddings.square().mean().sqrt()
+        return self.settings.token_scale * self.typical_entry
 
-    def zero_shot(self, embeds):
-        """Mixture of the words that CLIP finds in pictures: unit (B, p) -> (B, d).
+    def zero_shot(self, embeds: Float[Tensor, "batch embed"]) -> Float[Tensor, "batch dim"]:
+        """The guess without any training, from CLIP's unit embeddings of pictures."""
+        return self.mix_words(embeds @ self.word_clip.T)
+
+    def mix_words(self, similarity: Float[Tensor, "batch words"]) -> Float[Tensor, "batch dim"]:
+        """Mixture of the `zero_shot_words` most similar words.
 
         A mixture of vectors is shorter than they are; its norm is set to their mean norm.
         """
         k = min(self.settings.zero_shot_words, len(self.word_clip))
-        similarity, rows = (embeds @ self.word_clip.T).topk(k, dim=-1)  # (B, k)
+        similarity, rows = similarity.topk(k, dim=-1)  # (B, k)
         weight = (similarity / self.settings.zero_shot_temperature).softmax(dim=-1)[..., None]
         words = self.word_embeddings[rows]  # (B, k, d)
         norm = (weight * words.norm(dim=-1, keepdim=True)).sum(dim=1)  # (B, 1)
         return F.normalize((weight * words).sum(dim=1), dim=-1) * norm
 
     @torch.no_grad()
-    def enqueue(self, v_star, concepts):
-        """Write embeddings (B, d) of concepts (B,) over the oldest rows of the negative bank."""
+    def enqueue(self, v_star: Float[Tensor, "batch dim"], concepts: Int[Tensor, " batch"]) -> None:
+        """Write the embeddings of concepts over the oldest rows of the negative bank."""
         size = len(self.bank)
         v_star, concepts = v_star[:size], concepts[:size]
         rows = (self.bank_position + torch.arange(len(v_star), device=v_star.device)) % size
@@ -143,20 +239,34 @@ class TuningEncoder(ModelMixin, ConfigMixin):
         self.bank_concepts[rows] = concepts.to(self.bank_concepts)
         self.bank_position.copy_((self.bank_position + len(v_star)) % size)
 
-    def image_features(self, backbone, images):
-        """CLIP features of pictures (B, 3, H, W), with the layer that this encoder reads."""
+    def image_features(
+        self, backbone: Backbone, images: Float[Tensor, "batch 3 height width"]
+    ) -> ImageFeatures:
+        """CLIP features of pictures in [-1, 1], with the layer that this encoder reads."""
         return image_features(backbone, images, self.settings.clip_layer)
 
-    def unet_features(self, backbone, noisy_latents, timesteps, prompt):
-        """UNet features (B, C, g, g) of latents (B, c, h, w) at (B,), with the layers it reads.
+    def unet_features(
+        self,
+        backbone: Backbone,
+        noisy_latents: Float[Tensor, "batch channels height width"],
+        timesteps: Int[Tensor, " batch"],
+        prompt: Float[Tensor, "1 length dim"],
+    ) -> Float[Tensor, "batch features grid grid"]:
+        """UNet features with the layers that this encoder reads.
 
-        prompt: (1, L, d), the encoded `feature_prompt`.
+        prompt: the encoded `feature_prompt`.
         """
         grid, layers = self.settings.grid, self.settings.unet_layers
         return unet_features(backbone, noisy_latents, timesteps, prompt, grid, layers)
 
     @torch.no_grad()
-    def static_features(self, backbone, images, seed=0, prompt_encoder=None):
+    def static_features(
+        self,
+        backbone: Backbone,
+        images: Float[Tensor, "pictures 3 height width"],
+        seed: int = 0,
+        prompt_encoder: PromptEncoder | None = None,
+    ) -> tuple[ImageFeatures, Float[Tensor, "batch features grid grid"], Int[Tensor, " batch"]]:
         """What the static prediction is made from: the three arguments of `forward`.
 
         The features need a noisy latent: each of the B pictures is noised to each of the n
@@ -168,8 +278,7 @@ class TuningEncoder(ModelMixin, ConfigMixin):
         n = len(steps)
         timesteps = torch.tensor(steps, device=backbone.device).repeat(len(images))  # (B*n,)
         latents = backbone.encode_images(images).float().repeat_interleave(n, dim=0)
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        noise = torch.randn(latents.shape, generator=stream(seed, "static features")).to(latents)
         noisy = add_noise(backbone, latents, noise, timesteps)
         clip = self.image_features(backbone, images)
         clip = ImageFeatures(*(f.repeat_interleave(n, dim=0) for f in clip))
@@ -177,21 +286,59 @@ class TuningEncoder(ModelMixin, ConfigMixin):
         return clip, self.unet_features(backbone, noisy, timesteps, prompt), timesteps
 
     @torch.no_grad()
-    def predict(self, backbone, images, seed=0, prompt_encoder=None):
-        """Static prediction from pictures (B, 3, H, W) of *one* concept in [-1, 1].
+    def predict(
+        self,
+        backbone: Backbone,
+        images: Float[Tensor, "pictures 3 height width"],
+        seed: int = 0,
+        prompt_encoder: PromptEncoder | None = None,
+    ) -> EncoderPrediction:
+        """Static prediction (batch 1) from pictures of *one* concept in [-1, 1].
 
         The mean of the predictions from `static_features`. A mean of A and a mean of B is not the
         mean of A B; but one A is shared by most pictures. ("ours")
-        Returns an EncoderPrediction with batch size 1.
         """
         features = self.static_features(backbone, images, seed, prompt_encoder)
         return mean_prediction(self(*features), len(features[-1]))
 
+    @torch.no_grad()
+    def class_row(
+        self,
+        backbone: Backbone,
+        images: Float[Tensor, "pictures 3 height width"],
+        table: TokenTable,
+    ) -> int:
+        """Row of the table with the word that CLIP finds in pictures of one concept."""
+        return word_of_pictures(image_features(backbone, images).embeds, self.word_clip)
 
-def mean_prediction(prediction, n):
-    """Mean over each n neighbouring rows of an EncoderPrediction: batch B * n -> B."""
 
-    def mean(x):
+def trained_encoder(predictor: Predictor, purpose: str) -> TuningEncoder:
+    """`predictor` where it is an encoder.
+
+    Raises DTEError where it is none: there is nothing that `purpose` could work with.
+    """
+    if isinstance(predictor, TuningEncoder):
+        return predictor
+    raise DTEError(
+        f"{purpose} needs a trained encoder, and this backbone comes without one: train one with "
+        "dte pretrain, or name its folder."
+    )
+
+
+def word_of_pictures(
+    embeds: Float[Tensor, "pictures embed"], word_clip: Float[Tensor, "words embed"]
+) -> int:
+    """Row of the word that is most similar to pictures of one concept, on average."""
+    return int((word_clip.to(embeds) @ embeds.mean(dim=0)).argmax())
+
+
+def mean_prediction(prediction: EncoderPrediction, n: int) -> EncoderPrediction:
+    """Mean over each n neighbouring rows of an EncoderPrediction: batch B * n -> B.
+
+    Of different class words the mean, which is then no word itself.
+    """
+
+    def mean(x: Tensor) -> Tensor:
         return x.unflatten(0, (-1, n)).mean(dim=1)
 
     offsets = {key: (mean(a), mean(b)) for key, (a, b) in prediction.offsets.items()}
@@ -199,13 +346,15 @@ def mean_prediction(prediction, n):
 
 
 @torch.no_grad()
-def word_clip_embeddings(backbone, table, batch_size=256):
-    """Unit CLIP embeddings of "a picture of a WORD" for the table's n words: (n, p).
+def word_clip_embeddings(
+    backbone: Backbone, table: TokenTable, batch_size: int = 256
+) -> Float[Tensor, "words embed"]:
+    """Unit CLIP embeddings of "a picture of a WORD" for the table's words.
 
-    Raises ValueError when the text encoder has no projection.
+    Raises DTEError when the text encoder has no projection.
     """
     if not backbone.has_projection:
-        raise ValueError(
+        raise DTEError(
             f"The text encoder of backbone {backbone.name} has no projection to CLIP space; "
             "save it as CLIPTextModelWithProjection."
         )
@@ -221,7 +370,7 @@ def word_clip_embeddings(backbone, table, batch_size=256):
     return torch.cat(embeddings)
 
 
-def encoder_folder(name_or_path) -> Path:
+def encoder_folder(name_or_path: str | Path) -> Path:
     """Where an encoder lies: "small", an ablation of it such as "small/none", or a directory."""
     path = Path(name_or_path)
     if path == Path("small"):
@@ -231,31 +380,23 @@ def encoder_folder(name_or_path) -> Path:
     return path
 
 
-def load_encoder(name_or_path, backbone, table=None):
-    """Load a TuningEncoder by its `encoder_folder`, one that `save_pretrained` wrote.
+def load_encoder(
+    name_or_path: str | Path, backbone: Backbone, table: TokenTable | None = None
+) -> TuningEncoder:
+    """Load a TuningEncoder by its `encoder_folder`, for the backbone that it was trained with.
 
-    Raises ValueError when there is none, or when it was trained for another backbone.
+    Raises DTEError as `TuningEncoder.from_pretrained` does.
     """
     path = encoder_folder(name_or_path)
     if not (path / "config.json").is_file():
         names = ", ".join(["small", *(f"small/{name}" for name in ABLATIONS)])
-        raise ValueError(f"No encoder at {path}: give a folder that holds one, or one of {names}.")
-    encoder = TuningEncoder.from_pretrained(path, low_cpu_mem_usage=False)
-    table = table or TokenTable(backbone)
-    for key, value in encoder_dimensions(backbone, table, encoder.settings).items():
-        saved = encoder.config[key]
-        if key == "projections":
-            saved = {name: list(shape) for name, shape in saved.items()}
-        if saved != value:
-            raise ValueError(
-                f"The encoder at {path} belongs to another backbone than {backbone.name} "
-                f"(mismatch in {key})."
-            )
-    encoder.word_embeddings.copy_(table.embeddings)
-    return encoder.to(backbone.device).eval().requires_grad_(False)
+        raise DTEError(f"No encoder at {path}: give a folder that holds one, or one of {names}.")
+    return TuningEncoder.from_pretrained(path, backbone, table)
 
 
-def encoder_dimensions(backbone, table, settings):
+def encoder_dimensions(
+    backbone: Backbone, table: TokenTable, settings: EncoderConfig
+) -> dict[str, int | dict[str, list[int]]]:
     """What an encoder must know of its backbone."""
     return {
         "projections": {key: list(s) for key, s in projection_shapes(backbone.unet).items()},

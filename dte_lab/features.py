@@ -5,24 +5,32 @@ the current timestep, by default with the empty prompt. Both towers are frozen a
 gradients. Which layers are read is a choice (EncoderConfig), since the paper does not say.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from torch import nn
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dte_lab.backbone import Backbone
+from dte_lab.common.errors import DTEError
 
 
 class ImageFeatures(NamedTuple):
     """CLIP features of a batch of pictures."""
 
-    patches: torch.Tensor  # (B, width, g, g) hidden state on the patch grid
-    embeds: torch.Tensor  # (B, projection) unit vectors in the image-text space
+    patches: Float[Tensor, "batch clip p p"]  # hidden state on the patch grid
+    embeds: Float[Tensor, "batch embed"]  # unit vectors in the image-text space
 
 
 @torch.no_grad()
-def image_features(backbone, images, layer=-1):
-    """CLIP features of pictures (B, 3, H, W) in [-1, 1]; see `ImageFeatures`.
+def image_features(
+    backbone: Backbone, images: Float[Tensor, "batch 3 height width"], layer: int = -1
+) -> ImageFeatures:
+    """CLIP features of pictures in [-1, 1].
 
     layer: which hidden state the patches come from: -1 the last, -2 the one before, ...
     """
@@ -35,16 +43,22 @@ def image_features(backbone, images, layer=-1):
 
 
 @torch.no_grad()
-def unet_features(backbone, noisy_latents, timesteps, prompt, grid=8, layers=None):
+def unet_features(
+    backbone: Backbone,
+    noisy_latents: Float[Tensor, "batch channels height width"],
+    timesteps: Int[Tensor, " batch"],
+    prompt: Float[Tensor, "1 length dim"],
+    grid: int = 8,
+    layers: Sequence[str] | None = None,
+) -> Float[Tensor, "batch features {grid} {grid}"]:
     """Features of the UNet's down and mid blocks, each map brought to one grid and scale.
 
-    noisy_latents: (B, C, h, w). timesteps: (B,). prompt: (1, L, d), encoded. layers: some of
-    `unet_layers(unet)`, None for all; what lies behind the last of them is not computed.
-    Returns (B, sum of the maps' channels, grid, grid); `unet_feature_dim` counts the channels.
+    prompt: one, encoded. layers: some of `unet_layers(unet)`, None for all; what lies behind the
+    last of them is not computed. `unet_feature_dim` counts the channels of all maps.
     Every map is normalised over itself (mean 0, variance 1), because their scales differ by orders
     of magnitude. ("ours": the paper does not say how the maps are pooled; E4T takes their means.)
 
-    Raises ValueError for an unknown layer.
+    Raises DTEError for an unknown layer.
     """
     unet = backbone.unet
     wanted = list(_channels(unet, layers))
@@ -68,17 +82,17 @@ def unet_features(backbone, noisy_latents, timesteps, prompt, grid=8, layers=Non
             return torch.cat(maps, dim=1)
 
 
-def unet_layers(unet):
+def unet_layers(unet: UNet2DConditionModel) -> list[str]:
     """Names of the encoder half's layers, in order: conv_in, down_blocks.0, ..., mid_block."""
     return ["conv_in", *(f"down_blocks.{i}" for i in range(len(unet.down_blocks))), "mid_block"]
 
 
-def unet_feature_dim(unet, layers=None):
+def unet_feature_dim(unet: UNet2DConditionModel, layers: Sequence[str] | None = None) -> int:
     """Number of channels that `unet_features` returns, counted from the configuration."""
     return sum(_channels(unet, layers).values())
 
 
-def _channels(unet, layers):
+def _channels(unet: UNet2DConditionModel, layers: Sequence[str] | None) -> dict[str, int]:
     """{layer: channels of its maps} of the chosen layers, in the UNet's order."""
     widths, per_block = unet.config.block_out_channels, unet.config.layers_per_block
     channels = {"conv_in": widths[0]}
@@ -88,43 +102,49 @@ def _channels(unet, layers):
     if layers is None:
         return channels
     if not layers or not set(layers) <= set(channels):
-        raise ValueError(f"UNet layers {list(layers)}: choose some of {', '.join(channels)}.")
+        raise DTEError(f"UNet layers {list(layers)}: choose some of {', '.join(channels)}.")
     return {name: count for name, count in channels.items() if name in layers}
 
 
-def _to_grid(x, grid):
-    """(B, C, h, w) -> (B, C, grid, grid): averaged down, or repeated up."""
+def _to_grid(
+    x: Float[Tensor, "batch channels h w"], grid: int
+) -> Float[Tensor, "batch channels {grid} {grid}"]:
+    """Maps of the UNet, averaged down or repeated up."""
     if x.shape[-1] >= grid:
         return F.adaptive_avg_pool2d(x, grid)
     return F.interpolate(x, (grid, grid), mode="nearest")
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions with a skip connection: (B, d, g, g) -> (B, d, g, g)."""
+    """Two 3x3 convolutions with a skip connection."""
 
-    def __init__(self, width):
+    def __init__(self, width: int):
         super().__init__()
         self.norm1 = nn.GroupNorm(8, width)
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
         self.norm2 = nn.GroupNorm(8, width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
 
-    def forward(self, x):
+    def forward(self, x: Float[Tensor, "batch width g g"]) -> Float[Tensor, "batch width g g"]:
         h = self.conv1(F.silu(self.norm1(x)))
         return x + self.conv2(F.silu(self.norm2(h)))
 
 
-def to_grid(x, grid):
-    """Patches (B, d, p, p) -> (B, d, grid, grid)."""
+def to_grid(
+    x: Float[Tensor, "batch width p p"], grid: int
+) -> Float[Tensor, "batch width {grid} {grid}"]:
+    """CLIP's patches on another grid, interpolated."""
     if x.shape[-1] == grid:
         return x
     return F.interpolate(x, (grid, grid), mode="bilinear", antialias=True)
 
 
 class FeatureFusion(nn.Module):
-    """CLIP and UNet features on one grid, mixed by convolutions: -> tokens (B, grid^2, d)."""
+    """CLIP and UNet features on one grid, mixed by convolutions: one token for each place."""
 
-    def __init__(self, clip_dim, embed_dim, unet_dim, width, grid, depth):
+    def __init__(
+        self, clip_dim: int, embed_dim: int, unet_dim: int, width: int, grid: int, depth: int
+    ):
         super().__init__()
         self.grid = grid
         self.clip_norm = nn.GroupNorm(1, clip_dim)
@@ -136,13 +156,19 @@ class FeatureFusion(nn.Module):
         self.position = nn.Parameter(0.02 * torch.randn(grid**2, width))
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, image_features: ImageFeatures, unet_features, timesteps):
+    def forward(
+        self,
+        image_features: ImageFeatures,
+        unet_features: Float[Tensor, "batch features grid grid"],
+        timesteps: Int[Tensor, " batch"],
+    ) -> Float[Tensor, "batch tokens width"]:
         patches, embeds = image_features
         # contiguous: torch 2.13 crashes in GroupNorm's backward on a channels-last leaf on CPU.
-        clip = self.clip_in(self.clip_norm(patches.contiguous()))  # (B, d, p, p)
-        clip = to_grid(clip, self.grid)
+        clip = self.clip_in(self.clip_norm(patches.contiguous()))  # (B, width, p, p)
+        clip = to_grid(clip, self.grid)  # (B, width, grid, grid)
+        unet = self.unet_in(unet_features)  # (B, width, grid, grid)
         # embeds are unit vectors: bring their entries to variance 1 before the projection.
-        whole = self.embed_in(embeds * embeds.shape[-1] ** 0.5) + self.time(timesteps)  # (B, d)
-        x = clip + self.unet_in(unet_features) + whole[:, :, None, None]  # (B, d, grid, grid)
-        x = self.blocks(x).flatten(2).transpose(1, 2)  # (B, grid^2, d)
+        whole = self.embed_in(embeds * embeds.shape[-1] ** 0.5) + self.time(timesteps)  # (B, width)
+        x = self.blocks(clip + unet + whole[:, :, None, None])  # (B, width, grid, grid)
+        x = x.flatten(2).transpose(1, 2)  # (B, grid^2, width)
         return self.norm(x + self.position)

@@ -10,21 +10,25 @@ turns each answer into a matrix with a linear head shared by all matrices of tha
 the paper gives neither the architecture nor the initialisation.)
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from dte_lab.features import to_grid
+from dte_lab.lora import Offsets
 
 
 class TokenHead(nn.Module):
-    """Tokens (B, N, d), CLIP patches (B, c, p, p) -> residual of v* (B, token_dim), zero at first.
+    """Tokens and CLIP patches -> residual of v* in units of `residual_unit`, zero at first.
 
     The mean of the tokens no longer knows what is where; `read` does. It is linear in the patches,
     so that it can be fitted at once, as world/first_words.py does. ("ours")
     """
 
-    def __init__(self, width, token_dim, clip_dim, grid, patch_channels):
+    def __init__(self, width: int, token_dim: int, clip_dim: int, grid: int, patch_channels: int):
         super().__init__()
         self.grid = grid
         self.hidden = nn.Linear(width, width)
@@ -35,12 +39,14 @@ class TokenHead(nn.Module):
         for last in (self.out.weight, self.out.bias, self.read.weight):
             nn.init.zeros_(last)
 
-    def forward(self, tokens, patches):
-        from_tokens = self.out(F.silu(self.hidden(tokens.mean(dim=1))))
+    def forward(
+        self, tokens: Float[Tensor, "batch n width"], patches: Float[Tensor, "batch clip p p"]
+    ) -> Float[Tensor, "batch dim"]:
+        from_tokens = self.out(F.silu(self.hidden(tokens.mean(dim=1))))  # (B, dim)
         return from_tokens + self.read(self.places(patches))
 
-    def places(self, patches):
-        """What `read` reads: (B, c, p, p) -> (B, patch_channels * grid^2).
+    def places(self, patches: Float[Tensor, "batch clip p p"]) -> Float[Tensor, "batch places"]:
+        """What `read` reads: `patch_channels` numbers of each of grid^2 places.
 
         Divided by the root of their number, so that one step of AdamW moves v* by little.
         """
@@ -49,9 +55,9 @@ class TokenHead(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """Queries (B, Q, d) read from tokens (B, N, d), then an MLP; pre-norm."""
+    """Queries read from tokens, then an MLP; pre-norm."""
 
-    def __init__(self, width, num_heads):
+    def __init__(self, width: int, num_heads: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
         self.attn = nn.MultiheadAttention(width, num_heads, batch_first=True)
@@ -60,34 +66,66 @@ class CrossBlock(nn.Module):
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
 
-    def forward(self, queries, tokens):
+    def forward(
+        self, queries: Float[Tensor, "batch queries width"], tokens: Float[Tensor, "batch n width"]
+    ) -> Float[Tensor, "batch queries width"]:
         queries = queries + self.attn(self.norm1(queries), tokens, tokens, need_weights=False)[0]
         return queries + self.mlp(self.norm2(queries))
 
 
-class Trunk(nn.Module):
-    """Learned queries read from tokens (B, N, d): -> answers (B, Q, d)."""
+class Group(NamedTuple):
+    """The matrices of one kind and shape, which one head makes."""
 
-    def __init__(self, num_queries, width, num_heads, depth):
+    side: str  # "A", "B", or "W" for whole matrices
+    shape: tuple[int, int]
+    std: float  # of the head's first weights
+    numbers: list[int]  # of the matrices, each of which has the query of its number
+
+
+class Trunk(nn.Module):
+    """Learned queries read from tokens; linear heads turn the answers into matrices.
+
+    groups: {name of a head: Group}; together they number the queries from 0.
+    """
+
+    def __init__(self, groups: dict[str, Group], width: int, num_heads: int, depth: int):
         super().__init__()
-        self.queries = nn.Parameter(torch.randn(num_queries, width))
+        self.groups = groups
+        count = sum(len(group.numbers) for group in groups.values())
+        self.queries = nn.Parameter(torch.randn(count, width))
         self.blocks = nn.ModuleList([CrossBlock(width, num_heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(width)
+        self.heads = nn.ModuleDict()
+        for name, group in groups.items():
+            rows, columns = group.shape
+            self.heads[name] = head = nn.Linear(width, rows * columns, bias=False)
+            nn.init.normal_(head.weight, std=group.std)
+            index = torch.tensor(group.numbers)  # kept on the device
+            self.register_buffer(f"of_{name}", index, persistent=False)
 
-    def index_queries(self):
-        """Keep which queries each head answers, `groups`, on the device."""
-        for name, index in self.groups.items():
-            self.register_buffer(f"of_{name}", torch.tensor(index), persistent=False)
-
-    def answers(self, tokens):
-        queries = self.queries.expand(len(tokens), -1, -1)  # (B, Q, d)
+    def answers(
+        self, tokens: Float[Tensor, "batch n width"]
+    ) -> Float[Tensor, "batch queries width"]:
+        """What the queries find in the tokens."""
+        queries = self.queries.expand(len(tokens), -1, -1)  # (B, Q, width)
         for block in self.blocks:
             queries = block(queries, tokens)
         return self.norm(queries)
 
+    def matrices(
+        self, tokens: Float[Tensor, "batch n width"]
+    ) -> dict[int, Float[Tensor, "batch _ _"]]:
+        """{number of a matrix: it}, each of the shape of its group."""
+        answers, matrices = self.answers(tokens), {}  # (B, Q, width)
+        for name, group in self.groups.items():
+            out = self.heads[name](answers[:, self.get_buffer(f"of_{name}")])  # (B, q, rows * cols)
+            out = out.unflatten(-1, group.shape)  # (B, q, rows, columns)
+            matrices |= zip(group.numbers, out.unbind(1), strict=True)
+        return matrices
+
 
 class LoRAHypernetwork(Trunk):
-    """Tokens (B, N, d) -> {"layer.projection": (A (B, Din, r), B (B, r, Dout))}.
+    """Tokens (B, N, width) -> {"layer.projection": (A (B, Din, r), B (B, r, Dout))}.
 
     One query per (layer, projection, side); the heads grow with the number of distinct widths, not
     with the number of layers.
@@ -97,78 +135,71 @@ class LoRAHypernetwork(Trunk):
     move the layers' outputs by a few percent a step instead of by their own size.
     """
 
-    def __init__(self, projections, rank, width, num_heads, depth, offset_scale):
-        super().__init__(2 * len(projections), width, num_heads, depth)
-        self.rank, self.offset_scale = rank, offset_scale
-        self.keys = sorted(projections)  # a reloaded configuration comes in another order
-        # Matrix 2i is the A of key i, matrix 2i+1 its B; `dims` holds Din or Dout.
-        dims = [dim for key in self.keys for dim in projections[key]]
-        self.groups = {}  # name of the head -> the matrices it makes
-        for i, dim in enumerate(dims):
-            self.groups.setdefault(f"{'AB'[i % 2]}{dim}", []).append(i)
+    def __init__(
+        self, projections: dict[str, tuple[int, int]], rank: int, width: int, num_heads: int,
+        depth: int, offset_scale: float,
+    ):  # fmt: skip
+        keys = sorted(projections)  # a reloaded configuration comes in another order
+        groups = {}
+        for i, key in enumerate(keys):  # matrix 2i is the A of key i, matrix 2i+1 its B
+            d_in, d_out = projections[key]
+            a = Group("A", (d_in, rank), (width * d_in) ** -0.5, [])
+            b = Group("B", (rank, d_out), 0.0, [])
+            groups.setdefault(f"A{d_in}", a).numbers.append(2 * i)
+            groups.setdefault(f"B{d_out}", b).numbers.append(2 * i + 1)
+        super().__init__(groups, width, num_heads, depth)
+        self.keys, self.rank, self.offset_scale = keys, rank, offset_scale
 
-        self.heads = nn.ModuleDict()
-        for name in self.groups:
-            dim = int(name[1:])
-            head = nn.Linear(width, dim * rank, bias=False)
-            std = (width * dim) ** -0.5 if name[0] == "A" else 0.0
-            nn.init.normal_(head.weight, std=std)
-            self.heads[name] = head
-        self.index_queries()
-
-    def forward(self, tokens):
-        answers, matrices = self.answers(tokens), {}  # (B, Q, d)
-        for name, index in self.groups.items():
-            out = self.heads[name](answers[:, self.get_buffer(f"of_{name}")])  # (B, q, dim*r)
-            if name[0] == "A":
-                out = out.unflatten(-1, (-1, self.rank))  # (B, q, Din, r)
-            else:
-                out = self.offset_scale * out.unflatten(-1, (self.rank, -1))  # (B, q, r, Dout)
-            matrices |= zip(index, out.unbind(1), strict=True)
-        return {key: (matrices[2 * i], matrices[2 * i + 1]) for i, key in enumerate(self.keys)}
+    def forward(self, tokens: Float[Tensor, "batch n width"]) -> Offsets:
+        matrices = self.matrices(tokens)
+        return {
+            key: (matrices[2 * i], self.offset_scale * matrices[2 * i + 1])
+            for i, key in enumerate(self.keys)
+        }
 
 
 class FullHypernetwork(Trunk):
-    """Tokens (B, N, d) -> {"layer.projection": (W_delta (B, Din, Dout), identity)}.
+    """Tokens (B, N, width) -> {"layer.projection": (W_delta (B, Din, Dout), identity)}.
 
     The paper's alternative to low rank, for comparison: the same trunk with one query per (layer,
     projection), and heads of Din * Dout outputs. Whole matrices go through the same code as pairs
-    A, B, with an identity for B. Starts as an exact no-op.
+    A, B, with an identity for B (`lora.is_whole`). Starts as an exact no-op.
     """
 
-    def __init__(self, projections, width, num_heads, depth, offset_scale):
-        super().__init__(len(projections), width, num_heads, depth)
-        self.keys, self.offset_scale = sorted(projections), offset_scale
-        self.groups = {}  # name of the head -> the keys of its shape
+    def __init__(
+        self, projections: dict[str, tuple[int, int]], width: int, num_heads: int, depth: int,
+        offset_scale: float,
+    ):  # fmt: skip
+        keys, groups = sorted(projections), {}
+        for i, key in enumerate(keys):
+            d_in, d_out = projections[key]
+            group = Group("W", (d_in, d_out), 0.0, [])
+            groups.setdefault(f"{d_in}x{d_out}", group).numbers.append(i)
+        super().__init__(groups, width, num_heads, depth)
+        self.keys, self.offset_scale = keys, offset_scale
+
+    def forward(self, tokens: Float[Tensor, "batch n width"]) -> Offsets:
+        matrices, offsets = self.matrices(tokens), {}
         for i, key in enumerate(self.keys):
-            self.groups.setdefault("{}x{}".format(*projections[key]), []).append(i)
-        self.heads = nn.ModuleDict()
-        for name in self.groups:
-            d_in, d_out = map(int, name.split("x"))
-            self.heads[name] = head = nn.Linear(width, d_in * d_out, bias=False)
-            nn.init.zeros_(head.weight)
-        self.index_queries()
-
-    def forward(self, tokens):
-        answers, offsets = self.answers(tokens), {}  # (B, Q, d)
-        for name, index in self.groups.items():
-            d_in, d_out = map(int, name.split("x"))
-            out = self.heads[name](answers[:, self.get_buffer(f"of_{name}")])
-            out = out.unflatten(-1, (d_in, d_out))
-            out = out * self.offset_scale * d_in**-0.5  # (B, q, Din, Dout)
-            eye = torch.eye(d_out, device=out.device).expand(len(out), -1, -1)
-            offsets |= {self.keys[i]: (out[:, j], eye) for j, i in enumerate(index)}
-        return {key: offsets[key] for key in self.keys}
+            w = matrices[i] * self.offset_scale * matrices[i].shape[1] ** -0.5  # (B, Din, Dout)
+            eye = torch.eye(w.shape[2], dtype=w.dtype, device=w.device)
+            offsets[key] = w, eye.expand(len(w), -1, -1)
+        return offsets
 
 
-def build_hypernetwork(projections, rank, width, num_heads, depth, offset_scale):
+def build_hypernetwork(
+    projections: dict[str, tuple[int, int]], rank: int | str, width: int, num_heads: int,
+    depth: int, offset_scale: float,
+) -> Trunk:  # fmt: skip
     """The hypernetwork of a rank: 1, 2, ..., or "full" for whole matrices."""
     if rank == "full":
         return FullHypernetwork(projections, width, num_heads, depth, offset_scale)
     return LoRAHypernetwork(projections, rank, width, num_heads, depth, offset_scale)
 
 
-def count_parameters(projections, rank, width, num_heads, depth):
+def count_parameters(
+    projections: dict[str, tuple[int, int]], rank: int | str, width: int, num_heads: int, depth: int
+) -> dict[str, int]:
     """Parameters of the hypernetwork for a UNet's {key: (Din, Dout)}, allocating nothing.
 
     rank: 1, 2, ..., or "full" for whole matrices. Returns a dict: `hypernetwork`, trunk and heads;
@@ -177,7 +208,7 @@ def count_parameters(projections, rank, width, num_heads, depth):
     with torch.device("meta"):
         net = build_hypernetwork(projections, rank, width, num_heads, depth, 1.0)
 
-    def count(module):
+    def count(module: nn.Module) -> int:
         return sum(p.numel() for p in module.parameters())
 
     sizes = [(i * o if rank == "full" else (i + o) * rank) for i, o in projections.values()]

@@ -4,11 +4,19 @@
 """
 
 import torch
+from diffusers.models.attention_processor import Attention
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dte_lab.common.errors import DTEError
+
+# {"layer.projection": (A (B, Din, r), B (B, r, Dout))}, each with its own widths; B may be 1.
+Offsets = dict[str, tuple[Float[Tensor, "_ _ _"], Float[Tensor, "_ _ _"]]]
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
 
 
-def attention_layers(unet):
+def attention_layers(unet: nn.Module) -> dict[str, Attention]:
     """{name: Attention} of the UNet's transformer blocks, in the order of their names.
 
     attn1 is self-attention, attn2 cross-attention with the text.
@@ -20,12 +28,12 @@ def attention_layers(unet):
     }
 
 
-def projection_layer(attn, projection):
+def projection_layer(attn: Attention, projection: str) -> nn.Linear:
     """The linear layer of one of PROJECTIONS in an Attention."""
     return attn.to_out[0] if projection == "to_out" else getattr(attn, projection)
 
 
-def projection_shapes(unet):
+def projection_shapes(unet: nn.Module) -> dict[str, tuple[int, int]]:
     """{"layer.projection": (Din, Dout)} of everything that offsets can change."""
     shapes = {}
     for name, attn in attention_layers(unet).items():
@@ -35,8 +43,12 @@ def projection_shapes(unet):
     return shapes
 
 
-def low_rank_product(x, a, b):
-    """x A B, what offsets add to x W: x (B, T, Din), A (B, Din, r), B (B, r, Dout) -> (B, T, Dout).
+def low_rank_product(
+    x: Float[Tensor, "batch tokens d_in"],
+    a: Float[Tensor, "one_or_batch d_in rank"],
+    b: Float[Tensor, "one_or_batch_too rank d_out"],
+) -> Float[Tensor, "batch tokens d_out"]:
+    """x A B, what offsets add to x W.
 
     A and B of batch size 1 serve every sample of x. They are cast to x's dtype and device.
     """
@@ -46,20 +58,30 @@ def low_rank_product(x, a, b):
     return x @ a @ b
 
 
-def check_offsets(offsets, shapes):
-    """Raise ValueError where offsets {key: (A, B)} do not fit the UNet's {key: (Din, Dout)}."""
+def check_offsets(offsets: Offsets, shapes: dict[str, tuple[int, int]]) -> None:
+    """Raise DTEError where offsets {key: (A, B)} do not fit the UNet's {key: (Din, Dout)}."""
     for key, (a, b) in offsets.items():
         if key not in shapes:
-            raise ValueError(f"The UNet has no projection {key}: the offsets are of another model.")
+            raise DTEError(f"The UNet has no projection {key}: the offsets are of another model.")
         if (a.shape[-2], b.shape[-1]) != shapes[key] or a.shape[-1] != b.shape[-2]:
-            raise ValueError(
+            raise DTEError(
                 f"The offsets of {key} have shapes {tuple(a.shape)} and {tuple(b.shape)}, "
                 f"expected (B, {shapes[key][0]}, r) and (B, r, {shapes[key][1]})."
             )
 
 
+def is_whole(b: Float[Tensor, "_ rank d_out"]) -> bool:
+    """Whether B is the identity, and A thus the whole change of a weight matrix, not a factor.
+
+    Whole matrices (rank "full", E4T) go through the same code as pairs A, B. Their B is no
+    parameter: were it tuned, W_delta would get a second factor of full size.
+    """
+    rank, d_out = b.shape[1:]
+    return rank == d_out and bool((b == torch.eye(rank, dtype=b.dtype, device=b.device)).all())
+
+
 @torch.no_grad()
-def singular_values(offsets):
+def singular_values(offsets: Offsets) -> dict[str, Float[Tensor, "_ _"]]:
     """{key: singular values (B, r)} of A B, largest first, from two thin QR decompositions.
 
     A = Q R and B^T = P S give A B = Q (R S^T) P^T, whose singular values are those of R S^T.
@@ -72,7 +94,7 @@ def singular_values(offsets):
     return values
 
 
-def effective_rank(values):
+def effective_rank(values: Float[Tensor, "*any r"]) -> Float[Tensor, "*any"]:
     """exp of the entropy of the normalised singular values (..., r): 1 to r, 0 for no offset.
 
     (Roy and Vetterli 2007, "The effective rank".)
@@ -83,7 +105,7 @@ def effective_rank(values):
 
 
 @torch.no_grad()
-def inner_products(offsets):
+def inner_products(offsets: Offsets) -> Float[Tensor, "batch batch"]:
     """Frobenius inner products of the samples' A B, summed over all keys: (B, B).
 
     <A1 B1, A2 B2> = tr((A1 B1)^T A2 B2) is the sum over the entries of (A1^T A2) * (B1 B2^T), two
@@ -98,10 +120,11 @@ def inner_products(offsets):
 
 
 @torch.no_grad()
-def truncate(offsets, rank):
+def truncate(offsets: Offsets, rank: int) -> Offsets:
     """Offsets with the best approximation of A B of a lower rank (Eckart and Young).
 
     Returns {key: (A (B, Din, rank), B (B, rank, Dout))}; the singular values are split evenly.
+    Whole matrices can be cut as well; a rank above min(Din, Dout) is cut to that.
     """
     short = {}
     for key, (a, b) in offsets.items():

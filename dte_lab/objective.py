@@ -21,7 +21,7 @@ from dte_lab.config import MethodConfig
 from dte_lab.contrastive import Bank, prompt_embedding, regularise
 from dte_lab.dual_path import alpha_at, dual_path
 from dte_lab.encoder import EncoderPrediction
-from dte_lab.tokens import PromptEncoder
+from dte_lab.tokens import PromptEncoder, PromptTokens
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Batch:
     latents: Float[Tensor, "batch channels height width"]
     noise: Float[Tensor, "batch channels height width"]
     timesteps: Int[Tensor, " batch"]
-    prompts: Sequence[str] | tuple[Tensor, Tensor]
+    prompts: Sequence[str] | PromptTokens
     concepts: Int[Tensor, " batch"] | None = None
 
 
@@ -77,8 +77,11 @@ def objective(
     """
     t = batch.timesteps
     v_star = prompt_embedding(prediction.v_star, prompt_encoder.table, method)
-    soft = prompt_encoder(batch.prompts, v_star)  # (B, L, d)
-    hard = prompt_encoder.hard(batch.prompts, v_star) if method.alpha_blend != 1 else None
+    prompts, hard = batch.prompts, None
+    tokens = prompts if isinstance(prompts, PromptTokens) else prompt_encoder.tokenize(prompts)
+    soft = prompt_encoder.encode(tokens, v_star)  # (B, L, d)
+    if method.alpha_blend != 1:
+        hard = prompt_encoder.encode(tokens, prompt_encoder.nearest_hard(v_star))
     alpha = alpha_at(method.alpha_blend, t, len(backbone.alphas_cumprod))
     noisy = add_noise(backbone, batch.latents, batch.noise, t).to(backbone.dtype)
     target = diffusion_target(backbone, batch.latents, batch.noise, t)

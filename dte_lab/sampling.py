@@ -11,7 +11,7 @@ import torch
 from dte_lab.common.errors import DTEError
 from dte_lab.contrastive import prompt_embedding
 from dte_lab.dual_path import alpha_at
-from dte_lab.encoder import EncoderPrediction, mean_prediction
+from dte_lab.encoder import EncoderPrediction, mean_prediction, trained_encoder
 from dte_lab.features import ImageFeatures
 
 # Ours, chosen on val concepts for the small backbone: at 3 the colours saturate, and those of the
@@ -31,7 +31,8 @@ class Refresher:
                 "The concept holds no pictures to predict from during sampling: "
                 "personalize it again, or use prediction_interval=0."
             )
-        self.backbone, self.encoder = backbone, encoder
+        self.backbone = backbone
+        encoder = self.encoder = trained_encoder(encoder, "A prediction_interval")
         self.table, self.config = prompt_encoder.table, concept.config
         self.prompt = prompt_encoder.plain([encoder.settings.feature_prompt])
         pictures = concept.pictures.to(backbone.device).float() / 127.5 - 1  # (n, 3, H, W)

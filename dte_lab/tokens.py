@@ -6,13 +6,18 @@ prompt; its nearest real word v_h is the "hard" word of the dual path.
 
 import json
 import logging
-from functools import cache, cached_property
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from dte_lab import placeholder_token
-from dte_lab.backbone import backbone_folder
+from dte_lab.backbone import Backbone, backbone_folder
+from dte_lab.common.errors import DTEError
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +38,7 @@ class TokenTable:
         typical_entry: root mean square of their entries, a float.
     """
 
-    def __init__(self, backbone):
+    def __init__(self, backbone: Backbone):
         vocabulary = backbone.tokenizer.get_vocab()
         special = set(backbone.tokenizer.all_special_tokens)
         usable = sorted(
@@ -45,7 +50,7 @@ class TokenTable:
         if (known := known_words(backbone)) is not None:
             usable = [(i, word) for i, word in usable if word in known]
         if not usable:
-            raise ValueError(f"The vocabulary of backbone {backbone.name} has no usable word.")
+            raise DTEError(f"The vocabulary of backbone {backbone.name} has no usable word.")
         self.ids = torch.tensor([i for i, _ in usable])
         self.words = [word for _, word in usable]
         weight = backbone.text_encoder.get_input_embeddings().weight
@@ -54,13 +59,14 @@ class TokenTable:
         self.unit = F.normalize(self.embeddings, dim=-1)  # (n, d)
         self.mean_norm = self.embeddings.norm(dim=-1).mean().item()
         self.typical_entry = self.embeddings.square().mean().sqrt().item()
+        self._neighbour_cosines: dict[int, float] = {}  # by k
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.words)
 
     @cached_property
-    def gaussian(self):
-        """Mean (d,) and precision (d, d) of a Gaussian fitted to the embeddings.
+    def gaussian(self) -> tuple[Float[Tensor, " dim"], Float[Tensor, "dim dim"]]:
+        """Mean and precision of a Gaussian fitted to the embeddings.
 
         The covariance is shrunk by a tenth towards the identity's multiple of the same trace, so
         that few words in many dimensions still have an inverse.
@@ -70,35 +76,40 @@ class TokenTable:
         covariance = 0.9 * covariance + 0.1 * covariance.diagonal().mean() * eye
         return self.embeddings.mean(dim=0), torch.linalg.inv(covariance)
 
-    @cache  # noqa: B019  (a table lives as long as its pipeline)
-    def neighbour_cosine(self, k):
+    def neighbour_cosine(self, k: int) -> float:
         """Mean cosine of a word to its k nearest other words, over up to 1,000 words."""
-        some = self.unit[:: -(-len(self) // 1000)]
-        best = (some @ self.unit.T).topk(min(k + 1, len(self)), dim=-1).values  # (m, k + 1)
-        return best[:, 1:].mean().item()  # the first is the word itself
+        if k not in self._neighbour_cosines:  # not functools.cache, which keeps the table alive
+            some = self.unit[:: -(-len(self) // 1000)]
+            best = (some @ self.unit.T).topk(min(k + 1, len(self)), dim=-1).values  # (m, k + 1)
+            self._neighbour_cosines[k] = best[:, 1:].mean().item()  # the first is the word itself
+        return self._neighbour_cosines[k]
 
-    def nearest_rows(self, v, k=1):
-        """The k nearest words by cosine: (similarities (B, k), rows of the table (B, k)).
+    def nearest_rows(
+        self, v: Float[Tensor, "batch dim"], k: int = 1
+    ) -> tuple[Float[Tensor, "batch near"], Int[Tensor, "batch near"]]:
+        """The k nearest words by cosine: (similarities, rows of the table).
 
         With fewer than k words in the table, all of them.
         """
         cosine = F.normalize(v.detach().float(), dim=-1) @ self.unit.to(v.device).T  # (B, n)
         return cosine.topk(min(k, len(self)), dim=-1)
 
-    def nearest(self, v, k=5):
+    def nearest(
+        self, v: Float[Tensor, "batch dim"], k: int = 5
+    ) -> tuple[Int[Tensor, "batch near"], list[list[str]], Float[Tensor, "batch near"]]:
         """The k usable words nearest to each embedding by cosine similarity.
 
-        v: (B, d). Returns token ids (B, k), a list of B lists of k words, similarities (B, k).
+        Returns token ids, B lists of k words, and similarities.
         """
         similarities, rows = self.nearest_rows(v, k)
         words = [[self.words[i] for i in row] for row in rows.tolist()]
         return self.ids.to(rows.device)[rows], words, similarities
 
 
-def known_words(backbone):
+def known_words(backbone: Backbone) -> set[str] | None:
     """The set of words in the `words.json` of the backbone's folder; None where there is none.
 
-    Raises ValueError when the file holds something else than a list of words.
+    Raises DTEError when the file holds something else than a list of words.
     """
     path = backbone_folder(backbone.name) / "words.json"
     if not path.is_file():
@@ -108,8 +119,15 @@ def known_words(backbone):
     except ValueError:
         words = None
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise ValueError(f"{path} must hold a JSON list of words: write it again or remove it.")
+        raise DTEError(f"{path} must hold a JSON list of words: write it again or remove it.")
     return set(words)
+
+
+class PromptTokens(NamedTuple):
+    """Tokenized prompts with places for v*."""
+
+    ids: Int[Tensor, "batch length"]
+    slots: Int[Tensor, "batch length"]  # which vector to insert at each position, or -1
 
 
 class PromptEncoder:
@@ -119,26 +137,34 @@ class PromptEncoder:
     flow from the UNet to v*; tokenizer and text encoder stay as they are.
     """
 
-    def __init__(self, backbone, table=None):
+    def __init__(self, backbone: Backbone, table: TokenTable | None = None):
         self.tokenizer = backbone.tokenizer
         self.text_encoder = backbone.text_encoder
         self.table = table or TokenTable(backbone)
-        self._pieces = {}  # text between placeholders -> token ids
+        self._pieces: dict[str, list[int]] = {}  # text between placeholders -> token ids
 
-    def __call__(self, prompts, v_star):
-        """Encode prompts with v_star: (B, d) or (B, n, d), or a batch of 1 for all prompts.
+    def __call__(
+        self, prompts: Sequence[str], v_star: Float[Tensor, "one_or_batch *n dim"]
+    ) -> Float[Tensor, "batch length dim"]:
+        """Encode prompts, each with "S*", with embeddings (B, d) or several each, (B, n, d).
 
-        prompts: B strings with the placeholder, or what `tokenize` returns for them.
-        Raises ValueError when a prompt has no placeholder, or when the batch sizes disagree.
+        A batch of 1 serves all prompts. Raises DTEError when a prompt has no placeholder, or when
+        the batch sizes disagree.
         """
+        n = 1 if v_star.ndim == 2 else v_star.shape[1]
+        return self.encode(self.tokenize(prompts, n), v_star)
+
+    def encode(
+        self, tokens: PromptTokens, v_star: Float[Tensor, "one_or_batch *n dim"]
+    ) -> Float[Tensor, "batch length dim"]:
+        """As a call, of prompts that `tokenize` has seen."""
+        ids, slots = tokens
         v_star = v_star[:, None] if v_star.ndim == 2 else v_star  # (B, n, d)
-        tokenized = isinstance(prompts[0], torch.Tensor)
-        ids, slots = prompts if tokenized else self.tokenize(prompts, v_star.shape[1])  # (B, L)
         if v_star.shape[0] not in (1, len(ids)):
-            raise ValueError(f"Got {len(ids)} prompts but {v_star.shape[0]} embeddings v*.")
+            raise DTEError(f"Got {len(ids)} prompts but {v_star.shape[0]} embeddings v*.")
         v_star = v_star.expand(len(ids), -1, -1)
 
-        def insert(module, args, embeddings):  # (B, L, d)
+        def insert(module: torch.nn.Module, args: tuple, embeddings: Tensor) -> Tensor:  # (B, L, d)
             index = slots.clamp(min=0)[..., None].expand(-1, -1, v_star.shape[-1])
             inserted = v_star.gather(1, index).to(embeddings.dtype)  # (B, L, d)
             return torch.where((slots >= 0)[..., None], inserted, embeddings)
@@ -150,31 +176,33 @@ class PromptEncoder:
             hook.remove()
 
     @torch.no_grad()
-    def plain(self, prompts):
-        """Encode ordinary prompts, for instance the negative prompt "": (B, L, d)."""
+    def plain(self, prompts: Sequence[str]) -> Float[Tensor, "batch length dim"]:
+        """Encode ordinary prompts, for instance the negative prompt ""."""
         ids = [self._fit(self._piece(prompt)) for prompt in prompts]
         return self.text_encoder(input_ids=self._tensor(ids)).last_hidden_state
 
     @torch.no_grad()
-    def hard(self, prompts, v_star):
-        """Encode prompts with the real word nearest to v_star (B, d) in its place, v_h."""
+    def hard(
+        self, prompts: Sequence[str], v_star: Float[Tensor, "one_or_batch dim"]
+    ) -> Float[Tensor, "batch length dim"]:
+        """Encode prompts with the real word nearest to v_star in its place, v_h."""
         return self(prompts, self.nearest_hard(v_star))
 
     @torch.no_grad()
-    def nearest_hard(self, v_star):
-        """v_h: the embedding of the usable word nearest to v_star by cosine, same shape."""
+    def nearest_hard(self, v_star: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
+        """v_h: the embedding of the usable word nearest to v_star by cosine."""
         rows = self.table.nearest_rows(v_star)[1].squeeze(-1)
         return self.table.embeddings.to(v_star.device)[rows]
 
-    def tokenize(self, prompts, num_vectors=1):
-        """Token ids (B, L), and per position the index of the vector to insert or -1, (B, L).
+    def tokenize(self, prompts: Sequence[str], num_vectors: int = 1) -> PromptTokens:
+        """Token ids of prompts, and where the vectors go.
 
-        Raises ValueError when a prompt has no placeholder within the text encoder's length.
+        Raises DTEError when a prompt has no placeholder within the text encoder's length.
         """
         all_ids, all_slots = [], []
         for prompt in prompts:
             if placeholder_token not in prompt:
-                raise ValueError(
+                raise DTEError(
                     f"The prompt {prompt!r} has no {placeholder_token}: "
                     f"write {placeholder_token} where the concept should appear."
                 )
@@ -189,21 +217,21 @@ class PromptEncoder:
                 slots += [-1] * len(piece)
             limit = self.tokenizer.model_max_length - 2
             if 0 not in slots[: limit - num_vectors + 1]:
-                raise ValueError(
+                raise DTEError(
                     f"The prompt {prompt!r} is too long: {placeholder_token} lies beyond "
                     f"the {limit} tokens that the text encoder reads."
                 )
             all_ids.append(self._fit(ids))
             slots = [-1, *slots[:limit]]
             all_slots.append(slots + [-1] * (limit + 2 - len(slots)))
-        return self._tensor(all_ids), self._tensor(all_slots)
+        return PromptTokens(self._tensor(all_ids), self._tensor(all_slots))
 
-    def _piece(self, text):
+    def _piece(self, text: str) -> list[int]:
         if text not in self._pieces:
             self._pieces[text] = self.tokenizer(text, add_special_tokens=False).input_ids
         return self._pieces[text]
 
-    def _fit(self, ids):
+    def _fit(self, ids: list[int]) -> list[int]:
         """Add begin, end and padding; cut what is too long."""
         length = self.tokenizer.model_max_length
         if len(ids) > length - 2:
@@ -211,5 +239,5 @@ class PromptEncoder:
         ids = [self.tokenizer.bos_token_id, *ids[: length - 2], self.tokenizer.eos_token_id]
         return ids + [self.tokenizer.pad_token_id] * (length - len(ids))
 
-    def _tensor(self, rows):
+    def _tensor(self, rows: list[list[int]]) -> Int[Tensor, "batch length"]:
         return torch.tensor(rows, device=self.text_encoder.device)

@@ -13,7 +13,8 @@ import torch
 from tqdm.auto import tqdm
 
 from dte_lab.common.errors import DTEError
-from dte_lab.encoder import EncoderPrediction, mean_prediction
+from dte_lab.encoder import EncoderPrediction, mean_prediction, trained_encoder
+from dte_lab.lora import is_whole
 from dte_lab.objective import Batch, objective
 
 TUNABLE = ("predictions", "heads", "encoder")
@@ -77,6 +78,7 @@ def tune(
         unit = prompt_encoder.table.typical_entry
         predict, groups = _free_prediction(prediction, config, unit)
     elif encoder is not None:
+        encoder = trained_encoder(encoder, f"Tuning the {config.what}")
         features = encoder.static_features(backbone, images, seed, prompt_encoder)
         predict, groups = _free_weights(encoder, features, config)
     else:
@@ -138,9 +140,13 @@ def noise_levels(latents, step, B, T, generator):
 
 
 def _free_prediction(prediction, config, unit):
-    """v*, A and B as free fp32 parameters: (function that gives them, parameter groups)."""
+    """v*, A and B as free fp32 parameters: (function that gives them, parameter groups).
+
+    Where A is a whole matrix, B is the identity and stays so.
+    """
     free = _copy(prediction)
-    matrices = [m for pair in free.offsets.values() for m in pair]
+    pairs = free.offsets.values()
+    matrices = [m for a, b in pairs for m in ((a,) if is_whole(b) else (a, b))]
     for leaf in (free.v_star, *matrices):
         leaf.requires_grad_()
     return lambda: free, [

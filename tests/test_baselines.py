@@ -154,5 +154,5 @@ def test_e4t_trains_in_the_pretraining_loop_saves_and_tunes(tiny_backbone, tiny_
 
 
 def test_missing_e4t_encoder_is_one_clear_sentence(tiny_backbone, tmp_path):
-    with pytest.raises(ValueError, match="No E4T encoder"):
+    with pytest.raises(ValueError, match="no E4TEncoder at"):
         load_e4t(tmp_path, tiny_backbone)

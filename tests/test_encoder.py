@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from dte_lab import EncoderConfig, MethodConfig, PromptEncoder, TuningEncoder, load_encoder
 from dte_lab.backbone import add_noise
+from dte_lab.common.random import stream
 from dte_lab.dual_path import dual_path
 from dte_lab.encoder import word_clip_embeddings
 from dte_lab.features import ImageFeatures, image_features, unet_features
@@ -144,8 +145,7 @@ def test_static_prediction_is_the_mean_over_pictures_and_noise_levels(
     encoder, encode = perturb(tiny_encoder), PromptEncoder(tiny_backbone)
     T, pictures = len(tiny_backbone.alphas_cumprod), tiny_pixels[:2]
     latents = tiny_backbone.encode_images(pictures)
-    generator = torch.Generator().manual_seed(5)
-    noise = torch.randn(6, 4, 8, 8, generator=generator)
+    noise = torch.randn(6, 4, 8, 8, generator=stream(5, "static features"))
     rows = []
     for i, picture in enumerate(pictures):
         for j, fraction in enumerate((0.2, 0.4, 0.6)):

@@ -108,12 +108,11 @@ def training_pictures(backbone, data: str | None) -> tuple:
         dataset = load_pictures(data, backbone.resolution)
         pictures = [dataset.pairs[0][0], dataset.pairs[len(dataset) // 2][0]]
         return dataset, {"eval_images": pictures, "probe_images": pictures}
-    from dte_lab.patch_autoencoder import PatchAutoencoder
     from dte_lab.training.first_words import fit_token_head
     from dte_lab.world.pairs import ConceptPairs
     from dte_lab.world.scenes import render_image
 
-    if not isinstance(backbone.vae, PatchAutoencoder):
+    if not backbone.draws_small_world:
         raise DTEError(f"{backbone.name} is no model of the small world: say --data FOLDER.")
     pictures = [render_image(name, "fluent", "white") for name in SAMPLE_CONCEPTS]
     prompts = ("a picture of S*", "a picture of S* on the beach")

@@ -6,14 +6,15 @@ a step changes its prediction. What a trace cannot see is not in it: CUDA's own 
 workspaces and gaps in the allocator's blocks.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 from weakref import finalize
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,9 +22,9 @@ from torch.utils._pytree import tree_leaves
 from dte_lab import placeholder_token
 from dte_lab.backbone import Backbone
 from dte_lab.common.errors import DTEError
-from dte_lab.config import EncoderConfig
+from dte_lab.config import EncoderConfig, MethodConfig
 from dte_lab.dual_path import dual_path
-from dte_lab.encoder import TuningEncoder, encoder_dimensions
+from dte_lab.encoder import EncoderPrediction, TuningEncoder, encoder_dimensions
 from dte_lab.sd15 import random_parts
 from dte_lab.tokens import PromptEncoder
 from dte_lab.training.batches import prepare
@@ -49,7 +50,7 @@ class Setting:
     gradient_checkpointing: bool = False
     offload: bool = False
 
-    def __str__(self):
+    def __str__(self) -> str:
         options = [
             n.replace("_", " ") for n in ("gradient_checkpointing", "offload") if asdict(self)[n]
         ]
@@ -65,11 +66,14 @@ class TracedMemory(TorchDispatchMode):
     Fake tensors hold no values; where the code asks for one number it gets 1 or True.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.live, self.now, self.peak = {}, 0, 0
+        self.live: dict[int, int] = {}  # storage -> bytes
+        self.now, self.peak = 0, 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         if function is torch.ops.aten._local_scalar_dense.default:
             return 1.0 if args[0].is_floating_point() else 1
         output = function(*args, **(kwargs or {}))
@@ -78,7 +82,7 @@ class TracedMemory(TorchDispatchMode):
                 self.track(leaf.untyped_storage())
         return output
 
-    def track(self, storage):
+    def track(self, storage: torch.UntypedStorage) -> None:
         if storage._cdata in self.live:
             return
         size = -(-storage.nbytes() // BLOCK) * BLOCK
@@ -86,15 +90,15 @@ class TracedMemory(TorchDispatchMode):
         finalize(storage, self.forget, storage._cdata)
         self.add(size)
 
-    def forget(self, key):
+    def forget(self, key: int) -> None:
         self.now -= self.live.pop(key)
 
-    def add(self, size):
+    def add(self, size: int) -> None:
         self.now += size
         self.peak = max(self.peak, self.now)
 
     @contextmanager
-    def measured(self, peaks, name):
+    def measured(self, peaks: dict[str, int], name: str) -> Iterator[None]:
         """Store the peak of the block in peaks[name], in bytes."""
         self.peak = self.now
         yield
@@ -115,33 +119,29 @@ def traced_peak(step: Callable[[], object], frozen: Iterable[Tensor] = ()) -> in
     return memory.peak - before
 
 
-@contextmanager
-def _elsewhere(memory, backbone):
-    """With `offload`, count image encoder and autoencoder only while they are in use."""
+class CountedBackbone(Backbone):
+    """With `offload`, image encoder and autoencoder count in `memory` only while they are in use.
 
-    def size(module):
-        return sum(p.untyped_storage().nbytes() for p in module.parameters())
+    Nothing is moved: fake tensors all lie on one device.
+    """
 
-    @contextmanager
-    def loaded(self, module):
-        memory.add(size(module))
-        try:
-            yield module
-        finally:
-            memory.now -= size(module)
+    memory: TracedMemory
 
-    idle = size(backbone.image_encoder) + size(backbone.vae)
-    original, Backbone.loaded = Backbone.loaded, loaded
-    memory.now -= idle
-    try:
-        yield
-    finally:
-        Backbone.loaded = original
-        memory.now += idle
+    def fetch(self, module: nn.Module) -> None:
+        self.memory.add(_size(module))
+
+    def put_away(self, module: nn.Module) -> None:
+        self.memory.add(-_size(module))
 
 
-def predict(setting, parts=("tuning", "pre-training", "sampling")):
-    """Peak bytes of each part for a Setting: {"tuning": ..., ...}.
+def _size(module: nn.Module) -> int:
+    return sum(p.untyped_storage().nbytes() for p in module.parameters())
+
+
+def predict(
+    setting: Setting, parts: tuple[str, ...] = ("tuning", "pre-training", "sampling")
+) -> dict[str, int]:
+    """Peak bytes of each part.
 
     Raises DTEError for a backbone other than sd15.
     """
@@ -149,44 +149,49 @@ def predict(setting, parts=("tuning", "pre-training", "sampling")):
         raise DTEError(f"Memory is predicted for sd15 alone, not for {setting.backbone}.")
     peaks, memory = {}, TracedMemory()
     with FakeTensorMode(allow_non_fake_inputs=True), memory:
-        backbone = _sd15(setting)
+        backbone = _sd15(setting, memory)
         if setting.gradient_checkpointing:
             backbone.unet.enable_gradient_checkpointing()
         encode, settings = PromptEncoder(backbone), EncoderConfig(rank=setting.rank)
         dimensions = encoder_dimensions(backbone, encode.table, settings)
         encoder = TuningEncoder(**dimensions, settings=asdict(settings))
+        encoder.bind(backbone, encode.table)
         size = backbone.resolution
         pictures = torch.zeros(setting.batch, 3, size, size)
         prediction = None
         if "pre-training" in parts:  # offload would not help: each step needs every part
             with memory.measured(peaks, "pre-training"):
                 _pretrain(backbone, encode, encoder, pictures)
-        offload = setting.offload
-        with _elsewhere(memory, backbone) if offload else torch.no_grad():
-            with torch.enable_grad():
-                if "tuning" in parts:
-                    with memory.measured(peaks, "tuning"):
-                        prediction = encoder.predict(backbone, pictures[:1], 0, encode)
-                        tune(
-                            backbone, encode, prediction, pictures[:1], encoder.method,
-                            TuneConfig(num_steps=1, batch_size=setting.batch),
-                            bank=(encoder.bank, encoder.bank_concepts), progress=False,
-                        )  # fmt: skip
-                if "sampling" in parts:
-                    prediction = prediction or encoder.predict(backbone, pictures[:1], 0, encode)
-                    with memory.measured(peaks, "sampling"), torch.no_grad():
-                        _sample(backbone, encode, prediction, setting.batch, encoder.method)
+        if setting.offload:
+            backbone.offload = True
+            for idle in (backbone.image_encoder, backbone.vae):
+                backbone.put_away(idle)
+        if "tuning" in parts:
+            with memory.measured(peaks, "tuning"):
+                prediction = encoder.predict(backbone, pictures[:1], 0, encode)
+                tune(
+                    backbone, encode, prediction, pictures[:1], encoder.method,
+                    TuneConfig(num_steps=1, batch_size=setting.batch),
+                    bank=(encoder.bank, encoder.bank_concepts), progress=False,
+                )  # fmt: skip
+        if "sampling" in parts:
+            prediction = prediction or encoder.predict(backbone, pictures[:1], 0, encode)
+            with memory.measured(peaks, "sampling"), torch.no_grad():
+                _sample(backbone, encode, prediction, setting.batch, encoder.method)
     return {name: peaks[name] for name in parts}
 
 
-def _sd15(setting):
+def _sd15(setting: Setting, memory: TracedMemory) -> CountedBackbone:
     parts = random_parts("cpu", DTYPES[setting.dtype], setting.resolution)
-    backbone = Backbone(name="sd15", **parts)
+    backbone = CountedBackbone(name="sd15", **parts)
+    backbone.memory = memory
     backbone.vae.enable_slicing()
     return backbone
 
 
-def _pretrain(backbone, encode, encoder, pictures):
+def _pretrain(
+    backbone: Backbone, encode: PromptEncoder, encoder: TuningEncoder, pictures: Tensor
+) -> None:
     """A step after the first, when the optimizer has its state."""
     accelerator, config = Accelerator(cpu=True), PretrainConfig(batch_size=len(pictures))
     parameters = list(encoder.train().requires_grad_(True).parameters())
@@ -208,7 +213,10 @@ def _pretrain(backbone, encode, encoder, pictures):
     del average
 
 
-def _sample(backbone, encode, prediction, batch, method):
+def _sample(
+    backbone: Backbone, encode: PromptEncoder, prediction: EncoderPrediction, batch: int,
+    method: MethodConfig,
+) -> None:  # fmt: skip
     """One denoising step with guidance, which doubles the batch, and the decoding."""
     prompts = [f"a picture of {placeholder_token}"] * batch
     soft, hard = encode(prompts, prediction.v_star), encode.hard(prompts, prediction.v_star)
@@ -224,7 +232,7 @@ def _sample(backbone, encode, prediction, batch, method):
     backbone.decode_latents(noise.chunk(2)[1])
 
 
-def advise(setting, card, peak):
+def advise(setting: Setting, card: float, peak: int) -> str:
     """What makes tuning fit a card of so many GB, in one sentence; 1 GB is kept free for CUDA.
 
     peak: the bytes that tuning takes with `setting`.

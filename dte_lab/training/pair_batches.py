@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dte_lab.tokens import PromptEncoder
+from dte_lab.tokens import PromptEncoder, PromptTokens
 from dte_lab.world.captions import caption, held_out, scene_words
 from dte_lab.world.data import from_bytes
 from dte_lab.world.pairs import (
@@ -102,7 +102,7 @@ class PairBatches:
         return {
             "image": image,
             "target": target,
-            "prompt": (self.ids[prompt], self.slots[prompt]),
+            "prompt": PromptTokens(self.ids[prompt], self.slots[prompt]),
             "concept": left + n * (right + n * variant),
         }
 

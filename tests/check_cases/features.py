@@ -41,7 +41,7 @@ def package_fuse(patches, unet, whole, w_clip, w_unet, w_whole):
     fusion.embed_in.weight.copy_(w_whole)
     fusion.time = NoTime()
     unit = whole / whole.shape[-1] ** 0.5  # the module takes unit vectors
-    return fusion(ImageFeatures(patches, unit), unet, None)
+    return fusion(ImageFeatures(patches, unit), unet, torch.zeros(len(unet), dtype=torch.long))
 
 
 def shaped(v):

@@ -1,0 +1,173 @@
+"""The parts of a backbone from its folder or the hub, whole and fitting together, or not at all.
+
+Nothing but safetensors is read, and a part that lacks a tensor is refused (common/weights.py).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+)
+
+from dte_lab.common.errors import DTEError
+from dte_lab.common.weights import COPY, DAMAGE, load_weights
+from dte_lab.patch_autoencoder import PatchAutoencoder
+from dte_lab.sd15 import (
+    CLIP_FILES,
+    CLIP_L14,
+    CLIP_L14_REVISION,
+    SD15,
+    SD15_REVISION,
+    TEXT,
+    fetch,
+    sd15_files,
+)
+
+WEIGHTS = Path(__file__).parent / "weights"
+AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "PatchAutoencoder": PatchAutoencoder}
+
+
+def backbone_folder(name: str | Path) -> Path:
+    """Where a backbone that is not "sd15" lies, and its encoders: "small", or a path."""
+    return WEIGHTS / "small" if name == "small" else Path(name)
+
+
+def load_parts(
+    name: str | Path, dtype: torch.dtype, revision: str | None, local_files_only: bool
+) -> dict[str, Any]:
+    """The parts of a `Backbone` by the names of its fields, on the CPU.
+
+    Raises DTEError for a folder that holds no backbone, or a damaged one.
+    """
+    variant = None
+    if name == "sd15":
+        half = dtype != torch.float32
+        root = fetch(SD15, sd15_files(half), revision or SD15_REVISION, local_files_only)
+        variant = "fp16" if half else None
+    else:
+        root = backbone_folder(name)
+        check_folders(root)
+
+    text_root, image_root = root / "text_encoder", root / "image_encoder"
+    processor_root, clip = root / "feature_extractor", None
+    if name == "sd15" or not image_root.is_dir():
+        clip = fetch(CLIP_L14, CLIP_FILES, CLIP_L14_REVISION, local_files_only)
+        image_root = processor_root = clip
+        text_root = clip if name == "sd15" else text_root
+    autoencoder = AUTOENCODERS[_config(root / "vae")["_class_name"]]
+    return {
+        "text_encoder": _text_encoder(text_root, clip, dtype),
+        "tokenizer": _small_part(CLIPTokenizer, root / "tokenizer"),
+        "image_encoder": load_weights(
+            CLIPVisionModelWithProjection.from_pretrained,
+            image_root,
+            strangers=clip is not None,
+            dtype=dtype,
+        ),
+        "image_processor": _small_part(CLIPImageProcessor, processor_root),
+        "unet": load_weights(
+            UNet2DConditionModel.from_pretrained, root / "unet", variant=variant, torch_dtype=dtype
+        ),
+        "vae": load_weights(
+            autoencoder.from_pretrained, root / "vae", variant=variant, torch_dtype=dtype
+        ),
+        "scheduler": _small_part(DPMSolverMultistepScheduler, root / "scheduler"),
+    }
+
+
+def _text_encoder(
+    folder: Path, clip: Path | None, dtype: torch.dtype
+) -> CLIPTextModel | CLIPTextModelWithProjection:
+    """With a projection where the folder has one; a plain copy of SD 1.5 takes that of `clip`."""
+    whole, options = CLIPTextModelWithProjection, {"strangers": True, "dtype": dtype}
+    if folder == clip:
+        return load_weights(whole.from_pretrained, clip, **options)
+    if clip is not None:
+        encoder = load_weights(
+            whole.from_pretrained, folder, absent=("text_projection.weight",), **options
+        )
+        encoder.text_projection = load_weights(
+            whole.from_pretrained, clip, **options
+        ).text_projection
+        return encoder
+    projects = "CLIPTextModelWithProjection" in (_config(folder).get("architectures") or [])
+    # Old copies hold position_ids, which are no weights: a stranger.
+    kind = whole if projects else CLIPTextModel
+    return load_weights(kind.from_pretrained, folder, **options)
+
+
+def _small_part(kind: type, folder: Path) -> Any:
+    """A tokenizer, image processor or scheduler."""
+    try:
+        return kind.from_pretrained(folder)
+    except DAMAGE as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+        raise DTEError(f"{folder} cannot be loaded ({reason}): {COPY}.") from error
+
+
+def check_folders(root: Path) -> None:
+    """Raise DTEError when `root` holds no backbone that `load_backbone` can load."""
+    if not root.is_dir():
+        raise DTEError(
+            f"No backbone at {root}: give small, sd15 or the folder of a model like Stable "
+            "Diffusion 1.5; Stable Diffusion XL and its successors are not supported."
+        )
+    if (root / "text_encoder_2").exists():
+        raise DTEError(
+            f"The model at {root} has two text encoders, as Stable Diffusion XL has: only models "
+            "like Stable Diffusion 1.5, with one, are supported."
+        )
+    parts = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]
+    if (root / "image_encoder").is_dir():
+        parts.append("feature_extractor")
+    if missing := [part for part in parts if not (root / part).is_dir()]:
+        raise DTEError(f"The backbone at {root} lacks the folder(s) {', '.join(missing)}.")
+    if not (root / "image_encoder").is_dir():
+        width = _config(root / "text_encoder").get("hidden_size")
+        if width != TEXT["hidden_size"]:
+            raise DTEError(
+                f"The model at {root} has no image_encoder, and text states of width {width} fit "
+                "no CLIP that can be fetched for it (Stable Diffusion 2 has 1024): use Stable "
+                "Diffusion 1.5, or add the folders image_encoder and feature_extractor of its CLIP."
+            )
+    kind = _config(root / "vae").get("_class_name")
+    if kind not in AUTOENCODERS:
+        raise DTEError(f"The backbone at {root} has an autoencoder of unknown class {kind}.")
+
+
+def check_parts(name: str, parts: dict[str, Any]) -> None:
+    """Raise DTEError where the parts do not fit together."""
+    text, image, unet = (parts[p].config for p in ("text_encoder", "image_encoder", "unet"))
+    if (size := len(parts["tokenizer"])) != text.vocab_size:  # an empty folder gives a tiny one
+        raise DTEError(
+            f"The tokenizer of the backbone {name} has {size} tokens and its text encoder "
+            f"{text.vocab_size}: it is damaged or of another model."
+        )
+    if unet.cross_attention_dim != text.hidden_size:
+        raise DTEError(
+            f"The UNet of the backbone {name} reads text of width {unet.cross_attention_dim}, "
+            f"but its text encoder gives {text.hidden_size}."
+        )
+    projects = isinstance(parts["text_encoder"], CLIPTextModelWithProjection)
+    if projects and text.projection_dim != image.projection_dim:
+        raise DTEError(f"Text and image encoder of the backbone {name} are not of one CLIP.")
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """Raises DTEError where the folder's config.json is missing or holds no settings."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DTEError(f"{path} cannot be read: {COPY}.") from error
+    if not isinstance(config, dict):
+        raise DTEError(f"{path} holds no settings: {COPY}.")
+    return config
