@@ -24,8 +24,10 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 LIST = "tools/mutations.json"
@@ -90,7 +92,7 @@ class Copy:
     """A copy of the tree in which one mutation at a time is tested by a forked process."""
 
     def __init__(self, root: Path, folder: Path):
-        self.root, self.folder, self.pid, self.mutation = root, folder, None, None
+        self.root, self.folder, self.pid = root, folder, None
         self.log = folder.with_suffix(".log")
         shutil.copytree(root, folder, ignore=shutil.ignore_patterns(*LEFT_OUT))
 
@@ -116,10 +118,7 @@ class Copy:
         seconds = time.monotonic() - self.began
         if not pid and seconds < TIMEOUT:
             return None
-        try:
-            os.killpg(self.pid, signal.SIGKILL)  # and what the tests left behind
-        except ProcessLookupError:
-            pass
+        self.kill()
         if not pid:
             os.waitpid(self.pid, 0)
         if isinstance(self.job, Mutation):
@@ -137,9 +136,14 @@ class Copy:
             by = f"{PYTEST_FAULT}: {said[-300:]}"
         return Outcome(code == 0, by, seconds)
 
+    def kill(self) -> None:
+        """The tests and what they have started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
 
-def _run_tests(root: Path, folder: Path, tests: list[str], log: Path) -> None:
-    """In a forked process: pytest in the copy, with the copy's modules. Does not return."""
+
+def _run_tests(root: Path, folder: Path, tests: list[str], log: Path) -> NoReturn:
+    """In a forked process: pytest in the copy, with the copy's modules."""
     import pytest
 
     os.setsid()
@@ -157,23 +161,32 @@ def _run_tests(root: Path, folder: Path, tests: list[str], log: Path) -> None:
     os._exit(code)
 
 
-def run(root: Path, jobs: list[Mutation | str], processes: int, say=None) -> list[Outcome]:
+def run(
+    root: Path,
+    jobs: list[Mutation | str],
+    processes: int,
+    say: Callable[[Mutation | str, Outcome], None] | None = None,
+) -> list[Outcome]:
     """The outcome of every job, `processes` at a time; say(job, outcome) as they end."""
     outcomes = {}
     with tempfile.TemporaryDirectory(prefix="mutate_") as temporary:
         copies = [Copy(root, Path(temporary, str(i))) for i in range(min(processes, len(jobs)))]
         waiting = list(enumerate(jobs))[::-1]
         running = {}
-        while waiting or running:
-            for copy in copies:
-                if copy.pid is None and waiting:
-                    running[copy], job = waiting.pop()
-                    copy.start(job, running[copy])
-                if copy.pid is not None and (outcome := copy.poll()):
-                    outcomes[running.pop(copy)] = outcome
-                    if say is not None:
-                        say(copy.job, outcome)
-            time.sleep(0.05)
+        try:
+            while waiting or running:
+                for copy in copies:
+                    if copy.pid is None and waiting:
+                        running[copy], job = waiting.pop()
+                        copy.start(job, running[copy])
+                    if copy.pid is not None and (outcome := copy.poll()):
+                        outcomes[running.pop(copy)] = outcome
+                        if say is not None:
+                            say(copy.job, outcome)
+                time.sleep(0.05)
+        finally:  # also where somebody presses Ctrl-C
+            for copy in running:
+                copy.kill()
     return [outcomes[i] for i in range(len(jobs))]
 
 
