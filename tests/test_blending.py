@@ -8,7 +8,7 @@ import pytest
 from dte_lab import DTEPipeline
 from dte_lab.evaluation import blending
 from dte_lab.evaluation.blending import Blend
-from dte_lab.evaluation.edits import Item
+from dte_lab.evaluation.edits import Item, items
 from dte_lab.evaluation.trials import Sampling
 
 
@@ -69,7 +69,7 @@ def test_a_run_that_was_cut_off_goes_on_where_it_stopped(experiment, tmp_path, m
 
 
 def test_settings_differ_in_sampling_alone(experiment, tmp_path, monkeypatch):
-    tuned, drawn = [], []
+    tuned, drawn, shown = [], [], []
     personalize, generate = DTEPipeline.personalize, DTEPipeline.generate
 
     def note_tuning(self, *arguments, **options):
@@ -79,7 +79,9 @@ def test_settings_differ_in_sampling_alone(experiment, tmp_path, monkeypatch):
     def note_drawing(self, concept, *arguments, **options):
         config = concept.config
         drawn.append((concept.v_star, config.offsets_on, config.granularity, config.alpha_blend))
-        return generate(self, concept, *arguments, **options)
+        pictures = generate(self, concept, *arguments, **options)
+        shown.append(np.mean([np.asarray(p) / 127.5 - 1 for row in pictures for p in row]))
+        return pictures
 
     monkeypatch.setattr(DTEPipeline, "personalize", note_tuning)
     monkeypatch.setattr(DTEPipeline, "generate", note_drawing)
@@ -88,8 +90,12 @@ def test_settings_differ_in_sampling_alone(experiment, tmp_path, monkeypatch):
     assert [call[1:] for call in drawn] == 2 * blending.BLENDS
     assert all(call[0] is tuned[0].v_star for call in drawn[: len(blending.BLENDS)])
     assert rows[1]["hard_word"] == tuned[0].nearest_words[0][0]
-    values = {row["identity"] for row in rows[1 : len(blending.BLENDS)]}
-    assert len(values) == len(FEW) - 1, "the settings must draw different pictures"
+    values = [row["identity"] for row in rows[1 : 1 + len(FEW)]]
+    assert len(set(values)) == len(FEW), "the settings must draw different pictures"
+    assert values == pytest.approx([float(f"{x:.5g}") for x in shown[: len(FEW)]], abs=1e-4)
+    assert [row["concept"] for row in rows] == 4 * [items(2, "val")[0].name] + 4 * [
+        items(2, "val")[1].name
+    ]
 
 
 def test_identity_is_scaled_by_the_truth():

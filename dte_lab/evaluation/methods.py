@@ -86,7 +86,7 @@ class Methods:
         if spec.tuning.what != "predictions" or method.prediction_interval:
             raise DTEError(
                 f"{spec.label}: rank cuts the one prediction that is tuned, so it goes with "
-                "what=predictions and prediction_interval=0 only."
+                "trainable=predictions and prediction_interval=0 only."
             )
 
     def concepts(
