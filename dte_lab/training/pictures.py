@@ -5,61 +5,94 @@ class: pictures of one class are not pushed apart by the contrastive term. ("our
 trains on ImageNet and OpenImages and does not say what counts as another concept)
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
+from PIL import Image
 from torch.utils.data import Dataset
 
 from dte_lab import placeholder_token
-from dte_lab.common.images import read_image, to_square_tensor
+from dte_lab.common.errors import DTEError
+from dte_lab.common.images import (
+    FORMATS,
+    MAX_PIXELS,
+    MIN_SIDE,
+    read_image,
+    to_square_tensor,
+)
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+MOST_SKIPPED = 20  # one after the other, before a run ends
+
+
+class Pairs(Protocol):
+    """(picture, class index) pairs; a picture is a path or a PIL image."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> tuple[Path | Image.Image, int]: ...
 
 
 class ClassPictures(Dataset):
-    """Items of `pretrain` from (picture, class index) pairs; a picture is a path or PIL image."""
+    """Items of `pretrain` from (picture, class index) pairs.
 
-    def __init__(self, pairs, resolution):
+    In place of a picture that cannot be read stands the next that can, whenever the item is drawn,
+    and `skipped` says so. Raises DTEError where `MOST_SKIPPED` in a row cannot be read.
+    """
+
+    def __init__(self, pairs: Pairs | Sequence[tuple[Path, int]], resolution: int) -> None:
         self.pairs, self.resolution = pairs, resolution
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index):
-        picture, concept = self.pairs[index]
-        pixels = to_square_tensor(read_image(picture), self.resolution)
-        prompt = f"a picture of {placeholder_token}"
-        return {"image": pixels, "target": pixels, "prompt": prompt, "concept": concept}
+    def __getitem__(self, index: int) -> dict:
+        skipped = []
+        for i in range(index, index + MOST_SKIPPED):
+            i %= len(self)
+            try:
+                picture, concept = self.pairs[i]
+                pixels = to_square_tensor(read_image(picture), self.resolution)
+            except (ValueError, OSError) as error:  # a hub's row is decoded when it is drawn
+                skipped.append(f"{i}: {error}")
+                continue
+            prompt = f"a picture of {placeholder_token}"
+            return {
+                "image": pixels, "target": pixels, "prompt": prompt, "concept": concept,
+                "skipped": " ".join(skipped),
+            }  # fmt: skip
+        raise DTEError(f"{len(skipped)} pictures in a row cannot be read: {skipped[0]}")
 
 
 class HubPairs:
     """(picture, class index) pairs of a Hugging Face dataset with `image` and `label`, read lazily.
 
-    Raises ValueError when the library `datasets` is missing or the columns are.
+    Raises DTEError when the library `datasets` is missing or the columns are.
     """
 
-    def __init__(self, name):
+    def __init__(self, name: str) -> None:
         try:
             from datasets import load_dataset
         except ImportError as error:
-            raise ValueError(
+            raise DTEError(
                 f"{name} is no folder, and Hugging Face datasets need: pip install datasets"
             ) from error
         self.rows = load_dataset(name, split="train")
         if missing := {"image", "label"} - set(self.rows.column_names):
-            raise ValueError(f"The dataset {name} has no column {sorted(missing)[0]}.")
+            raise DTEError(f"The dataset {name} has no column {sorted(missing)[0]}.")
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         row = self.rows[index]
         return row["image"], row["label"]
 
 
-def load_pictures(source, resolution):
+def load_pictures(source: str | Path, resolution: int) -> ClassPictures:
     """ClassPictures of a folder with a sub-folder of pictures per class, or of a hub dataset.
 
-    Raises ValueError when a folder has no such pictures, and see `HubPairs`.
+    Raises DTEError when a folder has no such pictures, or files that are none, and see `HubPairs`.
     """
     root = Path(source)
     if not root.is_dir():
@@ -72,5 +105,24 @@ def load_pictures(source, resolution):
         if path.suffix.lower() in SUFFIXES
     ]
     if not pairs:
-        raise ValueError(f"{root} has no sub-folders with pictures: make one for each class.")
+        raise DTEError(f"{root} has no sub-folders with pictures: make one for each class.")
+    if bad := [path for path, _ in pairs if not begins_as_picture(path)]:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise DTEError(
+            f"{len(bad)} of {len(pairs)} files cannot be trained on, since they are damaged, too "
+            f"small or no pictures: {', '.join(map(str, bad[:3]))}{more}; take them out."
+        )
     return ClassPictures(pairs, resolution)
+
+
+def begins_as_picture(path: Path) -> bool:
+    """Whether a file is one that `read_image` takes, as far as its header tells."""
+    try:
+        if not path.is_file():  # a pipe would wait for ever
+            return False
+        Image.init()
+        with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+            width, height = image.size
+    except Exception:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+        return False
+    return min(width, height) >= MIN_SIDE and width * height <= MAX_PIXELS

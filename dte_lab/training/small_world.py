@@ -39,13 +39,17 @@ class EncoderTraining:
     """What `train` calls: the loss of a batch, and measures of the averaged encoder."""
 
     def __init__(
-        self, frozen: Frozen, batches: PairBatches, batch_size: int, predictions: Predictions
+        self,
+        frozen: Frozen,
+        batches: PairBatches,
+        val: PairBatches,
+        batch_size: int,
+        predictions: Predictions,
     ) -> None:
-        self.frozen, self.batches, self.batch_size = frozen, batches, batch_size
-        self.predictions = predictions
+        self.frozen, self.batches, self.val = frozen, batches, val
+        self.batch_size, self.predictions = batch_size, predictions
         torch.manual_seed(0)
-        self.val = PairBatches(frozen.prompt_encoder, ("val",), varied=0, mixed=0)
-        self.unseen = self.val(UNSEEN)
+        self.unseen = val(UNSEEN)
 
     def draw(self, both: Tensor) -> Noise:
         """The `Noise` of a step, from the device's own random numbers."""
@@ -141,7 +145,8 @@ def main(
         fit_token_head(encoder, backbone, sorted(seen), seed=seed)
         predictions.write(encoder, 0)
     batches = PairBatches(frozen.prompt_encoder, count=concepts)
-    training = EncoderTraining(frozen, batches, batch_size, predictions)
+    val = PairBatches(frozen.prompt_encoder, ("val",), varied=0, mixed=0)
+    training = EncoderTraining(frozen, batches, val, batch_size, predictions)
     settings = {
         "encoder": encoder.settings, "method": encoder.method, "model": type(encoder).__name__,
         "concepts": concepts,
