@@ -102,6 +102,7 @@ class Copy:
         tests = [job]
         if isinstance(job, Mutation):
             path, tests = self.folder / job.file, job.tests
+            self.before = path.read_text(), path.stat().st_mtime
             path.write_text(job.applied(self.folder))
             # Bytecode is told apart by time and size: a time that no other version has.
             os.utime(path, (2_000_000_000 + number,) * 2)
@@ -122,13 +123,16 @@ class Copy:
         if not pid:
             os.waitpid(self.pid, 0)
         if isinstance(self.job, Mutation):
-            shutil.copy2(self.root / self.job.file, self.folder / self.job.file)
+            text, modified = self.before
+            (self.folder / self.job.file).write_text(text)
+            os.utime(self.folder / self.job.file, (modified, modified))
         self.pid = None
         code = os.waitstatus_to_exitcode(status) if pid else None
         said = self.log.read_text(errors="replace")
+        summary = said.rpartition("short test summary")[2]
         if code == 0:
             by = ""
-        elif first := re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", said, re.MULTILINE):
+        elif first := re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", summary, re.MULTILINE):
             by = first[1]
         elif code is None or code < 0:
             by = "timeout" if code is None else f"signal {-code}"
