@@ -3,7 +3,6 @@
 Nothing but safetensors is read, and a part that lacks a tensor is refused (common/weights.py).
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from transformers import (
 )
 
 from dte_lab.common.errors import DTEError
-from dte_lab.common.weights import COPY, DAMAGE, load_weights
+from dte_lab.common.weights import COPY, DAMAGE, load_weights, read_config
 from dte_lab.patch_autoencoder import PatchAutoencoder
 from dte_lab.sd15 import (
     CLIP_FILES,
@@ -62,7 +61,7 @@ def load_parts(
         clip = fetch(CLIP_L14, CLIP_FILES, CLIP_L14_REVISION, local_files_only)
         image_root = processor_root = clip
         text_root = clip if name == "sd15" else text_root
-    autoencoder = AUTOENCODERS[_config(root / "vae")["_class_name"]]
+    autoencoder = AUTOENCODERS[read_config(root / "vae")["_class_name"]]
     return {
         "text_encoder": _text_encoder(text_root, clip, dtype),
         "tokenizer": _small_part(CLIPTokenizer, root / "tokenizer"),
@@ -87,21 +86,16 @@ def _text_encoder(
     folder: Path, clip: Path | None, dtype: torch.dtype
 ) -> CLIPTextModel | CLIPTextModelWithProjection:
     """With a projection where the folder has one; a plain copy of SD 1.5 takes that of `clip`."""
-    whole, options = CLIPTextModelWithProjection, {"strangers": True, "dtype": dtype}
-    if folder == clip:
-        return load_weights(whole.from_pretrained, clip, **options)
+    load = CLIPTextModelWithProjection.from_pretrained
     if clip is not None:
-        encoder = load_weights(
-            whole.from_pretrained, folder, absent=("text_projection.weight",), **options
-        )
-        encoder.text_projection = load_weights(
-            whole.from_pretrained, clip, **options
-        ).text_projection
+        whole = load_weights(load, clip, strangers=True, dtype=dtype)
+        if folder == clip:
+            return whole
+        encoder = load_weights(load, folder, absent=("text_projection.weight",), dtype=dtype)
+        encoder.text_projection = whole.text_projection
         return encoder
-    projects = "CLIPTextModelWithProjection" in (_config(folder).get("architectures") or [])
-    # Old copies hold position_ids, which are no weights: a stranger.
-    kind = whole if projects else CLIPTextModel
-    return load_weights(kind.from_pretrained, folder, **options)
+    projects = "CLIPTextModelWithProjection" in (read_config(folder).get("architectures") or [])
+    return load_weights(load if projects else CLIPTextModel.from_pretrained, folder, dtype=dtype)
 
 
 def _small_part(kind: type, folder: Path) -> Any:
@@ -131,14 +125,14 @@ def check_folders(root: Path) -> None:
     if missing := [part for part in parts if not (root / part).is_dir()]:
         raise DTEError(f"The backbone at {root} lacks the folder(s) {', '.join(missing)}.")
     if not (root / "image_encoder").is_dir():
-        width = _config(root / "text_encoder").get("hidden_size")
+        width = read_config(root / "text_encoder").get("hidden_size")
         if width != TEXT["hidden_size"]:
             raise DTEError(
                 f"The model at {root} has no image_encoder, and text states of width {width} fit "
                 "no CLIP that can be fetched for it (Stable Diffusion 2 has 1024): use Stable "
                 "Diffusion 1.5, or add the folders image_encoder and feature_extractor of its CLIP."
             )
-    kind = _config(root / "vae").get("_class_name")
+    kind = read_config(root / "vae").get("_class_name")
     if kind not in AUTOENCODERS:
         raise DTEError(f"The backbone at {root} has an autoencoder of unknown class {kind}.")
 
@@ -159,15 +153,3 @@ def check_parts(name: str, parts: dict[str, Any]) -> None:
     projects = isinstance(parts["text_encoder"], CLIPTextModelWithProjection)
     if projects and text.projection_dim != image.projection_dim:
         raise DTEError(f"Text and image encoder of the backbone {name} are not of one CLIP.")
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    """Raises DTEError where the folder's config.json is missing or holds no settings."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise DTEError(f"{path} cannot be read: {COPY}.") from error
-    if not isinstance(config, dict):
-        raise DTEError(f"{path} holds no settings: {COPY}.")
-    return config

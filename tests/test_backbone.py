@@ -1,8 +1,19 @@
+import dataclasses
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import dte_lab
 from dte_lab import load_backbone
+from dte_lab.backbone import Backbone
+from dte_lab.common.errors import DTEError
 from dte_lab.objective import add_noise, diffusion_target
 
 
@@ -66,3 +77,119 @@ def test_missing_backbones(tmp_path):
         load_backbone(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="lacks the folder"):
         load_backbone(tmp_path)
+
+
+def copied(folder, root):
+    shutil.copytree(folder, root)
+    return root
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "image_encoder", "unet", "vae"])
+@pytest.mark.parametrize("fault", ["missing", "shape", "unknown", "not finite"])
+def test_a_part_with_a_damaged_tensor_is_refused_by_name(tiny_path, tmp_path, part, fault):
+    root = copied(tiny_path, tmp_path / "copy")
+    (file,) = (root / part).glob("*.safetensors")
+    tensors = load_file(file)
+    name = sorted(tensors)[-3]
+    if fault == "missing":
+        del tensors[name]
+    elif fault == "shape":
+        tensors[name] = torch.zeros(2, 3, 5)
+    elif fault == "unknown":
+        name = "elsewhere.weight"
+        tensors[name] = torch.zeros(2)
+    else:
+        tensors[name].view(-1)[-1] = torch.nan
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(DTEError) as error:
+        load_backbone(root)
+    assert f"{file}: the tensor {name} " in str(error.value) and fault in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_infinity_is_not_finite_and_sharded_weights_name_their_file(tiny_path, tmp_path):
+    root = copied(tiny_path, tmp_path / "copy")
+    whole = root / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(whole)
+    whole.unlink()
+    names = sorted(tensors)
+    files = {name: f"diffusion_pytorch_model-0000{1 + i % 2}-of-00002.safetensors"
+             for i, name in enumerate(names)}  # fmt: skip
+    index = {"metadata": {"total_size": 1}, "weight_map": files}
+    path = root / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    path.write_text(json.dumps(index))
+
+    def write():
+        for file in set(files.values()):
+            part = {name: tensors[name] for name in names if files[name] == file}
+            save_file(part, root / "unet" / file, {"format": "pt"})
+
+    write()
+    expected = load_backbone(tiny_path).unet.state_dict()
+    for name, value in load_backbone(root).unet.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    tensors[names[7]].view(-1)[0] = -torch.inf
+    write()
+    with pytest.raises(DTEError, match=f"{files[names[7]]}: the tensor {names[7]} holds values"):
+        load_backbone(root)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "image_encoder", "unet", "vae"])
+def test_damaged_folders_are_one_sentence(tiny_path, tmp_path, part):
+    root = copied(tiny_path, tmp_path / "copy")
+    (file,) = (root / part).glob("*.safetensors")
+    whole, config = file.read_bytes(), root / part / "config.json"
+    file.write_bytes(whole[:2000])
+    with pytest.raises(DTEError, match=rf"{part} cannot be loaded \(.*\): it is damaged"):
+        load_backbone(root)
+    torch.save({}, file.with_suffix(".bin"))
+    file.unlink()
+    with pytest.raises(DTEError, match="no weights in safetensors, and pickled ones are never"):
+        load_backbone(root)
+    file.write_bytes(whole)
+    for text in ("[1]", "no json"):
+        config.write_text(text)
+        with pytest.raises(DTEError, match="config.json"):
+            load_backbone(root)
+
+
+def test_the_small_world_is_known_by_its_autoencoder(tiny_backbone, small_pipe):
+    assert small_pipe.backbone.draws_small_world
+    assert tiny_backbone.resolution <= 64 and not tiny_backbone.draws_small_world
+
+
+def test_loaded_blocks_may_lie_in_each_other(tiny_backbone, monkeypatch):
+    backbone, moves = dataclasses.replace(tiny_backbone, offload=True), []
+    monkeypatch.setattr(backbone.vae, "to", lambda device: moves.append(str(device)))
+    monkeypatch.setattr(backbone.image_encoder, "to", lambda device: moves.append(f"i {device}"))
+    with backbone.loaded(backbone.vae):
+        moves += ["in"]
+        with backbone.loaded(backbone.image_encoder), backbone.loaded(backbone.vae) as vae:
+            assert vae is backbone.vae
+        moves += ["still in"]
+        with pytest.raises(KeyError), backbone.loaded(backbone.vae):
+            raise KeyError
+        moves += ["still in"]
+    assert moves == ["cpu", "in", "i cpu", "i cpu", "still in", "still in", "cpu"]
+    plain, moves[:] = dataclasses.replace(tiny_backbone), []
+    with plain.loaded(plain.vae):
+        pass
+    assert not moves  # without offload nothing moves
+
+
+def test_clip_pixels_of_large_pictures_are_pils_bicubic(tiny_backbone):
+    """512 -> 224, as with Stable Diffusion 1.5, against PIL's antialiased bicubic."""
+    coarse = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    fine = torch.rand(3, 512, 512, generator=torch.Generator().manual_seed(1)) - 0.5
+    picture = F.interpolate(coarse[None], (512, 512))[0] * 0.4 + fine
+    image = Image.fromarray(((picture + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+    picture = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
+    small = np.asarray(image.resize((224, 224), Image.Resampling.BICUBIC)) / 255
+    mean, std = np.array([0.1, 0.5, 0.6]), np.array([0.2, 0.3, 0.4])
+    processor = SimpleNamespace(image_mean=mean.tolist(), image_std=std.tolist())
+    tower = SimpleNamespace(config=SimpleNamespace(image_size=224))
+    stand_in = SimpleNamespace(
+        image_encoder=tower, image_processor=processor, device="cpu", dtype=torch.float32
+    )
+    ours = Backbone.clip_pixels(stand_in, picture[None])[0].permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(ours, (small - mean) / std, atol=0.02)  # PIL rounds to bytes

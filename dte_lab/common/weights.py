@@ -45,6 +45,7 @@ def load_weights(
     not finite, when there is none but a pickle, and when the folder cannot be read at all.
     """
     folder = Path(folder)
+    read_config(folder)
     if not any(folder.glob("*.safetensors")):
         raise DTEError(
             f"{folder} holds no weights in safetensors, and pickled ones are never read: "
@@ -61,7 +62,8 @@ def load_weights(
     wrong = [(str(key[0]), "has another shape") for key in info["mismatched_keys"]]
     wrong += [(key, "is missing") for key in sorted({*info["missing_keys"]} - {*absent})]
     if not strangers:
-        wrong += [(key, "is unknown") for key in sorted(info["unexpected_keys"])]
+        unknown = {key for key in info["unexpected_keys"] if not key.endswith("position_ids")}
+        wrong += [(key, "is unknown") for key in sorted(unknown)]  # (those are no weights)
     wrong = wrong or [
         (name, "holds values that are not finite")
         for name, tensor in model.state_dict().items()
@@ -72,6 +74,18 @@ def load_weights(
         more = f" (one of {len(wrong)} such faults)" if len(wrong) > 1 else ""
         raise DTEError(f"{_file_of(folder, name)}: the tensor {name} {fault}{more}; {COPY}.")
     return model
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings in a folder's config.json. Raises DTEError where there are none."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DTEError(f"{path} cannot be read: {COPY}.") from error
+    if not isinstance(config, dict):
+        raise DTEError(f"{path} holds no settings: {COPY}.")
+    return config
 
 
 COPY = "it is damaged or of another model, so copy it again"

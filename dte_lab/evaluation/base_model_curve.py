@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from dte_lab.backbone import Backbone, load_backbone
 from dte_lab.common.files import write_atomically
 from dte_lab.common.stats import interval
+from dte_lab.common.weights import load_weights
 from dte_lab.evaluation.base_model import Classifier, evaluation_items, generate, scene_hits
 from dte_lab.evaluation.base_model_tables import curve_table
 from dte_lab.world.captions import caption
@@ -52,7 +53,7 @@ def main(
     folders = sorted(run.glob("unet-*")) + [run / "unet"]
     points = []
     for folder in tqdm(folders, desc="curve"):
-        b.unet = UNet2DConditionModel.from_pretrained(folder).eval()
+        b.unet = load_weights(UNet2DConditionModel.from_pretrained, folder).eval()
         x = generate(b, [caption(*item) for item in items], seed=0).clamp(-1, 1)
         hits = classifier.hits(classifier.features(x), items) | {"scene": scene_hits(x, items)}
         steps = config["steps"] if folder.name == "unet" else int(folder.name.split("-")[1])

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dte_lab.common.checkpoint import save_folder
 from dte_lab.common.images import save_png
 from dte_lab.common.stats import psnr
+from dte_lab.common.weights import load_weights
 from dte_lab.patch_autoencoder import PatchAutoencoder
 from dte_lab.world.data import (
     from_bytes,
@@ -117,7 +118,7 @@ def main(
         model.initialise_from_pca(x)
         scale_latents(model, x)
     else:
-        model = PatchAutoencoder.from_pretrained(Path(parts) / "vae", use_safetensors=True)
+        model = load_weights(PatchAutoencoder.from_pretrained, Path(parts) / "vae")
         model.encoder.requires_grad_(False)
         model.linear_encode.requires_grad_(False)
     x_val, _, _ = random_batch(np.random.default_rng(10_000), 240, "val")

@@ -16,6 +16,7 @@ dte world train clip --out DIR --parts DIR
 from pathlib import Path
 
 from dte_lab.common.checkpoint import save_folder
+from dte_lab.common.weights import load_weights
 from dte_lab.patch_autoencoder import PatchAutoencoder
 from dte_lab.world.clip import build_image_processor, build_tokenizer
 from dte_lab.world.train_text import train_text
@@ -42,7 +43,7 @@ def main(
     out = Path(out)
     options = PartOptions(steps, minutes, seed, batch_size, bank_size, device, mixed_precision)
     tokenizer = build_tokenizer()
-    vae = PatchAutoencoder.from_pretrained(Path(parts) / "vae", use_safetensors=True)
+    vae = load_weights(PatchAutoencoder.from_pretrained, Path(parts) / "vae")
     text = train_text(out / "text", tokenizer, vae.eval().to(device), options)
     tokenizer.save_pretrained(out / "tokenizer")
     save_folder(text, out / "text_encoder")

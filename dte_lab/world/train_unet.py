@@ -20,6 +20,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from dte_lab.common.checkpoint import save_folder
 from dte_lab.common.images import save_png
+from dte_lab.common.weights import load_weights
 from dte_lab.patch_autoencoder import PatchAutoencoder
 from dte_lab.world.align import align
 from dte_lab.world.captions import caption
@@ -163,9 +164,9 @@ def main(
 ) -> None:
     """Train and save the EMA weights to `out/unet`, the sampler's settings to `out/scheduler`."""
     options = PartOptions(steps, minutes, seed, batch_size, bank_size, device, mixed_precision)
-    out, parts, safe = Path(out), Path(parts), {"use_safetensors": True}
-    vae = PatchAutoencoder.from_pretrained(parts / "vae", **safe).eval().to(device)
-    text = CLIPTextModelWithProjection.from_pretrained(parts / "text_encoder", **safe)
+    out, parts = Path(out), Path(parts)
+    vae = load_weights(PatchAutoencoder.from_pretrained, parts / "vae").eval().to(device)
+    text = load_weights(CLIPTextModelWithProjection.from_pretrained, parts / "text_encoder")
     text, tokenizer = text.eval().to(device), CLIPTokenizer.from_pretrained(parts / "tokenizer")
     torch.manual_seed(seed)
     unet = build_unet()
