@@ -69,6 +69,25 @@ def test_class_word_is_the_first_word_of_the_guess(tiny_backbone, tiny_encoder):
     assert torch.equal(tiny_encoder(*features()).class_word, table.embeddings[expected])
 
 
+def test_v_star_is_the_weighted_guess_and_the_head_in_units_of_a_word(tiny_backbone, tiny_config):
+    settings = replace(tiny_config, token_scale=0.7, zero_shot_temperature=0.03)
+    encoder = TuningEncoder.from_backbone(tiny_backbone, settings)
+    table, bias = PromptEncoder(tiny_backbone).table, torch.linspace(-1, 1, 24)
+    with torch.no_grad():
+        encoder.zero_shot_weight.fill_(0.25)
+        encoder.token_head.out.bias.copy_(bias)
+    clip, unet, t = features()
+    for v_star, e in zip(encoder(clip, unet, t).v_star, clip.embeds, strict=True):
+        similarity = word_clip_embeddings(tiny_backbone, table) @ e
+        w, rows = similarity.topk(4)
+        w = (w / 0.03).exp() / (w / 0.03).exp().sum()
+        words = table.embeddings[rows]
+        mixture = w @ words
+        guess = mixture / mixture.norm() * (w @ words.norm(dim=1))
+        entry = table.embeddings.square().mean().sqrt()
+        torch.testing.assert_close(v_star, 0.25 * guess + 0.7 * entry * bias)
+
+
 def test_samples_do_not_mix(tiny_encoder):
     clip, unet, t = features()
     whole = perturb(tiny_encoder)(clip, unet, t)

@@ -1,10 +1,18 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dte_lab.dual_path import dual_path
-from dte_lab.features import FeatureFusion
-from dte_lab.hypernetwork import FullHypernetwork, LoRAHypernetwork, TokenHead, count_parameters
+from dte_lab.features import FeatureFusion, ResBlock
+from dte_lab.hypernetwork import (
+    CrossBlock,
+    FullHypernetwork,
+    LoRAHypernetwork,
+    TokenHead,
+    build_hypernetwork,
+    count_parameters,
+)
 from dte_lab.lora import (
     effective_rank,
     inner_products,
@@ -75,6 +83,43 @@ def test_fusion_depends_on_all_its_inputs():
         fusion((patches, embeds), unet, t.flip(0)),
     ):
         assert (changed - tokens).abs().max() > 1e-3
+
+
+def test_fusion_sees_embeds_whose_entries_have_variance_1():
+    """CLIP's embeds are unit vectors; the projection gets what a trained layer expects."""
+    torch.manual_seed(0)
+    fusion = FeatureFusion(clip_dim=6, embed_dim=5, unet_dim=7, width=16, grid=4, depth=1)
+    seen = []
+    fusion.embed_in.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    embeds = F.normalize(torch.randn(2, 5), dim=-1)
+    fusion((torch.randn(2, 6, 4, 4), embeds), torch.randn(2, 7, 4, 4), torch.tensor([10, 500]))
+    torch.testing.assert_close(seen[0], embeds * 5**0.5)
+    torch.testing.assert_close(seen[0].square().mean(dim=1), torch.ones(2))
+
+
+def test_blocks_add_to_what_they_are_given():
+    """With the last layer of each branch at zero, a block passes its input through."""
+    torch.manual_seed(0)
+    res, cross = ResBlock(8), CrossBlock(8, 2)
+    for last in (res.conv2, cross.attn.out_proj, cross.mlp[2]):
+        torch.nn.init.zeros_(last.weight)
+        torch.nn.init.zeros_(last.bias)
+    x, queries = torch.randn(2, 8, 4, 4), torch.randn(2, 3, 8)
+    assert torch.equal(res(x), x)
+    assert torch.equal(cross(queries, torch.randn(2, 5, 8)), queries)
+
+
+@pytest.mark.parametrize("rank", [2, "full"])
+def test_offset_scale_multiplies_the_offset_once(rank):
+    shapes = {"one.to_q": (6, 4), "two.to_k": (4, 6)}
+    net = build_hypernetwork(shapes, rank, 8, 2, 1, offset_scale=0.1)
+    for head in net.heads.values():
+        torch.nn.init.normal_(head.weight)
+    tokens = torch.randn(2, 5, 8)
+    small = net(tokens)
+    net.offset_scale = 0.7
+    for key, (a, b) in net(tokens).items():
+        torch.testing.assert_close(a @ b, 7 * (small[key][0] @ small[key][1]))
 
 
 def test_token_head_starts_at_zero():
