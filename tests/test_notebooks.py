@@ -5,6 +5,7 @@ exercise cells alone, and no other cell uses what those define: both is checked 
 """
 
 import ast
+import importlib
 import json
 import re
 import shutil
@@ -171,6 +172,29 @@ def test_exercise_cells_pass_when_solved_and_raise_when_not(path):
                     exec(cell.source, scope)
             else:
                 exec(cell.source, scope)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_what_a_notebook_names_is_where_it_says(path):
+    """Imports from dte_lab, files, and "`name` in `file`" of the text; nothing that is private."""
+    source = notebooks.read_source(path)
+    code = "\n".join(cell.source for cell in source.cells if cell.cell_type == "code")
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom):
+            parts = node.module.split(".")
+            assert not any(part.startswith("_") for part in parts), node.module
+            assert parts[:2] != ["dte_lab", "cli"]
+            if parts[0] == "dte_lab":
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    assert hasattr(module, alias.name), f"{node.module} has no {alias.name}"
+    text = " ".join(cell.source for cell in source.cells if cell.cell_type == "markdown")
+    text = " ".join(text.split())
+    files = re.findall(r"`((?:dte_lab|benchmarks|docs|tools|results)/[\w/]+\.\w+)`", text)
+    assert files and all((ROOT / file).is_file() for file in files)
+    for name, file in re.findall(r"`(\w+)`,? (?:is )?in `(dte_lab/[\w/]+\.py)`", text):
+        defined = rf"^ *(def {name}\(|class {name}\b|{name}\b.* = )"
+        assert re.search(defined, (ROOT / file).read_text(), re.M), f"{name} in {file}"
 
 
 def test_built_notebooks_pass_their_own_check(built):

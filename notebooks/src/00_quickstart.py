@@ -480,5 +480,6 @@ if MY_PICTURE:
 # - `alpha_blend` trades likeness for freedom. Look at several seeds before you choose.
 # - The loss of a single tuning step is too noisy to judge by; look at pictures.
 #
-# Everything here is in short files: `dte_lab/pipeline.py` has the five lines,
-# `dte_lab/dual_path.py` the two paths, `dte_lab/tuning.py` the twelve steps.
+# Everything here is in short files: `personalize` and `generate` are in `dte_lab/pipeline.py`, the
+# two paths in `dte_lab/dual_path.py`, the twelve steps in `dte_lab/tuning.py`.
+# `docs/architecture.md` follows a picture through all of them.

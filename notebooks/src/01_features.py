@@ -559,7 +559,7 @@ show(
 # ## 6. The fusion
 #
 # The encoder wants both: CLIP's view, which no noise disturbs, and the UNet's, which is in the
-# language of the network that will draw. `FeatureFusion` in `dte_lab/hypernetwork.py` brings them
+# language of the network that will draw. `FeatureFusion` in `dte_lab/features.py` brings them
 # together on one grid. A convolution of size 1 × 1 projects the channels of each map to a common
 # width `d`, position by position; the picture's embedding is projected as well and added at every
 # position; and each position becomes a *token*, a vector of `d` numbers.
@@ -751,6 +751,5 @@ for f, cosine in alike.items():
 # - The UNet's features change with `t`, so the fusion is told `t`; at the last step they hold
 #   nothing of the picture, and `feature_timesteps` should stay well below it.
 #
-# The code is short: `dte_lab/features.py` has both views, `FeatureFusion` in
-# `dte_lab/hypernetwork.py` the fusion, and `static_features` in `dte_lab/encoder.py` the choice of
-# `t`.
+# The code is short: `dte_lab/features.py` has both views and `FeatureFusion`, the fusion;
+# `static_features` in `dte_lab/encoder.py` has the choice of `t`.

@@ -66,6 +66,10 @@ print("backbone: small, since it comes with the package, needs no download and r
 # **rank**.
 #
 # At first `A` is random and `B` is zero, so the layer does exactly what it did before.
+#
+# In the package `x A B` is one line, `low_rank_product` in `dte_lab/lora.py`, and `W` is never
+# changed: the attention of `dte_lab/dual_path.py` calls the layer as it is, for `x W`, and adds the
+# product. Notebook 04 reads that file.
 
 
 # %%
@@ -915,5 +919,5 @@ show(
 # - Norms, cosines and singular values of a change come from `r × r` matrices.
 # - The export is an ordinary LoRA and an ordinary textual-inversion file. It carries the soft path.
 #
-# Everything here is in short files: `dte_lab/hypernetwork.py` has the network and the measures,
-# `dte_lab/export.py` the files.
+# Everything here is in short files: `dte_lab/hypernetwork.py` has the network, `dte_lab/lora.py`
+# the product `x A B` and the measures, `dte_lab/export.py` the files.
