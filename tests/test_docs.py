@@ -1,5 +1,6 @@
 """The numbers and commands of docs/ against the code."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from typer.testing import CliRunner
 
 from dte_lab.cli.app import app
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="needs a checkout")
 
 
@@ -31,3 +33,68 @@ def test_commands_have_the_options_that_the_page_uses():
         options = {o for p in commands[ours or launched].params for o in p.opts}
         wanted = set(re.findall(r"(?<=\s)--[a-z-]+", " " + arguments))
         assert wanted <= options, (ours or launched, wanted - options)
+
+
+ARCHITECTURE = DOCS / "architecture.md"
+NAMED = r"`(dte_lab/[\w/]+\.py)`|\[((?:`\w+`(?:, )?)+)\]"  # a file, or names in it
+
+
+def test_every_file_and_function_of_the_architecture_exists():
+    """`dte_lab/FILE.py` [`name`, ...], and [`name`] alone of the file before it."""
+    named, code = set(), ""
+    for file, names in re.findall(NAMED, " ".join(ARCHITECTURE.read_text().split())):
+        if file:
+            code, current = (ROOT / file).read_text(), file
+        for name in re.findall(r"\w+", names):
+            assert re.search(rf"^ *(def|class) {name}\b", code, re.M), f"{name} in {current}"
+            named.add((current, name))
+    assert len(named) > 50
+
+
+def imports(path):
+    """(folder, module) of what a file imports from dte_lab; the folder of the root is "method"."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            top, *rest = name.split(".")
+            if top != "dte_lab" or not rest:
+                continue
+            folder = rest[0] if (ROOT / "dte_lab" / rest[0]).is_dir() else "method"
+            yield folder, rest[0]
+
+
+def test_imports_go_the_way_that_the_architecture_says():
+    rows = re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", ARCHITECTURE.read_text(), re.M)
+    rule = {folder: set(re.findall(r"`(\w+)`", allowed)) for folder, allowed in rows}
+    folders = {path.parent.name for path in (ROOT / "dte_lab").glob("*/__init__.py")}
+    assert set(rule) == folders | {"method"}
+    for path in (ROOT / "dte_lab").rglob("*.py"):
+        own = path.parent.name if path.parent.name in folders else "method"
+        for folder, module in imports(path):
+            if path.name in ("__main__.py", "__init__.py") or folder == own:
+                continue
+            allowed = folder in rule[own] or (folder == "method" and module in rule[own])
+            constant = module in ("placeholder_token", "__version__")
+            assert allowed or constant, f"{path.relative_to(ROOT)} imports {folder}, {module}"
+
+
+def test_no_files_import_each_other_in_a_circle():
+    files = {}
+    for path in (ROOT / "dte_lab").rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        files[".".join(parts).removesuffix(".__init__")] = path
+    wanted = {}
+    for name, path in files.items():
+        nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
+        pairs = [(n.module, f"{n.module}.{alias.name}") for n in nodes for alias in n.names]
+        found = {inner if inner in files else module for module, inner in pairs}
+        wanted[name] = found & set(files) - {name, "dte_lab"}
+    while leaves := [name for name, needs in wanted.items() if not needs]:
+        for leaf in leaves:
+            del wanted[leaf]
+        wanted = {name: needs - set(leaves) for name, needs in wanted.items()}
+    assert not wanted, f"in a circle, or above one: {sorted(wanted)}"
