@@ -11,7 +11,6 @@ from dte_lab.evaluation.blending import Blend
 from dte_lab.evaluation.edits import Item, items
 from dte_lab.evaluation.trials import Sampling
 
-
 FEW = [Blend("soft", "attention", 0), Blend("soft", "block", 0.5), Blend("hard", "attention", 1)]
 
 

@@ -77,7 +77,7 @@ def _backbone(name: str, device: str | None) -> Finding:
     """Whether the backbone could be loaded, from where, and why."""
     import torch
 
-    from dte_lab import backbone as loader
+    from dte_lab import backbone_parts as loader
     from dte_lab import sd15
 
     if name != "sd15":
@@ -117,7 +117,7 @@ def _backbone(name: str, device: str | None) -> Finding:
 
 
 def _encoder(backbone: str, encoder: Path | str | None) -> Finding:
-    from dte_lab.backbone import backbone_folder
+    from dte_lab.backbone_parts import backbone_folder
     from dte_lab.encoder import encoder_folder
 
     folder = encoder_folder(encoder or backbone_folder(backbone) / "encoder")
