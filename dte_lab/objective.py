@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dte_lab.backbone import Backbone, add_noise, signal_variance
+from dte_lab.common.errors import DTEError
 from dte_lab.config import MethodConfig
 from dte_lab.contrastive import Bank, prompt_embedding, regularise
 from dte_lab.dual_path import alpha_at, dual_path
@@ -47,14 +48,14 @@ def diffusion_target(
 ) -> Float[Tensor, "batch channels height width"]:
     """What the UNet should predict at x_t, noise or velocity.
 
-    Raises ValueError for a backbone that predicts something else.
+    Raises DTEError for a backbone that predicts something else.
     """
     if backbone.prediction_type == "epsilon":
         return noise
     if backbone.prediction_type == "v_prediction":
         alpha = signal_variance(backbone, latents, timesteps)  # (B, 1, 1, 1)
         return alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
-    raise ValueError(f"Prediction type {backbone.prediction_type!r} is not supported.")
+    raise DTEError(f"Prediction type {backbone.prediction_type!r} is not supported.")
 
 
 @contextmanager

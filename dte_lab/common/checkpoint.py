@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from dte_lab.common.errors import DTEError
 from dte_lab.common.files import write_atomically
 from dte_lab.common.resume import as_json, check_settings, cut_back
 
@@ -40,7 +41,7 @@ class Checkpoint:
     def load(self, model: nn.Module, average: nn.Module, optimizer) -> int:
         """Restore the state, and cut the logs beside it back to it; returns its step, 0 for none.
 
-        Raises ValueError when the file is damaged, or holds another kind of run, one with other
+        Raises DTEError when the file is damaged, or holds another kind of run, one with other
         settings, or weights of another size.
         """
         step = self._restore(model, average, optimizer) if self.path.is_file() else 0
@@ -51,7 +52,7 @@ class Checkpoint:
     def _restore(self, model: nn.Module, average: nn.Module, optimizer) -> int:
         parts, metadata = read_state(self.path)
         if metadata.get("kind") != self.kind:
-            raise ValueError(
+            raise DTEError(
                 f"{self.path} belongs to {metadata.get('kind', 'another version')}, not to "
                 f"{self.kind}: use another folder."
             )
@@ -63,7 +64,7 @@ class Checkpoint:
                 for name, weight in average.named_parameters():
                     weight.copy_(parts["ema"][name])
         except (KeyError, RuntimeError) as error:
-            raise ValueError(
+            raise DTEError(
                 f"The weights in {self.path} are of another model ({str(error).splitlines()[-1]}): "
                 "use another folder."
             ) from error
@@ -86,7 +87,7 @@ def write_state(path: Path, parts: dict[str, State], optimizer, metadata: dict[s
 def read_state(path: Path) -> tuple[dict[str, State], dict[str, str]]:
     """Undo `write_state`: (parts, with the optimizer's as "optimizer"; metadata).
 
-    Raises ValueError when the file is damaged or was not written by `write_state`.
+    Raises DTEError when the file is damaged or was not written by `write_state`.
     """
     parts = {}
     try:
@@ -96,11 +97,11 @@ def read_state(path: Path) -> tuple[dict[str, State], dict[str, str]]:
                 part, rest = key.split(".", 1)
                 parts.setdefault(part, {})[rest] = file.get_tensor(key)
     except SafetensorError as error:
-        raise ValueError(
+        raise DTEError(
             f"{path} is damaged ({error}): remove it to begin the run again."
         ) from error
     if not parts:
-        raise ValueError(f"{path} is no checkpoint of a training run: use another folder.")
+        raise DTEError(f"{path} is no checkpoint of a training run: use another folder.")
     return parts, metadata
 
 
