@@ -12,6 +12,7 @@ from dte_lab import Concept, DTEPipeline
 from dte_lab.cli import main
 from dte_lab.common.images import to_pil
 from dte_lab.common.processes import in_processes
+from dte_lab.common.stats import interval
 from dte_lab.evaluation import run
 from dte_lab.evaluation.base_model import classify_scene
 from dte_lab.evaluation.edits import Item, edits, items, object_mask, object_region, truth
@@ -233,17 +234,17 @@ def test_a_run_that_was_cut_off_goes_on_where_it_stopped(harness, tmp_path, monk
 
 def test_a_finished_run_can_be_given_more_methods_and_steps(harness, tmp_path, monkeypatch):
     specs = [["dte@batch_size=2:0,1,2", "ti@batch_size=2:1"], ["dte@batch_size=2:0,2"]]
-    whole = harness(tmp_path / "whole", specs[0])
-    harness(tmp_path / "parts", specs[1])
+    whole = harness(tmp_path / "whole", specs[0], {"seed": 3})
+    harness(tmp_path / "parts", specs[1], {"seed": 3})
     fit, calls = Methods.concepts, []
 
     def counted(self, spec, pixels, seed):
-        calls.append(spec.text)
+        calls.append((spec.text, seed))
         return fit(self, spec, pixels, seed)
 
     monkeypatch.setattr(Methods, "concepts", counted)
-    parts = harness(tmp_path / "parts", specs[0])
-    assert calls == 2 * ["dte@batch_size=2:1", "ti@batch_size=2:1"]
+    parts = harness(tmp_path / "parts", specs[0], {"seed": 3})
+    assert calls == 2 * [("dte@batch_size=2:1", 3), ("ti@batch_size=2:1", 3)]
 
     def numbers(lines):
         return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
@@ -251,7 +252,7 @@ def test_a_finished_run_can_be_given_more_methods_and_steps(harness, tmp_path, m
     assert numbers(parts) == numbers(whole)
     for fewer in (["dte@batch_size=2:0,2", "ti@batch_size=2:1"], ["dte@batch_size=2:0,1,2"]):
         with pytest.raises(ValueError, match="other settings.*methods"):
-            harness(tmp_path / "parts", fewer)
+            harness(tmp_path / "parts", fewer, {"seed": 3})
 
 
 def test_what_cannot_run_is_said_before_any_work(harness, tmp_path, monkeypatch):
@@ -341,6 +342,43 @@ def test_summary_scales_identity_by_the_truth_and_pairs_by_concept():
     assert line["identity_scaled"]["mean"] == pytest.approx((0.1 + 0.3) / 0.5 / 2)
     text = markdown(summarise(rows))
     assert "| Textual Inversion | 12 | 2 |" in text and "| true rendering |  | 2 |" in text
+
+
+def test_ahead_is_against_twelve_steps_and_pairs_follow_the_concept():
+    """Concepts stand in another order for each method; each has a value of its own."""
+    fidelity = {
+        ("dte", 12): {"cat": 0.2, "dog": 0.4, "bus": 0.5},
+        ("dte", 50): {"dog": 0.8, "cat": 0.7, "bus": 0.9},
+        ("ti", 12): {"bus": 0.1, "cat": 0.15, "dog": 0.3},
+        ("oracle", 0): {"cat": 1, "bus": 1, "dog": 1},
+        ("other", 0): {"cat": 0.5, "dog": 0, "bus": 0},
+    }  # fmt: skip
+    rows = []
+    for (method, steps), values in fidelity.items():
+        for concept, value in values.items():
+            margin = value / (2 - value)  # the harmonic mean of it and 1 is the value
+            measures = dict.fromkeys(PICTURE_MEASURES, 0.5) | {"scene": 1.0}
+            measures["identity_margin"] = margin
+            for is_style in (False, True):
+                rows.append(Row(method, steps, concept, "any", "noto", "white", "x", is_style,
+                                **measures))  # fmt: skip
+    summary = {(line["method"], line["steps"]): line for line in summarise(rows)}
+    ours, theirs = fidelity["dte", 12], fidelity["ti", 12]
+    ahead = [ours[c] - theirs[c] for c in ("bus", "cat", "dog")]
+    found = summary["ti", 12]["ahead"]
+    assert found == pytest.approx(interval(ahead), abs=1e-4)
+    assert summary["dte", 50]["ahead"]["mean"] < 0 and "ahead" not in summary["dte", 12]
+    for key in (("dte", 50), ("ti", 12)):
+        expected = interval(list(fidelity[key].values()))
+        assert summary[key]["fidelity"] == pytest.approx(expected, abs=1e-4)
+    (line,) = paired(rows, "dte", "ti")
+    expected = interval([ours[c] - theirs[c] for c in ours])
+    assert line["fidelity"] == pytest.approx(expected, abs=1e-4) and line["fidelity"]["n"] == 3
+    assert line["fidelity"]["high"] == pytest.approx(0.4, abs=1e-4), "bus with bus"
+    (back,) = paired(rows, "ti", "dte")
+    assert back["fidelity"]["mean"] == -line["fidelity"]["mean"]
+    assert least_steps(rows, share=0.5) == {"dte": {"any": 50}}
+    assert least_steps(rows, share=0.4) == {"dte": {"any": 12}}
 
 
 def test_scene_edits_tell_the_scene_and_style_edits_the_truth():

@@ -2,11 +2,14 @@
 
 import importlib.util
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from skimage import data
 
+from dte_lab.evaluation import base_model
 from dte_lab.evaluation.judges import ImageJudge, SentenceJudge
 
 needs_images = pytest.mark.skipif(
@@ -56,6 +59,39 @@ def test_sentence_judge_gives_the_published_similarities():
     assert embeddings.shape == (3, 384)
     expected = torch.tensor([[1.0, 0.6660, 0.1046], [0.6660, 1.0, 0.1411], [0.1046, 0.1411, 1.0]])
     assert torch.allclose(embeddings @ embeddings.T, expected, atol=1e-3)
+
+
+def test_clip_ranks_texts_by_cosine(monkeypatch):
+    """Hand-made embeddings: texts on a circle, pictures that point between two of them."""
+    names = [f"thing {i}" for i in range(8)]
+    angles = {f"a picture of {name}": 0.7 * i for i, name in enumerate(names)}
+    groups = {name: SimpleNamespace(group=f"group {i // 2}") for i, name in enumerate(names)}
+    monkeypatch.setattr(base_model, "split_names", lambda split: names)
+    monkeypatch.setattr(base_model, "concepts", lambda: groups)
+    monkeypatch.setattr(base_model, "tokenize", lambda tokenizer, texts: texts)
+
+    def circle(angles, length):
+        return length * torch.tensor([[np.cos(a), np.sin(a)] for a in angles], dtype=torch.float32)
+
+    backbone = SimpleNamespace(
+        tokenizer=None,
+        text_encoder=lambda texts: SimpleNamespace(
+            text_embeds=circle([angles[t] for t in texts], 3)
+        ),
+        clip_pixels=lambda x: x,
+        image_encoder=lambda x: SimpleNamespace(image_embeds=circle(x.tolist(), 5)),
+    )
+    judge, x = base_model.Judge(backbone), torch.tensor([0.1, 1.3, 2.2])
+    assert judge.ranks(x, list(angles))[:, :3].tolist() == [[0, 1, 2], [2, 1, 3], [3, 4, 2]]
+    assert judge.nearest_concepts(x) == ["thing 0", "thing 2", "thing 3"]
+    ranks = judge.ranks(x, list(angles))
+    truth = [names[ranks[0, 0]], names[ranks[1, 4]], names[ranks[2, 5]]]
+    top1, top5 = judge.concept_hits(x, truth)
+    assert top1.tolist() == [True, False, False] and top5.tolist() == [True, True, False]
+    hits = base_model.group_hits(
+        ["thing 0", "thing 2", "thing 3"], ["thing 1", "thing 1", "thing 2"]
+    )
+    assert hits.tolist() == [True, False, True]
 
 
 def test_missing_weights_say_what_to_install(monkeypatch):
