@@ -9,14 +9,18 @@ from torch.utils.data import default_collate
 
 from dte_lab import TuningEncoder, load_encoder
 from dte_lab.backbone import add_noise
+from dte_lab.cli.training import training_pictures
 from dte_lab.common.checkpoint import read_state
+from dte_lab.encoder import EncoderPrediction
+from dte_lab.tokens import PromptEncoder
 from dte_lab.training.batches import StepBatches, prepare
+from dte_lab.training.callbacks import statistics
 from dte_lab.training.config import PretrainConfig, learning_rate
 from dte_lab.training.pretrain import pretrain
 from dte_lab.training.step import Processes
 
 CONFIG = PretrainConfig(
-    steps=6, batch_size=3, warmup_steps=2, log_every=1, checkpoint_every=2, sample_every=100
+    steps=4, batch_size=3, warmup_steps=2, log_every=1, checkpoint_every=2, sample_every=100
 )
 
 
@@ -72,7 +76,7 @@ def test_a_run_in_pieces_is_bit_identical(tiny_backbone, tiny_config, tmp_path):
     for (name, x), y in zip(whole.state_dict().items(), pieces.state_dict().values(), strict=True):
         assert torch.equal(x, y), name
     lines = log(tmp_path / "pieces")
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert without_times(lines) == without_times(log(tmp_path / "whole"))
     (a, info), (b, other) = (
         read_state(tmp_path / d / "checkpoint.safetensors") for d in ("whole", "pieces")
@@ -136,16 +140,16 @@ def test_8_bit_optimizer_of_bitsandbytes(tiny_backbone, tiny_config, tmp_path):
     assert any(value.dtype == torch.uint8 for value in state.values())
 
 
-def test_a_start_changes_a_fresh_encoder_once(tiny_backbone, tiny_config, tmp_path):
-    started = []
+def test_only_a_fresh_encoder_is_initialised(tiny_backbone, tiny_config, tmp_path):
+    calls = []
 
-    def start(encoder):
-        started.append(torch.nn.init.zeros_(encoder.zero_shot_weight))
+    def initialise(encoder):
+        calls.append(torch.nn.init.zeros_(encoder.zero_shot_weight))
 
     for steps in (1, 2):
         config = dataclasses.replace(CONFIG, steps=steps, learning_rate=0.0)
-        trained = run(tiny_backbone, tiny_config, tmp_path, config, initialise=start)
-    assert len(started) == 1 and trained.zero_shot_weight == 0
+        trained = run(tiny_backbone, tiny_config, tmp_path, config, initialise=initialise)
+    assert len(calls) == 1 and trained.zero_shot_weight == 0
 
 
 def in_pieces_as_whole(backbone, dte, tmp_path, config):
@@ -174,6 +178,87 @@ def test_training_moves_every_parameter_and_the_ema_follows(tiny_backbone, tiny_
         assert torch.equal(x, y), name
     kinds = {type(p).__name__ for p in tiny_backbone.unet.attn_processors.values()}
     assert kinds == {"AttnProcessor2_0"}
+
+
+def test_the_first_step_against_adamw_and_the_average(tiny_backbone, tiny_config, tmp_path):
+    """Half of the rate in the warm-up, decoupled weight decay; the average keeps a tenth."""
+    config = dataclasses.replace(CONFIG, steps=1, learning_rate=0.02, weight_decay=5.0)
+    fresh = TuningEncoder.from_backbone(tiny_backbone, tiny_config)
+    average = run(tiny_backbone, tiny_config, tmp_path, config)
+    raw = read_state(tmp_path / "checkpoint.safetensors")[0]["model"]
+    name = "hypernetwork.queries"
+    before, after = fresh.get_parameter(name).detach(), raw["token_head.out.bias"]
+    assert after.abs().max().item() == pytest.approx(0.01, rel=1e-3), "it was 0: one rate of AdamW"
+    step = raw[name] - before * (1 - 0.01 * 5.0)
+    assert step.abs().max() <= 0.01 * 1.001
+    torch.testing.assert_close(
+        average.get_parameter(name).detach(), 0.1 * before + 0.9 * raw[name], atol=1e-6, rtol=1e-5
+    )
+    (line,) = log(tmp_path)
+    assert line["learning_rate"] == 0.01 and line["grad_norm"] > 0
+
+
+def test_the_log_says_what_the_prediction_is(tiny_backbone, monkeypatch):
+    table = PromptEncoder(tiny_backbone).table
+    v_star = 2 * table.embeddings[3:5]
+    a, b = torch.ones(2, 3, 1), torch.full((2, 1, 5), 0.5)
+    found = statistics(EncoderPrediction(v_star, {"q": (a, b), "k": (a, 3 * b)}), table)
+    norm = v_star.norm(dim=-1).mean().item() / table.mean_norm
+    assert found["v_star_norm"] == pytest.approx(norm)
+    assert found["nearest_cosine"] == pytest.approx(1)
+    assert found["offset_rms"] == pytest.approx(((0.25 + 2.25) / 2) ** 0.5)
+
+
+def test_pictures_that_were_skipped_are_logged_at_their_step(tiny_backbone, tiny_config, tmp_path):
+    class Some(Pictures):
+        def __getitem__(self, i):
+            return super().__getitem__(i) | {"skipped": f"{i}: bad" if i % 2 else ""}
+
+    config = dataclasses.replace(CONFIG, steps=2, log_every=2)
+    encoder = TuningEncoder.from_backbone(tiny_backbone, tiny_config)
+    pretrain(tiny_backbone, encoder, Some(), config, tmp_path, progress=False)
+    drawn = list(StepBatches(12, config, 0))
+    expected = [
+        (step, [f"{i}: bad" for i in batch if i % 2]) for step, batch in enumerate(drawn, 1)
+    ]
+    lines = log(tmp_path)
+    assert [(x["step"], x["skipped"]) for x in lines if "skipped" in x] == [
+        line for line in expected if line[1]
+    ]
+    assert lines[-1]["step"] == 2 and "loss" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps is a whole number from 1"),
+        ({"batch_size": True}, "batch_size is a whole number"),
+        ({"log_every": 0}, "log_every is a whole number from 1"),
+        ({"checkpoint_every": 0}, "checkpoint_every is"),
+        ({"sample_every": 1.5}, "sample_every is"),
+        ({"predict_every": 0}, "predict_every is"),
+        ({"warmup_steps": -1}, "warmup_steps is a whole number from 0"),
+        ({"seed": -1}, "seed is"),
+        ({"num_workers": -1}, "num_workers is"),
+        ({"learning_rate": float("inf")}, "learning_rate is a number from 0"),
+        ({"weight_decay": "x"}, "weight_decay is"),
+        ({"decay_fraction": 2}, "decay_fraction is a number from 0 to 1"),
+        ({"ema_decay": 1.1}, "ema_decay is"),
+        ({"shared_timestep_probability": -0.1}, "shared_timestep_probability is"),
+        ({"max_grad_norm": 0}, "max_grad_norm is a number above 0"),
+        ({"mixed_precision": "fp8"}, "mixed_precision is one of no, bf16, fp16"),
+        ({"optimizer_8bit": 1}, "optimizer_8bit is true or false"),
+        ({"max_minutes": -1}, "max_minutes is"),
+    ],
+)
+def test_settings_with_which_nothing_can_be_trained_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        PretrainConfig(**change)
+
+
+def test_a_model_of_another_world_needs_pictures(tiny_backbone):
+    with pytest.raises(ValueError, match="is no model of the small world: say --data FOLDER"):
+        training_pictures(tiny_backbone, None)
 
 
 def test_finished_run_is_not_trained_further(tiny_backbone, tiny_config, tmp_path):

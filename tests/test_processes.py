@@ -1,6 +1,8 @@
 """Pre-training in two processes (gloo): the losses of one, and no harm from a kill."""
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,12 +11,13 @@ import time
 import numpy as np
 import psutil
 import pytest
+import torch
 from PIL import Image
 from safetensors import safe_open
 
 from dte_lab.cli.training import pretrain
 
-STEPS = 30
+STEPS = 12
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,7 @@ def test_two_processes_with_a_kill_train_as_one(tiny_path, data, tmp_path):
     ]
     output = (tmp_path / "output").open("w")
     launcher = subprocess.Popen(command, stdout=output, stderr=output)
-    while not (two / "log.jsonl").is_file() or len(log_lines(two)) < 5:
+    while not (two / "log.jsonl").is_file() or len(log_lines(two)) < 3:
         assert launcher.poll() is None, (tmp_path / "output").read_text()
         time.sleep(0.01)
     workers = [p for p in psutil.Process(launcher.pid).children() if "pretrain" in str(p.cmdline())]
@@ -117,6 +120,36 @@ def test_folders_of_pictures(data, tmp_path):
     assert pictures[0]["image"].shape == (3, 16, 16) and pictures[0]["prompt"] == "a picture of S*"
     with pytest.raises(ValueError, match="no sub-folders with pictures"):
         load_pictures(tmp_path, 16)
+
+
+def test_files_that_are_no_pictures_are_named_before_the_start(data, tmp_path, monkeypatch):
+    from dte_lab.training import pictures
+
+    root = tmp_path / "data"
+    shutil.copytree(data, root)
+    whole = (root / "a" / "0.png").read_bytes()
+    (root / "a" / "junk.png").write_bytes(b"no picture")
+    (root / "b" / "folder.png").mkdir()
+    (root / "b" / "link.png").symlink_to("nowhere.png")
+    os.mkfifo(root / "b" / "pipe.png")
+    Image.new("RGB", (8, 99)).save(root / "c" / "small.png")
+    with pytest.raises(ValueError, match=r"5 of 11 files .*a/junk.png.* and 2 more; take") as error:
+        pictures.load_pictures(root, 16)
+    assert "folder.png" in str(error.value)
+    for bad in ("a/junk", "b/link", "b/pipe", "c/small"):
+        (root / f"{bad}.png").unlink()
+    (root / "b" / "folder.png").rmdir()
+    assert len(pictures.load_pictures(root, 16)) == 6
+
+    # one whose header is good is skipped when it is drawn, always by the same
+    (root / "c" / "5.png").write_bytes(whole[: len(whole) // 2])
+    dataset = pictures.load_pictures(root, 16)
+    good, bad = dataset[0], dataset[5]
+    assert torch.equal(bad["image"], good["image"]) and bad["concept"] == good["concept"] == 0
+    assert good["skipped"] == "" and "5: " in bad["skipped"] and "5.png" in bad["skipped"]
+    monkeypatch.setattr(pictures, "MOST_SKIPPED", 1)
+    with pytest.raises(ValueError, match="1 pictures in a row cannot be read: 5: .*5.png"):
+        dataset[5]
 
 
 def test_hugging_face_datasets(monkeypatch, picture):
