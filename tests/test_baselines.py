@@ -1,5 +1,7 @@
 """The baselines optimise what they say, from where they say, and are drawn by the same sampler."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,7 @@ from dte_lab.baselines import (
     textual_inversion,
 )
 from dte_lab.dual_path import dual_path
-from dte_lab.objective import diffusion_target
+from dte_lab.objective import diffusion_target, objective
 from dte_lab.training.pretrain import PretrainConfig, pretrain
 
 CONFIG = BaselineConfig(batch_size=2, prior_pictures=2)
@@ -98,6 +100,53 @@ def test_prior_preservation_holds_on_to_pictures_of_the_class(pipe, pixels):
             return F.mse_loss(backbone.unet(noisy, t, text).sample, target).item()
 
     assert class_loss(prior=True) < class_loss(prior=False)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What a baseline hands to `objective`, one (state, batch, method) per step."""
+    steps = []
+
+    @contextmanager
+    def watched(backbone, encode, state, batch, method, bank=None):
+        steps.append((state, batch, method))
+        with objective(backbone, encode, state, batch, method, bank) as losses:
+            yield losses
+
+    monkeypatch.setattr("dte_lab.baselines.objective", watched)
+    return steps
+
+
+def test_lora_sees_the_rare_word_and_its_class_the_prior_the_class_alone(pipe, pixels, seen):
+    word, embedding = class_word(pipe, pixels)
+    for prior in (False, True):
+        concept = dreambooth_lora(pipe, pixels, [0, 1], config=CONFIG, prior=prior)[0]
+        state, batch, method = seen.pop()
+        assert batch.prompts == [f"a picture of S* {word}"] * 2 + ["a picture of S*"] * 2 * prior
+        rare = state.v_star[:1]
+        assert torch.equal(rare, concept.v_star)
+        length = pipe.prompt_encoder.table.embeddings.norm(dim=1).mean()
+        torch.testing.assert_close(rare.norm(), length)
+        assert (rare - embedding).norm() > 0.5 * length
+        if prior:
+            assert torch.equal(state.v_star, torch.cat([rare, rare, embedding, embedding]))
+            assert method == single_path(pipe.encoder.method)
+            given = pipe.backbone.encode_images(pixels)
+            assert torch.allclose(batch.latents[:2], given.expand(2, -1, -1, -1))
+            assert not torch.allclose(batch.latents[2:], given.expand(2, -1, -1, -1), atol=0.1)
+    for a, _ in concept.offsets.values():  # uniform within +-1/sqrt(Din)
+        assert 0.8 < a.abs().max() * a.shape[1] ** 0.5 <= 1
+
+
+def test_e4t_keeps_v_star_near_the_class_word(tiny_backbone, tiny_pixels, seen):
+    encoder = E4TEncoder.from_backbone(tiny_backbone)
+    pipe = DTEPipeline(tiny_backbone, encoder)
+    e4t(pipe, tiny_pixels[:1], [1], config=CONFIG)
+    [(state, batch, method)] = seen
+    assert method.regulariser == "l2" and method.alpha_blend == 1
+    assert batch.prompts == ["a picture of S*"] * 2
+    expected = encoder.predict(tiny_backbone, tiny_pixels[:1]).class_word
+    assert torch.equal(state.class_word, expected)
 
 
 def test_e4t_multiplies_the_weights(tiny_backbone, merged_unet):

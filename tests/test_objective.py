@@ -106,6 +106,27 @@ def test_contrastive_negatives_are_other_concepts_and_the_bank(tiny_backbone, se
     torch.testing.assert_close(losses["loss"], total)
 
 
+@pytest.mark.parametrize("regulariser", ["l2", "nearest"])
+def test_a_word_pulls_at_v_star_itself(tiny_backbone, setting, regulariser):
+    """With "l2" it is the class word, with "nearest" the nearest word, which prompts then use."""
+    encode, leaves, latents, noise, t = setting
+    table = encode.table
+    row = table.nearest_rows(leaves.v_star, 3)[1]
+    class_word = table.embeddings[row[:, 2]]  # neither the nearest word nor the next
+    prediction = dataclasses.replace(leaves, class_word=class_word)
+    config = MethodConfig(regulariser=regulariser, regulariser_weight=0.3)
+    with objective(
+        tiny_backbone, encode, prediction, Batch(latents, noise, t, PROMPTS), config
+    ) as losses:
+        pass
+    word = class_word if regulariser == "l2" else table.embeddings[row[:, 0]]
+    unit = table.embeddings.norm(dim=1).mean()
+    expected = sum((v - w).norm() ** 2 for v, w in zip(leaves.v_star, word, strict=True)) / 3
+    torch.testing.assert_close(losses[regulariser], expected / unit**2)
+    assert losses[regulariser] > 0.01
+    torch.testing.assert_close(losses["loss"], losses["diffusion"] + 0.3 * losses[regulariser])
+
+
 def test_epsilon_and_unknown_predictions(tiny_backbone, setting):
     from dte_lab.objective import diffusion_target
 

@@ -1,4 +1,5 @@
 import copy
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 
 from dte_lab import MethodConfig, PromptEncoder, TuneConfig, tune
 from dte_lab.encoder import EncoderPrediction
+from dte_lab.objective import objective
 
 
 @pytest.fixture
@@ -57,6 +59,47 @@ def test_callback_sees_every_step(setting):
     assert [s["loss"] for s in seen] == [x["loss"] for x in result.losses]
     assert torch.equal(seen[0]["v_star"], setting[2].v_star)
     assert not torch.equal(seen[1]["v_star"], seen[2]["v_star"])
+
+
+def test_a_first_step_by_hand(setting, tiny_pixels, monkeypatch):
+    """Two pictures and two prompts in turn, the bank, and AdamW's first step, lr * sign(gradient),
+    with the rate of v* in units of a word's typical entry.
+    """
+    backbone, encode, prediction, _, method = setting
+    seen, bank = [], (torch.randn(5, 24), torch.arange(5))
+
+    @contextmanager
+    def watched(backbone, encode, state, batch, method, bank=None):
+        with objective(backbone, encode, state, batch, method, bank) as losses:
+            yield losses
+        gradients = [leaf.grad.clone() for leaf in tensors(state)]
+        seen.append(SimpleNamespace(batch=batch, bank=bank, gradients=gradients))
+
+    monkeypatch.setattr("dte_lab.tuning.objective", watched)
+    config = TuneConfig(
+        num_steps=2, batch_size=3, token_learning_rate=0.2, offset_learning_rate=3e-3,
+        prompts=("a picture of S*", "the S*"),
+    )  # fmt: skip
+    after, pixels = [], tiny_pixels[:2]
+    tune(
+        backbone, encode, prediction, pixels, method, config, bank, progress=False,
+        callback=lambda state: after.append([state["v_star"], *sum(state["offsets"].values(), ())]),
+    )  # fmt: skip
+    a, b = backbone.encode_images(pixels)
+    torch.testing.assert_close(seen[0].batch.latents, torch.stack([a, b, a]))
+    torch.testing.assert_close(seen[1].batch.latents, torch.stack([b, a, b]))
+    assert seen[0].batch.prompts == ["a picture of S*", "the S*", "a picture of S*"]
+    assert seen[1].batch.prompts == ["the S*", "a picture of S*", "the S*"]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(seen[0].bank, bank, strict=True))
+    unit = encode.table.embeddings.square().mean().sqrt().item()
+    rates = [0.2 * unit] + [3e-3] * (len(after[0]) - 1)
+    assert not torch.isclose(torch.tensor(0.2 * unit), torch.tensor(0.2), rtol=0.5)
+    for x, y, gradient, rate in zip(*after, seen[0].gradients, rates, strict=True):
+        clear = gradient.abs() > 1e-5  # Adam's epsilon is 1e-8
+        torch.testing.assert_close(
+            (y - x)[clear], -rate * gradient[clear].sign(), rtol=0.01, atol=1e-6
+        )
+    assert (seen[0].gradients[0].abs() > 1e-5).any()
 
 
 def test_zero_steps_return_the_prediction(setting):
