@@ -15,7 +15,7 @@ from dte_lab.common.errors import DTEError
 from dte_lab.common.images import to_pil
 from dte_lab.concept import Concept
 from dte_lab.contrastive import prompt_embedding
-from dte_lab.encoder import TuningEncoder, load_encoder
+from dte_lab.encoder import TuningEncoder, load_encoder, trained_encoder
 from dte_lab.evaluation.records import fingerprint
 from dte_lab.evaluation.specifications import EXPERIMENTS, Specification, idle_options, parse
 from dte_lab.lora import projection_shapes, truncate
@@ -71,6 +71,9 @@ class Methods:
             raise DTEError(
                 f"{spec.label}: LoRA has the rank of the encoder, and this one has none."
             )
+        interval = spec.method_of(encoder.method).prediction_interval
+        if spec.name == "dte" and (spec.tuning.what != "predictions" or interval):
+            trained_encoder(encoder, spec.label)
         if spec.rank is not None:
             self._check_rank(spec, encoder)
 
