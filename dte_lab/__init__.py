@@ -26,11 +26,11 @@ _public = {
 __all__ = ["__version__", "placeholder_token", *_public]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> object:
     if name not in _public:
         raise AttributeError(f"module 'dte_lab' has no attribute '{name}'")
     return getattr(importlib.import_module(f"dte_lab.{_public[name]}"), name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 NOT_NEEDED = {"jupyterlab"}  # a notebook that runs this has something to run in
 
 
-def plan(requirements, installed):
+def plan(requirements: list[str], installed: dict[str, str]) -> tuple[list[str], list[str]]:
     """What to install, and what to keep, from texts and {canonical name: version}.
 
     Returns (requirements to install, constraints "name==version" on all the rest).
@@ -45,7 +46,7 @@ def plan(requirements, installed):
     return install, [f"{n}=={v}" for n, v in sorted(installed.items()) if n not in replaced]
 
 
-def main(extras=("notebooks",)):
+def main(extras: Sequence[str] = ("notebooks",)) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     requirements = [*project["dependencies"]]
     for extra in extras:

@@ -28,11 +28,13 @@ import sys
 import textwrap
 import time
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 import jupytext
 import nbformat
 from nbclient import NotebookClient
+from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from dte_lab.common.files import write_atomically
@@ -76,17 +78,17 @@ print(json.dumps({"device": device, "peak_memory_gb": round(peak_memory_mb(devic
 """
 
 
-def read_source(path):
+def read_source(path: Path) -> NotebookNode:
     """The source as a notebook; its `dte_lab` metadata are what the opening needs."""
     return jupytext.read(path, fmt="py:percent")
 
 
-def solved_edition(source, name, measured):
+def solved_edition(source: NotebookNode, name: str, measured: dict) -> NotebookNode:
     """The complete notebook, not executed. measured: what `execute` returned, or {}."""
     return _edition(source, name, measured, solved=True)
 
 
-def exercise_edition(source, name, measured):
+def exercise_edition(source: NotebookNode, name: str, measured: dict) -> NotebookNode:
     """The notebook with a skeleton and a folded solution for every exercise.
 
     Exercise cells carry the tag "raises-exception", with which Jupyter, nbclient and nbmake go on
@@ -95,14 +97,14 @@ def exercise_edition(source, name, measured):
     return _edition(source, name, measured, solved=False)
 
 
-def repository():
+def repository() -> tuple[str, str]:
     """(address of the repository or "", the tag of this version)."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     address = settings.get("tool", {}).get("dte_lab", {}).get("repository", "")
     return address.rstrip("/"), f"v{settings['project']['version']}"
 
 
-def _edition(source, name, measured, solved):
+def _edition(source: NotebookNode, name: str, measured: dict, solved: bool) -> NotebookNode:
     address, tag = repository()
     opening = new_markdown_cell(_opening(source.metadata["dte_lab"], name, measured, solved))
     cells = [source.cells[0], opening]
@@ -141,17 +143,17 @@ def _edition(source, name, measured, solved):
     return notebook
 
 
-def _skeleton(match):
+def _skeleton(match: re.Match) -> str:
     return f'{match["indent"]}raise NotImplementedError("Write this part, then run the cell.")\n'
 
 
-def _folded(text):
+def _folded(text: str) -> str:
     bodies = [textwrap.dedent(match["body"]).rstrip() for match in SOLUTION.finditer(text)]
     code = "\n\n".join(bodies)
     return f"<details>\n<summary>Solution</summary>\n\n```python\n{code}\n```\n\n</details>"
 
 
-def _opening(metadata, name, measured, solved):
+def _opening(metadata: dict, name: str, measured: dict, solved: bool) -> str:
     """The cell below the title: badges, times, memory, and where the other edition is."""
     rows = []
     address, tag = repository()
@@ -179,7 +181,7 @@ def _opening(metadata, name, measured, solved):
     return "\n\n".join(rows)
 
 
-def execute(notebook, folder):
+def execute(notebook: NotebookNode, folder: Path) -> dict:
     """Run the notebook in place, in `folder`, offline. Returns {seconds, cores, ...} of the run.
 
     Raises nbclient.exceptions.CellExecutionError when a cell fails.
@@ -197,7 +199,7 @@ def execute(notebook, folder):
     return {"seconds": round(seconds), "cores": os.cpu_count(), **measured}
 
 
-def tidy(notebook):
+def tidy(notebook: NotebookNode) -> None:
     """Leave of the outputs what a page can show: no widgets, bars in their last state."""
     notebook.metadata.pop("widgets", None)
     codes = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -219,7 +221,7 @@ def tidy(notebook):
         cell.outputs = kept
 
 
-def build(root, names=(), run=False):
+def build(root: Path, names: Sequence[str] = (), run: bool = False) -> list[str]:
     """Write both editions of the named notebooks, or of all. Returns what a person should know."""
     notes = []
     for path in _sources(root, names):
@@ -244,7 +246,7 @@ def build(root, names=(), run=False):
     return notes
 
 
-def _readme(root):
+def _readme(root: Path) -> str | None:
     """README.md with the table of notebooks between its two marks; None where it has none."""
     path = root / "README.md"
     parts = MARKED.split(path.read_text()) if path.is_file() else []
@@ -265,7 +267,7 @@ def _readme(root):
     return parts[0] + MARK + "\n" + "\n".join(rows) + "\n" + MARK + parts[2]
 
 
-def check(root):
+def check(root: Path) -> list[str]:
     """Everything that is wrong with the stored notebooks, one sentence each."""
     problems = []
     sources = {path.stem: path for path in _sources(root)}
@@ -298,7 +300,7 @@ def check(root):
     return problems
 
 
-def faults(notebook, solved):
+def faults(notebook: NotebookNode, solved: bool) -> list[str]:
     """What is wrong with stored outputs, as ends of sentences."""
     found = []
     if "widgets" in notebook.metadata:
@@ -322,43 +324,43 @@ def faults(notebook, solved):
     return found
 
 
-def _sources(root, names=()):
+def _sources(root: Path, names: Sequence[str] = ()) -> list[Path]:
     paths = sorted((root / "notebooks" / "src").glob("*.py"))
     if unknown := set(names) - {path.stem for path in paths}:
         raise SystemExit(f"error: no source notebooks/src/{sorted(unknown)[0]}.py")
     return [path for path in paths if not names or path.stem in names]
 
 
-def _read(path):
+def _read(path: Path) -> NotebookNode | None:
     return nbformat.read(path, as_version=4) if path.is_file() else None
 
 
-def _write(notebook, path):
+def _write(notebook: NotebookNode, path: Path) -> None:
     nbformat.validate(notebook)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (nbformat.writes(notebook) + "\n").encode())
 
 
-def _measured(notebook):
+def _measured(notebook: NotebookNode | None) -> dict:
     return dict(notebook.metadata.get("dte_lab", {}).get("measured", {})) if notebook else {}
 
 
-def _codes(notebook):
+def _codes(notebook: NotebookNode) -> list[str]:
     return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def _copy_outputs(stored, notebook):
+def _copy_outputs(stored: NotebookNode, notebook: NotebookNode) -> None:
     codes = [[c for c in nb.cells if c.cell_type == "code"] for nb in (stored, notebook)]
     for old, new in zip(*codes, strict=True):
         new.outputs, new.execution_count = old.outputs, old.execution_count
 
 
-def _without_outputs(notebook):
+def _without_outputs(notebook: NotebookNode) -> tuple:
     cells = [(c.id, c.cell_type, c.source, c.metadata) for c in notebook.cells]
     return cells, notebook.metadata
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.notebooks")
     parser.add_argument("--check", action="store_true", help="fail where a notebook is stale")
     command = parser.add_subparsers(dest="command").add_parser("build", help="write both editions")

@@ -73,6 +73,6 @@ def doctor(
     failures = 0
     for finding in examine(backbone, encoder, device, out):
         failures += not finding.good
-        typer.echo(f"{'ok  ' if finding.good else 'FAIL'} {finding.what:<17}{finding.text}")
+        typer.echo(f"{'ok  ' if finding.good else 'FAIL'} {finding.topic:<17}{finding.text}")
     if failures:
         sys.exit(1)

@@ -97,9 +97,7 @@ def read_state(path: Path) -> tuple[dict[str, State], dict[str, str]]:
                 part, rest = key.split(".", 1)
                 parts.setdefault(part, {})[rest] = file.get_tensor(key)
     except SafetensorError as error:
-        raise DTEError(
-            f"{path} is damaged ({error}): remove it to begin the run again."
-        ) from error
+        raise DTEError(f"{path} is damaged ({error}): remove it to begin the run again.") from error
     if not parts:
         raise DTEError(f"{path} is no checkpoint of a training run: use another folder.")
     return parts, metadata

@@ -21,7 +21,7 @@ LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", 
 class Finding:
     """One line of the report."""
 
-    what: str
+    topic: str
     text: str
     good: bool = True
 

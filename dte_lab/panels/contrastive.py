@@ -3,16 +3,22 @@
 Those of its experiment are in regularisation.py, the map of words in word_map.py.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import Tensor
 
 from dte_lab.common.plots import INK, MUTED, draw_picture
 from dte_lab.contrastive import contrastive_loss, norm_loss
 from dte_lab.panels.shared import BLUE, GREEN, SKY, VERMILION, figure_panel, plain
+
+if TYPE_CHECKING:
+    from ipywidgets import VBox
 
 WITH, WITHOUT = BLUE, VERMILION  # never the only difference
 
@@ -70,7 +76,7 @@ def neighbours_figure(
 
 def field_figure(
     words: Mapping[str, Sequence[float]], negatives: Sequence[Sequence[float]],
-    num_positives: int, temperature: float, norm_weight: float, ax=None,
+    num_positives: int, temperature: float, norm_weight: float, ax: Axes | None = None,
 ) -> Figure | None:  # fmt: skip
     """The regulariser in a plane: its value as colour, and the direction downhill as arrows.
 
@@ -110,7 +116,11 @@ def field_figure(
     return figure
 
 
-def field_row(words, negatives, settings: Sequence[tuple[int, float, float]]) -> Figure:
+def field_row(
+    words: Mapping[str, Sequence[float]],
+    negatives: Sequence[Sequence[float]],
+    settings: Sequence[tuple[int, float, float]],
+) -> Figure:
     """`field_figure` for several (num_positives, temperature, norm_weight), side by side."""
     figure = Figure(figsize=(2.75 * len(settings), 2.95), layout="constrained")
     axes = figure.subplots(1, len(settings), squeeze=False)[0]
@@ -119,7 +129,14 @@ def field_row(words, negatives, settings: Sequence[tuple[int, float, float]]) ->
     return figure
 
 
-def _field(table, others, num_positives, temperature, norm_weight, n):
+def _field(
+    table: Tensor,
+    others: Tensor,
+    num_positives: int,
+    temperature: float,
+    norm_weight: float,
+    n: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Loss (n, n) and gradient (n, n, 2) on a square grid, and its side (n,), as arrays.
 
     n is even, so that no point is the origin, which has no direction.
@@ -132,7 +149,7 @@ def _field(table, others, num_positives, temperature, norm_weight, n):
     rows = (unit(v.detach(), dim=-1) @ unit(table, dim=-1).T).topk(num_positives).indices
     mean_norm = table.norm(dim=-1).mean()
 
-    def loss(v, near):  # of one point
+    def loss(v: Tensor, near: Tensor) -> Tensor:  # of one point
         term = contrastive_loss(v[None], near[None], others, temperature=temperature)
         return term + norm_weight * norm_loss(v[None], mean_norm)
 
@@ -141,7 +158,7 @@ def _field(table, others, num_positives, temperature, norm_weight, n):
     return losses.detach().view(n, n).numpy(), slope.view(n, n, 2).numpy(), side.numpy()
 
 
-def pulls_figure(pulls: Mapping[str, torch.Tensor]) -> Figure:
+def pulls_figure(pulls: Mapping[str, Tensor]) -> Figure:
     """Vectors {name: (d,)} as arrows, in the plane of the first and of what is new in the second.
 
     The others are projected; beside each name stand its length and the share that the plane shows.
@@ -184,7 +201,12 @@ def pulls_figure(pulls: Mapping[str, torch.Tensor]) -> Figure:
     return figure
 
 
-def sliders_panel(options: Mapping[str, Sequence], start: tuple, figure_of, describe):
+def sliders_panel(
+    options: Mapping[str, Sequence],
+    start: tuple,
+    figure_of: Callable[..., Figure],
+    describe: Callable[..., str],
+) -> "VBox":
     """A slider per name, and the figure `figure_of(*values)` with alt text `describe(*values)`.
 
     Returns a VBox; its attributes `sliders` (a dict) and `view` are the widgets.

@@ -1,8 +1,10 @@
 """Figures and the panel of 01_features."""
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -18,6 +20,9 @@ from dte_lab.panels.shared import (
     plain,
     write_values,
 )
+
+if TYPE_CHECKING:
+    from ipywidgets import VBox
 
 # Each with a marker of its own.
 COLOURS = (BLUE, ORANGE, GREEN, PINK, "#000000", SKY, VERMILION)
@@ -67,9 +72,10 @@ def map_grid(
     return figure
 
 
-def _draw_map(ax, shown, low, high):
+def _draw_map(ax: Axes, shown: Image.Image | np.ndarray, low: float, high: float) -> None:
     if isinstance(shown, Image.Image):
-        return draw_picture(ax, shown)
+        draw_picture(ax, shown)
+        return
     ax.imshow(shown, cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
     ax.set_xticks([])
     ax.set_yticks([])
@@ -114,7 +120,7 @@ def similarity_figure(
     return figure
 
 
-def _curves(ax, fractions, curves):
+def _curves(ax: Axes, fractions: Sequence[float], curves: Mapping[str, tuple]) -> None:
     """Over t, {label: (values, error or None)}; one value alone is a level without t."""
     gap = (fractions[-1] - fractions[0]) / 100  # so that error bars stand side by side
     middle = (sum(np.ndim(values) > 0 for values, _ in curves.values()) - 1) / 2
@@ -133,7 +139,9 @@ def _curves(ax, fractions, curves):
     plain(ax)
 
 
-def neighbours_alike(features: np.ndarray, labels: Sequence, things: Sequence, k=10) -> float:
+def neighbours_alike(
+    features: np.ndarray, labels: Sequence, things: Sequence, k: int = 10
+) -> float:
     """Share of the k nearest pictures by cosine that carry a picture's own label: 0 to 1.
 
     features: (n, d), centred here. Pictures of the same thing do not count as neighbours.
@@ -232,7 +240,7 @@ def layer_figure(noisy: Image.Image, components: np.ndarray, title: str) -> Figu
 def layer_panel(
     noisy: Mapping[tuple[str, float], Image.Image],
     components: Mapping[str, Mapping[tuple[str, float], np.ndarray]],
-):
+) -> "VBox":
     """Choose picture, t and layer, and see the layer's maps.
 
     noisy: {(picture's name, t / T): picture}. components: {layer: {the same keys: (g, g, 3)}}.
@@ -245,10 +253,10 @@ def layer_panel(
     t = widgets.SelectionSlider(options=fractions, value=fractions[0], description="t / T")
     layer = widgets.ToggleButtons(options=list(components), description="layer")
 
-    def title(name, fraction, layer):
+    def title(name: str, fraction: float, layer: str) -> str:
         return f"{name}, t = {fraction:g} T, {layer}"
 
-    def figure_of(name, fraction, layer):
+    def figure_of(name: str, fraction: float, layer: str) -> Figure:
         shown = noisy[name, fraction], components[layer][name, fraction]
         return layer_figure(*shown, title(name, fraction, layer))
 

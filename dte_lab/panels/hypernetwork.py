@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 from dte_lab.common.plots import HAIRLINE, INK, MUTED
+from dte_lab.hypernetwork import LoRAHypernetwork
 from dte_lab.lora import PROJECTIONS
 from dte_lab.panels.shared import AFTER, BEFORE, plain, projection_maps
 
@@ -72,7 +73,7 @@ def short_number(n: float) -> str:
     return f"{n:.3g}"
 
 
-def heads_figure(net, num_tokens: int) -> Figure:
+def heads_figure(net: LoRAHypernetwork, num_tokens: int) -> Figure:
     """How a LoRAHypernetwork makes its matrices: tokens, queries, and one head per shape."""
     heads, width = list(net.groups.items()), net.queries.shape[1]
     figure = Figure(figsize=(9, 0.9 + 0.62 * max(4, len(heads))), layout="constrained")
@@ -80,7 +81,9 @@ def heads_figure(net, num_tokens: int) -> Figure:
     top = len(heads)
     middle = top / 2
 
-    def box(x, y, w, h, text, colour, hatch=""):
+    def box(
+        x: float, y: float, w: float, h: float, text: str, colour: str, hatch: str = ""
+    ) -> None:
         ax.add_patch(
             FancyBboxPatch(
                 (x, y - h / 2), w, h, boxstyle="round,pad=0.02,rounding_size=0.08",
@@ -92,7 +95,7 @@ def heads_figure(net, num_tokens: int) -> Figure:
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
         )  # fmt: skip
 
-    def arrow(start, end, weight=1.5):
+    def arrow(start: tuple[float, float], end: tuple[float, float], weight: float = 1.5) -> None:
         ax.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": MUTED, "lw": weight})
 
     number = len(net.queries)

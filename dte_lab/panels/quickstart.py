@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
+from diffusers import UNet2DConditionModel
 from matplotlib.figure import Figure
 from PIL import Image
 
 from dte_lab.common.plots import MUTED, draw_picture
-from dte_lab.lora import PROJECTIONS, attention_layers, projection_layer
+from dte_lab.lora import PROJECTIONS, Offsets, attention_layers, projection_layer
 from dte_lab.panels.shared import (
     AFTER,
     BEFORE,
@@ -17,6 +19,9 @@ from dte_lab.panels.shared import (
     plain,
     projection_maps,
 )
+
+if TYPE_CHECKING:
+    from ipywidgets import VBox
 
 
 def words_figure(
@@ -90,7 +95,7 @@ def steps_figure(
     return figure
 
 
-def offset_sizes(unet, offsets) -> tuple[list[str], np.ndarray]:
+def offset_sizes(unet: UNet2DConditionModel, offsets: Offsets) -> tuple[list[str], np.ndarray]:
     """||A B|| / ||W|| (Frobenius) of every attention projection.
 
     offsets: {"layer.projection": (A (1, Din, r), B (1, r, Dout))}. Returns the n layers' names and
@@ -114,12 +119,14 @@ def offsets_figure(layers: Sequence[str], sizes: Mapping[str, np.ndarray]) -> Fi
     return projection_maps(layers, percent, (0, top), "{:.2g}".format, label)
 
 
-def blend_figure(pictures: Mapping[tuple[float, int], Image.Image], alpha: float, seed: int):
-    """One picture of {(alpha, seed): picture} in large, with its settings above: a Figure."""
+def blend_figure(
+    pictures: Mapping[tuple[float, int], Image.Image], alpha: float, seed: int
+) -> Figure:
+    """One picture of {(alpha, seed): picture} in large, with its settings above."""
     return one_picture(pictures[alpha, seed], f"alpha_blend = {alpha:g}, seed {seed}")
 
 
-def blend_panel(pictures: Mapping[tuple[float, int], Image.Image]):
+def blend_panel(pictures: Mapping[tuple[float, int], Image.Image]) -> "VBox":
     """A slider for alpha_blend and buttons for the seed over pictures {(alpha, seed): picture}.
 
     Returns a VBox; its attributes `alpha`, `seed` and `view` are the widgets.

@@ -671,7 +671,7 @@ from dte_lab.hardware.doctor import examine
 SD15_STEPS = (0, 12, 50, 150, 300)
 reason = "there is no GPU"
 if device == "cuda":  # asks the hub only here
-    found = next(f for f in examine("sd15", device=device) if f.what == "backbone")
+    found = next(f for f in examine("sd15", device=device) if f.topic == "backbone")
     reason = None if found.good else found.text
 print(
     f"Stable Diffusion 1.5 is left out: {reason}." if reason else "Stable Diffusion 1.5: going on"
