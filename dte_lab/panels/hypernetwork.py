@@ -105,14 +105,14 @@ def heads_figure(net: LoRAHypernetwork, num_tokens: int) -> Figure:
         f"{number} × {width}", INK)  # fmt: skip
     arrow((2.25, middle + 0.9), (2.95, middle + 0.5))
     arrow((2.25, middle - 0.9), (2.95, middle - 0.5))
-    for i, (name, index) in enumerate(heads):
-        y, dim = top - 0.5 - i, int(name[1:])
-        colour, hatch = (AFTER, "") if name[0] == "A" else (BEFORE, "///")
+    for i, (name, group) in enumerate(heads):
+        y, (rows, columns) = top - 0.5 - i, group.shape
+        colour, hatch = (AFTER, "") if group.side == "A" else (BEFORE, "///")
         arrow((5.25, middle), (6.55, y))
-        shape = f"{dim} × {net.rank}" if name[0] == "A" else f"{net.rank} × {dim}"
-        box(6.6, y, 2.2, 0.66, f"head {name}: {width} → {dim * net.rank}", colour, hatch)
+        box(6.6, y, 2.2, 0.66, f"head {name}: {width} → {rows * columns}", colour, hatch)
         arrow((8.85, y), (9.35, y))
-        ax.text(9.45, y, f"{len(index)} matrices {name[0]},\neach {shape}", va="center", fontsize=9)
+        made = f"{len(group.numbers)} matrices {group.side},\neach {rows} × {columns}"
+        ax.text(9.45, y, made, va="center", fontsize=9)
     ax.set_xlim(-0.1, 11.4)
     ax.set_ylim(min(0, middle - 1.6), max(top, middle + 1.6))
     ax.axis("off")

@@ -268,7 +268,8 @@ with torch.device("meta"):
         settings.trunk_depth, 1,
     )  # fmt: skip
 for hypernetwork in (net, net_large):
-    queries = ", ".join(f"{len(i)} for head {head}" for head, i in hypernetwork.groups.items())
+    groups = hypernetwork.groups.items()
+    queries = ", ".join(f"{len(group.numbers)} for head {head}" for head, group in groups)
     show(
         heads_figure(hypernetwork, tokens.shape[1]),
         f"A diagram: {tokens.shape[1]} tokens and {len(hypernetwork.queries)} queries go into "
@@ -283,16 +284,17 @@ for hypernetwork in (net, net_large):
 with torch.no_grad():
     answers = net.answers(tokens)
     print(f"tokens {tuple(tokens.shape)}, answers {tuple(answers.shape)}")
-    for head, index in net.groups.items():
-        out = net.heads[head](answers[:, index])
-        weights = net.heads[head].weight.numel()
-        print(f"head {head:5}: {weights:9,} weights, {len(index):3} answers -> {tuple(out.shape)}")
+    for head, group in net.groups.items():
+        out = net.heads[head](answers[:, group.numbers])
+        weights, count = net.heads[head].weight.numel(), len(group.numbers)
+        print(f"head {head:5}: {weights:9,} weights, {count:3} answers -> {tuple(out.shape)}")
     offsets = net(tokens)
 
-head, index = next((h, i) for h, i in net.groups.items() if h[0] == "A")
-key = net.keys[index[0] // 2]  # matrix 2i is the A of key i
+head, group = next((h, g) for h, g in net.groups.items() if g.side == "A")
+number = group.numbers[0]
+key = net.keys[number // 2]  # matrix 2i is the A of key i
 with torch.no_grad():
-    A = net.heads[head](answers[:, index[0]]).unflatten(-1, (-1, net.rank))
+    A = net.heads[head](answers[:, number]).unflatten(-1, group.shape)  # (1, Din, r)
 print(f"A of {key}: {tuple(A.shape)}")
 assert torch.allclose(A, offsets[key][0], atol=1e-5)
 
