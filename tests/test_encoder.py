@@ -5,7 +5,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dte_lab import EncoderConfig, MethodConfig, PromptEncoder, TuningEncoder, load_encoder
+from dte_lab import (
+    DTEPipeline,
+    EncoderConfig,
+    MethodConfig,
+    PromptEncoder,
+    TuningEncoder,
+    load_encoder,
+)
 from dte_lab.backbone import add_noise
 from dte_lab.common.random import stream
 from dte_lab.dual_path import dual_path
@@ -252,3 +259,29 @@ def test_default_size():
     encoder = TuningEncoder(projection_shapes(unet), 192, 192, unet_feature_dim(unet), 192, 10)
     assert encoder.settings == EncoderConfig() and encoder.method == MethodConfig()
     assert 1.5e6 < sum(p.numel() for p in encoder.parameters()) < 4e6
+
+
+def test_features_are_noised_by_a_stream_of_their_own(tiny_backbone, tiny_encoder, tiny_pixels):
+    """Equal seeds of prediction and sampling must not mean the same noise."""
+    pipe = DTEPipeline(tiny_backbone, tiny_encoder)
+    expected = stream(3, "static features")
+    for other in (torch.Generator().manual_seed(3), stream(3, "initial noise")):
+        assert not torch.equal(torch.randn(4, generator=other), torch.randn(4, generator=expected))
+    seen = []
+    tiny_encoder.unet_features = lambda backbone, noisy, t, prompt: seen.append(noisy) or noisy
+    tiny_encoder.static_features(tiny_backbone, tiny_pixels[:1], 3)
+    latents = tiny_backbone.encode_images(tiny_pixels[:1])
+    alpha = tiny_backbone.alphas_cumprod[[round(f * 999) for f in (0.2, 0.4, 0.6)]]
+    alpha = alpha[:, None, None, None]
+    noise = (seen[0] - alpha.sqrt() * latents) / (1 - alpha).sqrt()  # (3, 4, 8, 8)
+    assert (noise[0] - pipe.initial_noise(3)[0]).abs().max() > 0.1
+    drawn = torch.randn(3, 4, 8, 8, generator=stream(3, "static features"))
+    torch.testing.assert_close(noise, drawn, atol=1e-4, rtol=1e-3)
+
+
+def test_the_units_of_the_residual(tiny_backbone, tiny_config):
+    table = PromptEncoder(tiny_backbone).table
+    for scale in (0.3, 1.7):
+        settings = replace(tiny_config, token_scale=scale)
+        encoder = TuningEncoder.from_backbone(tiny_backbone, settings)
+        assert encoder.residual_unit.item() == pytest.approx(scale * table.typical_entry)

@@ -1,8 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from dte_lab import MethodConfig, PromptEncoder, TuneConfig, TuningEncoder, tune
+from dte_lab.baselines import E4TEncoder
 from dte_lab.dual_path import dual_path
 from dte_lab.features import FeatureFusion, ResBlock
 from dte_lab.hypernetwork import (
@@ -16,6 +20,8 @@ from dte_lab.hypernetwork import (
 from dte_lab.lora import (
     effective_rank,
     inner_products,
+    is_whole,
+    low_rank_product,
     projection_shapes,
     singular_values,
     truncate,
@@ -214,3 +220,75 @@ def test_inner_products_against_whole_matrices(tiny_offsets):
     offsets = tiny_offsets(3)
     whole = torch.cat([(a @ b).flatten(1) for a, b in offsets.values()], dim=1)
     torch.testing.assert_close(inner_products(offsets), whole @ whole.T, rtol=1e-4, atol=1e-4)
+
+
+def test_whole_matrices_are_told_from_factors_and_can_be_cut(tiny_backbone, tiny_offsets):
+    shapes = projection_shapes(tiny_backbone.unet)
+    g = torch.Generator().manual_seed(0)
+    offsets = {
+        key: (torch.randn(2, d_in, d_out, generator=g), torch.eye(d_out).expand(2, -1, -1))
+        for key, (d_in, d_out) in shapes.items()
+    }
+    assert all(is_whole(b) for _, b in offsets.values())
+    assert not any(is_whole(b) for _, b in tiny_offsets().values())
+    eye = torch.eye(24)[None]
+    assert is_whole(eye.half()) and not is_whole(1.001 * eye) and not is_whole(eye[:, :4])
+    assert not is_whole(torch.cat([eye, eye.flip(1)]))  # every sample's
+    values, short = singular_values(offsets), truncate(offsets, 3)
+    for key in list(offsets)[:9]:
+        a = offsets[key][0][1].numpy()
+        u, s, vh = np.linalg.svd(a, full_matrices=False)
+        np.testing.assert_allclose(values[key][1][: len(s)], s, rtol=1e-3, atol=1e-5)
+        x, y = (m[1].numpy() for m in short[key])
+        assert x.shape[1] == y.shape[0] == 3
+        np.testing.assert_allclose(x @ y, (u[:, :3] * s[:3]) @ vh[:3], atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["full", "e4t"])
+def test_tuning_whole_matrices_leaves_their_identity_alone(
+    tiny_backbone, tiny_config, tiny_pixels, kind
+):
+    """A second factor of full size would make another method of it."""
+    settings = replace(tiny_config, rank="full" if kind == "full" else 2)
+    make = TuningEncoder if kind == "full" else E4TEncoder
+    encoder = make.from_backbone(tiny_backbone, settings).eval()
+    prediction, encode = encoder.predict(tiny_backbone, tiny_pixels), PromptEncoder(tiny_backbone)
+    method = replace(MethodConfig(), alpha_blend=1.0, regulariser="none")
+    config = TuneConfig(num_steps=2, batch_size=2)
+    result = tune(tiny_backbone, encode, prediction, tiny_pixels, method, config, progress=False)
+    for key, (a, b) in result.prediction.offsets.items():
+        assert torch.equal(b[0], torch.eye(b.shape[2])), key
+        assert not torch.equal(a, prediction.offsets[key][0]), key
+
+
+def test_heads_of_one_width_on_both_sides_are_two_groups():
+    """A and B of width 6 have heads of their own, and each query its number."""
+    net = LoRAHypernetwork({"b.to_k": (4, 6), "a.to_q": (6, 6)}, 2, 8, 2, 1, offset_scale=1.0)
+    assert net.keys == ["a.to_q", "b.to_k"] and len(net.queries) == 4
+    known = {name: (g.side, g.shape, g.numbers) for name, g in net.groups.items()}
+    assert known == {
+        "A6": ("A", (6, 2), [0]), "B6": ("B", (2, 6), [1, 3]), "A4": ("A", (4, 2), [2]),
+    }  # fmt: skip
+    whole = FullHypernetwork({"b.to_k": (4, 6), "a.to_q": (6, 6)}, 8, 2, 1, offset_scale=1.0)
+    known = {name: (g.side, g.shape, g.numbers) for name, g in whole.groups.items()}
+    assert known == {"6x6": ("W", (6, 6), [0]), "4x6": ("W", (4, 6), [1])}
+
+
+def test_keys_of_shipped_weights():
+    """Names in the state dict are those of the files that are out."""
+    net = LoRAHypernetwork({"a.to_q": (6, 4)}, 2, 8, 2, 1, offset_scale=1.0)
+    names = {name.split(".")[0] for name in net.state_dict()}
+    assert names == {"queries", "blocks", "norm", "heads"}
+    assert {"heads.A6.weight", "heads.B4.weight"} <= set(net.state_dict())
+
+
+def test_the_product_of_one_pair_serves_all_samples(tiny_offsets):
+    x = torch.randn(3, 5, 24)
+    a, b = torch.randn(1, 24, 2), torch.randn(1, 2, 7)
+    expected = torch.stack([row @ a[0] @ b[0] for row in x])
+    torch.testing.assert_close(low_rank_product(x, a, b), expected)
+    a, b = torch.randn(3, 24, 2), torch.randn(3, 2, 7)
+    each = torch.stack([x[i] @ a[i] @ b[i] for i in range(3)])
+    torch.testing.assert_close(low_rank_product(x, a, b), each)
+    ours = low_rank_product(x, a[:1], b)
+    torch.testing.assert_close(ours, torch.stack([x[i] @ a[0] @ b[i] for i in range(3)]))

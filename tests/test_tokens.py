@@ -1,5 +1,7 @@
+import gc
 import json
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from dte_lab import PromptEncoder, TokenTable, load_backbone
+from dte_lab.tokens import PromptTokens
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +133,25 @@ def test_neighbour_cosine_against_a_loop(table):
         others.pop(i)
         values += sorted(others)[-3:]
     assert table.neighbour_cosine(3) == pytest.approx(torch.stack(values).mean().item(), abs=1e-5)
+
+
+def test_a_table_dies_with_its_pipeline(tiny_backbone):
+    table = TokenTable(tiny_backbone)
+    assert table.neighbour_cosine(2) != table.neighbour_cosine(3)
+    encode, alive = PromptEncoder(tiny_backbone, table), weakref.ref(table)
+    assert encode.hard(["S*"], table.embeddings[:1]).isfinite().all()
+    _ = table.gaussian
+    del table, encode
+    gc.collect()
+    assert alive() is None
+
+
+def test_tokens_are_encoded_as_their_prompts(encode):
+    prompts, v = ["a S* on the beach", "S* at night"], torch.randn(2, 24)
+    tokens = encode.tokenize(prompts)
+    assert (tokens.slots == 0).sum(dim=1).tolist() == [1, 1] and tokens.slots[0, 2] == 0
+    assert torch.equal(encode.encode(tokens, v), encode(prompts, v))
+    swapped = PromptTokens(tokens.ids.flip(0), tokens.slots.flip(0))
+    assert torch.equal(encode.encode(swapped, v.flip(0)), encode(prompts, v).flip(0))
+    two = encode.tokenize(["a S*"], 2)
+    assert two.slots[0, :4].tolist() == [-1, -1, 0, 1]
