@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import sys
 from types import ModuleType
@@ -12,10 +13,12 @@ from dte_lab.backbone import add_noise
 from dte_lab.cli.training import training_pictures
 from dte_lab.common.checkpoint import read_state
 from dte_lab.encoder import EncoderPrediction
+from dte_lab.pipeline import DTEPipeline
 from dte_lab.tokens import PromptEncoder
 from dte_lab.training.batches import StepBatches, prepare
 from dte_lab.training.callbacks import statistics
 from dte_lab.training.config import PretrainConfig, learning_rate
+from dte_lab.training.predictions import read_predictions
 from dte_lab.training.pretrain import pretrain
 from dte_lab.training.step import Processes
 
@@ -278,68 +281,44 @@ def test_other_settings_are_refused(tiny_backbone, tiny_config, tmp_path):
         run(tiny_backbone, dataclasses.replace(tiny_config, width=24), tmp_path)
 
 
-def test_sample_grids_reach_the_callback_and_the_disk(
-    tiny_backbone, tiny_config, tmp_path, picture
+def test_pictures_and_predictions_are_written_and_change_nothing(
+    tiny_backbone, tiny_config, tmp_path, picture, monkeypatch
 ):
-    seen = []
-    config = dataclasses.replace(CONFIG, steps=2, sample_every=1)
-    run(
-        tiny_backbone, tiny_config, tmp_path, config, eval_images=[picture, picture],
-        callback=seen.append,
-    )  # fmt: skip
-    grids = [x["grid"] for x in seen if "grid" in x]
-    assert len(grids) == 2 and grids[0].size == (32, 32)
-    assert len(list((tmp_path / "samples").glob("*.png"))) == 2
-
-
-def test_sampling_does_not_change_training(tiny_backbone, tiny_config, tmp_path, picture):
-    config = dataclasses.replace(CONFIG, steps=3, sample_every=1)
+    generate = functools.partialmethod(DTEPipeline.generate, num_inference_steps=2)
+    monkeypatch.setattr(DTEPipeline, "generate", generate)
+    seen, config = [], dataclasses.replace(CONFIG, steps=3, sample_every=2)
     plain = run(tiny_backbone, tiny_config, tmp_path / "a", config)
-    sampled = run(tiny_backbone, tiny_config, tmp_path / "b", config, eval_images=[picture])
+    sampled = run(
+        tiny_backbone, tiny_config, tmp_path / "b", config, eval_images=[picture, picture],
+        probe_images=[picture], callback=seen.append,
+    )  # fmt: skip
     for x, y in zip(plain.parameters(), sampled.parameters(), strict=True):
         assert torch.equal(x, y)
+    grids = [x for x in seen if "grid" in x]
+    assert [x["step"] for x in grids] == [2, 3] and grids[0]["grid"].size == (32, 32)
+    names = sorted(path.name for path in (tmp_path / "b" / "samples").iterdir())
+    assert names == ["0000002.png", "0000003.png"]
+    assert without_times(x for x in seen if "loss" in x) == without_times(log(tmp_path / "a"))
+    assert not (tmp_path / "a" / "samples").exists()
+    assert not (tmp_path / "a" / "predictions.jsonl").exists()
 
 
-def test_predictions_of_watched_pictures_are_those_of_the_encoder(
+def test_predictions_of_probe_images_are_those_of_the_encoder(
     tiny_backbone, tiny_config, tmp_path, picture
 ):
-    """At step 0 and every so many steps, with the EMA weights; a resumed run goes on with them."""
-    from dte_lab.pipeline import DTEPipeline
-    from dte_lab.training.predictions import read_predictions
-
+    """At step 0 and every so many steps, with the EMA weights."""
     pictures = [picture, picture.rotate(90)]
-    pixels = DTEPipeline(
-        tiny_backbone, TuningEncoder.from_backbone(tiny_backbone, tiny_config)
-    ).pixels(pictures)
-    config = dataclasses.replace(CONFIG, steps=4, predict_every=2, learning_rate=0.05)
-    options = {"probe_images": pictures}
-    trained = run(tiny_backbone, tiny_config, tmp_path / "whole", config, **options)
-    steps, v_star = read_predictions(tmp_path / "whole" / "predictions.jsonl")
-    assert steps.tolist() == [0, 2, 4] and v_star.shape == (3, 2, 24)
     fresh = TuningEncoder.from_backbone(tiny_backbone, tiny_config).eval()
+    pixels = DTEPipeline(tiny_backbone, fresh).pixels(pictures)
+    config = dataclasses.replace(CONFIG, steps=4, predict_every=2, learning_rate=0.05)
+    trained = run(tiny_backbone, tiny_config, tmp_path, config, probe_images=pictures)
+    steps, v_star = read_predictions(tmp_path / "predictions.jsonl")
+    assert steps.tolist() == [0, 2, 4] and v_star.shape == (3, 2, 24)
     for encoder, row in ((fresh, v_star[0]), (trained, v_star[-1])):
         for image, v in zip(pixels, row, strict=True):
             predicted = encoder.predict(tiny_backbone, image[None]).v_star[0]
             torch.testing.assert_close(torch.tensor(v), predicted, atol=2e-6, rtol=0)
     assert abs(v_star[-1] - v_star[0]).max() > 1e-3
-
-    unwatched = run(tiny_backbone, tiny_config, tmp_path / "unwatched", config)
-    for x, y in zip(trained.parameters(), unwatched.parameters(), strict=True):
-        assert torch.equal(x, y)
-    assert not (tmp_path / "unwatched" / "predictions.jsonl").exists()
-
-    def interrupt(line):  # after the prediction of step 2, before its checkpoint
-        if line["step"] == 3:
-            raise Interrupted
-
-    late = dataclasses.replace(config, checkpoint_every=3)
-    with pytest.raises(Interrupted):
-        run(tiny_backbone, tiny_config, tmp_path / "pieces", late, callback=interrupt, **options)
-    run(tiny_backbone, tiny_config, tmp_path / "pieces", late, **options)
-    whole, pieces = (
-        (tmp_path / name / "predictions.jsonl").read_text() for name in ("whole", "pieces")
-    )
-    assert whole == pieces
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
