@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from dte_lab import TuneConfig
 from dte_lab.cli.app import (
     check_prompts,
     contact_sheet,
@@ -133,6 +135,81 @@ def test_contact_sheet_shows_each_picture_in_its_place(finished):
     assert [ax.get_title() for ax in one_seed.axes] == ["input", "tuned"]
     width, height = Image.open(finished[0] / "contact_sheet.png").size
     assert width > 5 * 192 and height > 2 * 192
+
+
+class StandIn:
+    """A pipeline that remembers what it was asked, and draws one colour per call, prompt, seed."""
+
+    def __init__(self):
+        self.asked, self.backbone = [], SimpleNamespace(resolution=16)
+        self.prompt_encoder = SimpleNamespace(tokenize=lambda prompts: None)
+
+    def personalize(self, pictures, num_steps, seed, config=None):
+        self.asked.append(("personalize", len(pictures), num_steps, seed, config))
+        info = {"words_after": [[f"word{num_steps}", 0.5]], "seconds": 3.0, "peak_memory_mb": 2048}
+
+        def save(path):
+            Path(path).write_text(f"{num_steps} steps")
+
+        return SimpleNamespace(info=info, num_steps=num_steps, save=save)
+
+    def generate(self, concept, prompts, **options):
+        self.asked.append(("generate", concept.num_steps, options))
+        return [
+            [Image.new("RGB", (16, 16), (concept.num_steps, p, s)) for s in options["seeds"]]
+            for p in range(len(prompts))
+        ]
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """The pipeline that the command loads, and the arguments with which it was loaded."""
+    pipe, loaded = StandIn(), []
+
+    def load(*arguments, **options):
+        loaded.append((*arguments, options))
+        return pipe
+
+    monkeypatch.setattr("dte_lab.cli.app.load_pipeline", load)
+    return pipe, loaded
+
+
+def test_personalize_hands_on_every_option(stand_in, dte, photo, tmp_path):
+    pipe, loaded = stand_in
+    options = ["--steps", "5", "--seed", "4", "--seed", "9", "--seed", "4", "--batch-size", "3"]
+    options += ["--guidance-scale", "0", "--num-inference-steps", "7", "--alpha", "0"]
+    options += ["--backbone", "B", "--encoder", "E", "--device", "cpu", "--offload"]
+    code, out, err = dte("personalize", photo, photo, *PROMPTS, "--out", tmp_path, *options)
+    assert code == 0, err
+    flags = {"gradient_checkpointing": False, "offload": True}
+    assert loaded == [("B", Path("E"), "cpu", flags)]
+    sampling = {"seeds": [4, 9], "guidance_scale": 0, "num_inference_steps": 7, "alpha_blend": 0}
+    first, second, *drawn = pipe.asked
+    assert first == ("personalize", 2, 0, 4, None)
+    assert second[:4] == ("personalize", 2, 5, 4) and second[4].batch_size == 3
+    assert drawn == [("generate", 0, sampling), ("generate", 5, sampling)]
+    # What is kept is what was tuned, each picture under its own name.
+    assert (tmp_path / "concept.safetensors").read_text() == "5 steps"
+    for p, name in enumerate(("on-the-beach", "at-night")):
+        for seed in (4, 9):
+            picture = Image.open(tmp_path / f"{name}_seed{seed}.png")
+            assert picture.getpixel((3, 3)) == (5, p, seed)
+    lines = out.splitlines()
+    assert lines[1].split() == ["predicted", "only", "word0", "0.50"]
+    assert lines[2].split() == ["tuned", "word5", "0.50"]
+    assert lines[3].startswith("learned in 3.0 s with 5 tuning steps (")
+    assert lines[3].endswith(" s in all), peak memory 2.0 GB")
+
+
+def test_what_is_not_given_keeps_the_default_of_the_pipeline(stand_in, dte, photo, tmp_path):
+    pipe, loaded = stand_in
+    assert dte("personalize", photo, "--prompt", "S*", "--out", tmp_path)[0] == 0
+    flags = {"gradient_checkpointing": False, "offload": False}
+    assert loaded == [("small", None, None, flags)]
+    assert [asked[2] for asked in pipe.asked[:2]] == [0, 12]
+    assert pipe.asked[1][4].batch_size == TuneConfig().batch_size
+    assert "guidance_scale" not in pipe.asked[2][2]
+    assert pipe.asked[2][2]["alpha_blend"] is None
 
 
 def test_generate_draws_the_same_picture_again(finished, model, tmp_path, dte):

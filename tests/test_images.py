@@ -9,7 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from dte_lab.common.images import MIN_SIDE, ImageError, read_image, save_png, to_square_tensor
+from dte_lab.common.images import (
+    MIN_SIDE,
+    ImageError,
+    read_image,
+    save_png,
+    to_bytes,
+    to_pil,
+    to_square_tensor,
+)
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -273,6 +281,16 @@ def test_square_tensor_is_exact_at_the_same_size_and_antialiased_when_smaller():
     stripes[:, ::2] = 255
     small = to_square_tensor(Image.fromarray(stripes), 64)
     assert small.abs().max() < 0.1  # mid-grey; without antialiasing it would be black or white
+
+
+def test_tensors_become_pictures_with_rounding_and_each_in_its_place():
+    levels = torch.arange(256) / 127.5 - 1
+    assert torch.equal(to_bytes(levels + 0.49 / 127.5)[:-1], torch.arange(255, dtype=torch.uint8))
+    assert torch.equal(to_bytes(levels[1:] - 0.49 / 127.5), torch.arange(1, 256).byte())
+    pictures = [quadrants((8, 4)), quadrants((8, 4)).transpose(Image.Transpose.ROTATE_180)]
+    arrays = np.stack([np.asarray(picture) for picture in pictures])  # (2, 4, 8, 3)
+    pixels = torch.from_numpy(arrays).permute(0, 3, 1, 2) / 127.5 - 1
+    assert [p.tobytes() for p in to_pil(pixels)] == [p.tobytes() for p in pictures]
 
 
 def test_save_png_round_trip_and_failed_write(tmp_path, monkeypatch):
