@@ -192,7 +192,7 @@ def test_curves_have_a_column_per_concept():
         for i, kind in enumerate(KINDS)
         for j, name in enumerate(("cup", "bus"))
     }
-    figure = word_map.curves_figure(curves, {"norm": "n", "cosine": "c"}, "step")
+    figure = word_map.v_star_figure(curves, {"norm": "n", "cosine": "c"}, "step")
     assert len(figure.axes) == 4
     with_term, without = figure.axes[1].get_lines()
     assert list(with_term.get_ydata()) == [0, 0, 0] and list(without.get_ydata()) == [1, 1, 1]

@@ -29,7 +29,7 @@ def pictures():
 def table():
     """Random measures of 12 concepts."""
     rng = np.random.default_rng(0)
-    return {s: {name: rng.normal(size=12) for name in dual_path.NAMES} for s in BLENDS}
+    return {s: {name: rng.normal(size=12) for name in dual_path.MEASURE_TITLES} for s in BLENDS}
 
 
 def test_tokens_figure_has_a_bar_per_token_and_path():
@@ -72,10 +72,10 @@ def test_cost_figure_draws_what_each_source_has():
 
 
 def test_curves_are_means_over_concepts_at_their_alpha(table):
-    figure = dual_path.curves_figure(table)
-    assert len(figure.axes) == len(dual_path.NAMES)
-    for ax, measure in zip(figure.axes, dual_path.NAMES, strict=True):
-        assert len(ax.containers) == len(dual_path.STYLES)
+    figure = dual_path.alpha_figure(table)
+    assert len(figure.axes) == len(dual_path.MEASURE_TITLES)
+    for ax, measure in zip(figure.axes, dual_path.MEASURE_TITLES, strict=True):
+        assert len(ax.containers) == len(dual_path.WAY_LOOKS)
         alphas = sorted(key[2] for key in table if key[:2] == ("soft", "attention"))
         line = ax.containers[0].lines[0]
         assert list(line.get_xdata()) == alphas

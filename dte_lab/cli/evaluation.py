@@ -65,7 +65,7 @@ def report(
     """Turn a finished run into table.md and figures, beside its measures."""
     from dte_lab.common.files import write_atomically
     from dte_lab.common.plots import save_figure
-    from dte_lab.evaluation.figures import picture_sheet, steps_figure, tradeoff
+    from dte_lab.evaluation.figures import picture_sheet, step_curves_figure, tradeoff
     from dte_lab.evaluation.records import read_csv
     from dte_lab.evaluation.report import markdown, steps_table
 
@@ -78,7 +78,7 @@ def report(
     text = markdown(summary) + steps_table(rows)
     write_atomically(run / "table.md", (text.rstrip() + "\n").encode())
     save_figure(tradeoff(summary), run / "tradeoff.png")
-    if (figure := steps_figure(summary)) is not None:
+    if (figure := step_curves_figure(summary)) is not None:
         save_figure(figure, run / "steps.png")
     if (run / "pictures").is_dir():
         save_figure(picture_sheet(run, summary), run / "pictures.png")

@@ -7,12 +7,12 @@ from typing import TypeVar
 
 import torch
 
-Job, Result = TypeVar("Job"), TypeVar("Result")
+Given, Made = TypeVar("Given"), TypeVar("Made")
 
 
 def in_processes(
-    work: Callable[[Job], Result], jobs: Sequence[Job], processes: int, chunk: int
-) -> Iterator[Result]:
+    work: Callable[[Given], Made], jobs: Sequence[Given], processes: int, chunk: int
+) -> Iterator[Made]:
     """map(work, jobs), shared out to processes in chunks, in the order of the jobs.
 
     The processes are spawned, not forked, since a fork does not get torch's threads, and share the
@@ -32,5 +32,5 @@ def _begin(work: Callable, threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _do(job: Job) -> Result:
+def _do(job: Given) -> Made:
     return _work(job)

@@ -11,11 +11,13 @@ compared by a sentence encoder.
 
 import json
 import time
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -32,22 +34,23 @@ from dte_lab.world.sampling import GUIDANCE_SCALE, STEPS, draw
 from dte_lab.world.scenes import BOX, SCENES, SIZE, background
 from dte_lab.world.sprites import STYLES, concepts, split_names
 
+Scene = tuple[str, str, str]  # concept, style, scene; what follows them is not read
 JUDGE_SIZE = 96  # px to which the sprite's box is enlarged for EfficientNet: twice its own size
 RENDERINGS = 4  # per concept and style, to fit the classifiers; each sharp and blurred
 BLUR, NOISE = (0.3, 1.2), (0.0, 0.06)  # std in px and in [-1, 1]: sharpness is the KID's business
 
 
 @cache
-def _border() -> np.ndarray:
-    """(64, 64) mask of the pixels that no sprite covers."""
+def _border() -> Bool[np.ndarray, "64 64"]:
+    """Where no sprite covers the picture."""
     mask = np.ones((SIZE, SIZE), bool)
     mask[BOX, BOX] = False
     return mask
 
 
 @cache
-def _border_means(samples: int = 32) -> np.ndarray:
-    """(20, N, 3) mean border of every scene."""
+def _border_means(samples: int = 32) -> Float[np.ndarray, "scenes pixels 3"]:
+    """The mean border of every scene."""
     return np.stack(
         [
             np.mean([background(s, np.random.default_rng(i)) for i in range(samples)], 0)[_border()]
@@ -56,60 +59,70 @@ def _border_means(samples: int = 32) -> np.ndarray:
     )
 
 
-def classify_scene(x: Tensor) -> np.ndarray:
-    """Index into SCENES for pictures (B, 3, 64, 64) in [-1, 1]: the nearest mean border."""
+def classify_scene(x: Float[Tensor, "pictures 3 64 64"]) -> Int[np.ndarray, " pictures"]:
+    """Index into SCENES for pictures in [-1, 1]: the nearest mean border."""
     borders = (x.permute(0, 2, 3, 1).numpy() / 2 + 0.5)[:, _border()]  # (B, N, 3)
     return np.array([np.abs(_border_means() - b).mean((1, 2)).argmin() for b in borders])
 
 
-def scene_hits(x: Tensor, items: list[tuple]) -> np.ndarray:
-    """Whether pictures (B, 3, 64, 64) in [-1, 1] show the scenes of their items."""
+def scene_hits(
+    x: Float[Tensor, "pictures 3 64 64"], items: Sequence[Scene]
+) -> Bool[np.ndarray, " pictures"]:
+    """Whether pictures in [-1, 1] show the scenes of their items."""
     return classify_scene(x) == [SCENES.index(item[2]) for item in items]
 
 
 class Judge:
     """Zero-shot CLIP over texts of the small world."""
 
-    def __init__(self, backbone: Backbone):
+    def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
 
     @torch.no_grad()
-    def text(self, texts: list[str]) -> Tensor:
+    def text(self, texts: list[str]) -> Float[Tensor, "texts dim"]:
+        """Unit embeddings."""
         ids = tokenize(self.backbone.tokenizer, texts)
         return nn.functional.normalize(self.backbone.text_encoder(ids).text_embeds, dim=-1)
 
     @torch.no_grad()
-    def ranks(self, x: Tensor, texts: list[str]) -> np.ndarray:
-        """(B, len(texts)) indices of the texts, best first, for pictures in [-1, 1]."""
+    def ranks(
+        self, x: Float[Tensor, "pictures ..."], texts: list[str]
+    ) -> Int[np.ndarray, "pictures texts"]:
+        """Indices of the texts, best first, for pictures in [-1, 1]."""
         pixels = self.backbone.clip_pixels(x)
         image = nn.functional.normalize(self.backbone.image_encoder(pixels).image_embeds, dim=-1)
         return (image @ self.text(texts).T).argsort(dim=1, descending=True).numpy()
 
-    def concept_hits(self, x: Tensor, truth: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    def concept_hits(
+        self, x: Float[Tensor, "pictures ..."], truth: list[str]
+    ) -> tuple[Bool[np.ndarray, " pictures"], Bool[np.ndarray, " pictures"]]:
         """Top-1 and top-5 hits among all train concepts."""
         names = split_names("train")
         ranks = self.ranks(x, [caption(n, None, None) for n in names])
         hit = ranks == np.array([names.index(n) for n in truth])[:, None]
         return hit[:, 0], hit[:, :5].any(1)
 
-    def nearest_concepts(self, x: Tensor) -> list[str]:
+    def nearest_concepts(self, x: Float[Tensor, "pictures ..."]) -> list[str]:
+        """The train concept that CLIP finds in each picture."""
         names = split_names("train")
         return [names[i] for i in self.ranks(x, [caption(n, None, None) for n in names])[:, 0]]
 
 
-def group_hits(nearest: list[str], truth: list[str]) -> np.ndarray:
+def group_hits(nearest: list[str], truth: list[str]) -> Bool[np.ndarray, " pictures"]:
     """Whether the train concepts nearest to pictures belong to the groups of what they show."""
     pairs = zip(nearest, truth, strict=True)
     return np.array([concepts()[a].group == concepts()[b].group for a, b in pairs])
 
 
-def generate(backbone: Backbone, captions: list[str], seed: int) -> Tensor:
-    """Pictures (B, 3, 64, 64) in [-1, 1], drawn by a backbone; see `draw`."""
+def generate(
+    backbone: Backbone, captions: list[str], seed: int
+) -> Float[Tensor, "captions 3 64 64"]:
+    """Pictures, about in [-1, 1], drawn by a backbone; see `draw`."""
     b = backbone
     return draw(b.vae, b.text_encoder, b.tokenizer, b.unet, b.scheduler, captions, seed)
 
 
-def evaluation_items(count: int, seed: int, novel: bool) -> list[tuple[str, str, str]]:
+def evaluation_items(count: int, seed: int, novel: bool) -> list[Scene]:
     """Random (concept, style, scene) of train concepts, all seen or all held out together."""
     rng = np.random.default_rng(seed)
     names, items = split_names("train"), []
@@ -120,8 +133,10 @@ def evaluation_items(count: int, seed: int, novel: bool) -> list[tuple[str, str,
     return items
 
 
-def soften(x: Tensor, seed: int) -> Tensor:
-    """Blur and grain pictures (B, 3, H, W) in [-1, 1], each differently."""
+def soften(
+    x: Float[Tensor, "pictures 3 height width"], seed: int
+) -> Float[Tensor, "pictures 3 height width"]:
+    """Blur and grain pictures in [-1, 1], each differently."""
     from skimage.filters import gaussian  # extra: evaluate
 
     rng = np.random.default_rng(seed)
@@ -133,7 +148,7 @@ def soften(x: Tensor, seed: int) -> Tensor:
 class Classifier:
     """Concept and style of a picture's sprite by outside features (see the module's docstring)."""
 
-    def __init__(self, names: list[str], renderings: int = RENDERINGS, seed: int = 30_000):
+    def __init__(self, names: list[str], renderings: int = RENDERINGS, seed: int = 30_000) -> None:
         self.names, self.judge = names, ImageJudge(size=JUDGE_SIZE)
         from sklearn.discriminant_analysis import LinearDiscriminantAnalysis  # extra: evaluate
 
@@ -152,22 +167,29 @@ class Classifier:
         features = [self.features(part) for part in (x, soften(x, seed))]
         self.analysis.fit(np.concatenate(features), np.tile(classes, 2))
 
-    def features(self, x: Tensor) -> np.ndarray:
-        """Features of the box that the sprite fills, (B, 1280)."""
+    def features(
+        self, x: Float[Tensor, "pictures 3 64 64"]
+    ) -> Float[np.ndarray, "pictures features"]:
+        """Features of the box that the sprite fills."""
         box = x[..., BOX, BOX]
         parts = tqdm(box.split(50), desc="judging", disable=len(box) < 500)
         return torch.cat([self.judge.features(part) for part in parts]).double().numpy()
 
-    def scores(self, features: np.ndarray) -> np.ndarray:
-        """(B, names, STYLES) for features (B, 1280); the largest is the most likely."""
+    def scores(
+        self, features: Float[np.ndarray, "pictures features"]
+    ) -> Float[np.ndarray, "pictures names styles"]:
+        """Of every name and style; the largest is the most likely."""
         scores = self.analysis.decision_function(features)
         return scores.reshape(len(features), len(self.names), len(STYLES))
 
-    def nearest_concepts(self, x: Tensor) -> list[str]:
+    def nearest_concepts(self, x: Float[Tensor, "pictures 3 64 64"]) -> list[str]:
+        """The most likely concept of each picture."""
         return [self.names[i] for i in self.scores(self.features(x)).max(2).argmax(1)]
 
-    def hits(self, features: np.ndarray, items: list[tuple]) -> dict[str, np.ndarray]:
-        """Whether pictures with features (B, 1280) show the concept and style of their items."""
+    def hits(
+        self, features: Float[np.ndarray, "pictures features"], items: Sequence[Scene]
+    ) -> dict[str, Bool[np.ndarray, " pictures"]]:
+        """Whether pictures with these features show the concept and style of their items."""
         scores = self.scores(features)
         true = np.array([self.names.index(item[0]) for item in items])
         top = scores.max(2).argsort(axis=1)[:, ::-1][:, :5] == true[:, None]

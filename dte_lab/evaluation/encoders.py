@@ -60,7 +60,7 @@ def variant(run: Path, name: str, seed: int, shapes: dict[str, tuple[int, int]])
     }  # fmt: skip
 
 
-def compare(runs: Iterable[tuple[str, Sequence[float]]]) -> dict[str, dict]:
+def compare_runs(runs: Iterable[tuple[str, Sequence[float]]]) -> dict[str, dict]:
     """{name: {by_seed, mean, minus_base}} from every run's (name, one number per concept).
 
     The mean over the seeds and its difference to that of `base` have intervals over the concepts.
@@ -80,7 +80,7 @@ def compare(runs: Iterable[tuple[str, Sequence[float]]]) -> dict[str, dict]:
 
 
 def compare_pictures(rows: Iterable[Row], measure: str = "fidelity") -> dict[int, dict[str, dict]]:
-    """{steps of tuning: what `compare` says of a measure} from the rows of `dte evaluate`.
+    """{steps of tuning: what `compare_runs` says of a measure} from the rows of `dte evaluate`.
 
     Its methods are dte@encoder=DIR/NAME/encoder, with NAME as `folder` writes it.
     """
@@ -90,7 +90,7 @@ def compare_pictures(rows: Iterable[Row], measure: str = "fidelity") -> dict[int
             name = Path(method.partition("encoder=")[2]).parent.name.partition("-seed")[0]
             values = [of_method[concept][measure] for concept in sorted(of_method)]
             runs[steps].append((name, values))
-    return {steps: compare(of_steps) for steps, of_steps in runs.items()}
+    return {steps: compare_runs(of_steps) for steps, of_steps in runs.items()}
 
 
 def main(
@@ -118,7 +118,7 @@ def main(
     settings = {key: config[key] for key in ("batch_size", "learning_rate")}
     settings |= {"pairs": train_encoder.UNSEEN, "pairs_each": train_encoder.UNSEEN_EACH}
     rows = [variant(folder(runs, name, seed), name, seed, shapes) for name, seed in chosen]
-    summary = compare((row["name"], row["by_concept"]) for row in rows)
+    summary = compare_runs((row["name"], row["by_concept"]) for row in rows)
     document = {"settings": settings, "versions": versions(), "summary": summary, "variants": rows}
     write_document(out, document, ("variants",))
     for name, found in summary.items():

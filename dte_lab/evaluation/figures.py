@@ -77,7 +77,7 @@ def by_name(summary: Sequence[Mapping]) -> dict[str, list[Mapping]]:
     return {name: sorted(found, key=lambda line: line["steps"]) for name, found in lines.items()}
 
 
-def steps_figure(summary: Sequence[Mapping]) -> Figure | None:
+def step_curves_figure(summary: Sequence[Mapping]) -> Figure | None:
     """Figure: measures over the number of steps, for methods with several; None without one."""
     lines = {name: points for name, points in by_name(summary).items() if len(points) > 1}
     if not lines:

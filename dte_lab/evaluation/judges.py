@@ -4,11 +4,14 @@ Needs `pip install "dte_lab[evaluate]"`, which brings both sets of weights; noth
 """
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 INSTALL = 'The outside judges need their weights: pip install "dte_lab[evaluate]".'
 
@@ -19,7 +22,7 @@ class ImageJudge(nn.Module):
     Raises ImportError, which says what to install, when the packages with the weights are missing.
     """
 
-    def __init__(self, device="cpu", size=224):
+    def __init__(self, device: str = "cpu", size: int = 224) -> None:
         """size: px to which pictures are scaled; it was trained on 224, smaller ones cost less."""
         super().__init__()
         self.size = size
@@ -33,16 +36,20 @@ class ImageJudge(nn.Module):
         self.to(device).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def features(self, x, batch_size=32):
-        """Pooled features of pictures (B, 3, H, W) in [-1, 1]: (B, 1280), not normalised."""
+    def features(
+        self, x: Float[Tensor, "pictures 3 height width"], batch_size: int = 32
+    ) -> Float[Tensor, "pictures 1280"]:
+        """Pooled features of pictures in [-1, 1], not normalised."""
         return torch.cat([self._pooled(part) for part in x.split(batch_size)])
 
     @torch.no_grad()
-    def logits(self, x):
-        """Logits of the 1,000 ImageNet classes for pictures (B, 3, H, W) in [-1, 1]."""
+    def logits(self, x: Float[Tensor, "pictures 3 height width"]) -> Float[Tensor, "pictures 1000"]:
+        """Logits of the ImageNet classes for pictures in [-1, 1]."""
         return self.network._fc(self._pooled(x))
 
-    def _pooled(self, x):
+    def _pooled(
+        self, x: Float[Tensor, "pictures 3 height width"]
+    ) -> Float[Tensor, "pictures 1280"]:
         x = x.to(next(self.parameters()))
         size = (self.size, self.size)
         if x.shape[-2:] != size:
@@ -57,7 +64,7 @@ class SentenceJudge(nn.Module):
     Raises ImportError, which says what to install, when the package with the weights is missing.
     """
 
-    def __init__(self, device="cpu"):
+    def __init__(self, device: str = "cpu") -> None:
         super().__init__()
         from transformers import AutoModel, AutoTokenizer
 
@@ -68,8 +75,8 @@ class SentenceJudge(nn.Module):
         self.to(device).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def embed(self, texts):
-        """Unit embeddings of n texts: (n, 384). Their dot products are cosine similarities."""
+    def embed(self, texts: Sequence[str]) -> Float[Tensor, "texts 384"]:
+        """Unit embeddings of texts. Their dot products are cosine similarities."""
         inputs = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
         inputs = inputs.to(self.network.device)
         hidden = self.network(**inputs).last_hidden_state  # (n, L, 384)
@@ -77,7 +84,7 @@ class SentenceJudge(nn.Module):
         return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
 
-def _package(name):
+def _package(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -67,11 +67,11 @@ def to_csv(rows: Iterable[Row]) -> bytes:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(COLUMNS)
-    writer.writerows([_text(getattr(row, name)) for name in COLUMNS] for row in rows)
+    writer.writerows([_written(getattr(row, name)) for name in COLUMNS] for row in rows)
     return buffer.getvalue().encode()
 
 
-def _text(value: str | float | None) -> str:
+def _written(value: str | float | None) -> str:
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -83,10 +83,10 @@ def read_csv(path: Path) -> list[Row]:
     """The rows of a table that `to_csv` wrote; columns that it lacks are None."""
     with open(path, newline="") as file:
         lines = list(csv.DictReader(file))
-    return [Row(**{k: _value(k, line[k]) for k in COLUMNS if k in line}) for line in lines]
+    return [Row(**{k: _read(k, line[k]) for k in COLUMNS if k in line}) for line in lines]
 
 
-def _value(column: str, text: str) -> str | int | bool | float | None:
+def _read(column: str, text: str) -> str | int | bool | float | None:
     if column in NUMBERS:
         return float(text) if text else None
     if column in ("steps", "is_style"):

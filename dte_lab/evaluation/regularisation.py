@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from dte_lab.baselines import PROMPT
 from dte_lab.common.files import write_atomically
 from dte_lab.common.images import to_pil
 from dte_lab.common.resume import as_json, check_settings
@@ -42,7 +43,7 @@ from dte_lab.evaluation.judges import SentenceJudge
 from dte_lab.evaluation.measures import diffusion_loss
 from dte_lab.evaluation.methods import Methods
 from dte_lab.evaluation.records import fingerprint, versions, write_document
-from dte_lab.evaluation.v_star_paths import Paths, VStarPath, pretraining_paths
+from dte_lab.evaluation.v_star_paths import VStarPath, VStarPaths, pretraining_paths
 from dte_lab.pipeline import DTEPipeline
 from dte_lab.tuning import TuneConfig
 from dte_lab.world.scenes import render_image
@@ -56,7 +57,6 @@ TUNED_MEASURES = {
     "words_kept": "share of the nearest words that were so before tuning",
     "diffusion": "diffusion loss on noise that is the same for all",
 }
-PROMPT = "a picture of S*"
 NUM_WORDS = 5
 LONG = 100
 SWEEP = {
@@ -144,7 +144,7 @@ class Experiment:
             rows.append({"concept": name} | setting | self.measure(pipe, picture, name, tuned))
         return rows
 
-    def tuning_paths(self, name: str, picture: Image.Image, num_steps: int) -> Paths:
+    def tuning_paths(self, name: str, picture: Image.Image, num_steps: int) -> VStarPaths:
         """ "tuning.REGULARISER.NAME", from the shipped encoder's start."""
         pipe, paths = self.pipes["shipped"], {}
         for kind in COMPARED:
@@ -197,7 +197,7 @@ def regularisation(
         write_atomically(out.with_suffix(".safetensors"), save(vectors))
         write_document(out, document, ("rows", "sweep"))
 
-    def keep(paths: Paths) -> None:
+    def keep(paths: VStarPaths) -> None:
         for key, path in paths.items():
             vectors[f"{key}.steps"] = torch.tensor(path.steps)
             vectors[f"{key}.v_star"] = path.v_star.half().cpu().contiguous()

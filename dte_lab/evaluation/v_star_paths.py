@@ -23,10 +23,10 @@ class VStarPath(NamedTuple):
     v_star: Float[Tensor, "steps dim"]
 
 
-Paths = dict[str, VStarPath]  # by "PHASE.REGULARISER.NAME"
+VStarPaths = dict[str, VStarPath]  # by "PHASE.REGULARISER.NAME"
 
 
-def pretraining_paths(runs: Mapping[str, Path]) -> Paths:
+def pretraining_paths(runs: Mapping[str, Path]) -> VStarPaths:
     """ "pretraining.REGULARISER.NAME" of runs by regulariser."""
     paths = {}
     for kind, run in runs.items():
@@ -38,7 +38,7 @@ def pretraining_paths(runs: Mapping[str, Path]) -> Paths:
     return paths
 
 
-def read_paths(file: Path) -> Paths:
+def read_paths(file: Path) -> VStarPaths:
     """The paths in `out` with the suffix .safetensors."""
     vectors = load_file(file)
     keys = [key.removesuffix(".steps") for key in vectors if key.endswith(".steps")]

@@ -9,10 +9,14 @@ places: what it says is "between these words", and never "far from all of them".
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
 
 
-def word_positions(embeddings, seed=0):
-    """UMAP of embeddings (n, d) by cosine, scaled to the unit square: array (n, 2).
+def word_positions(
+    embeddings: Float[Tensor, "words dim"], seed: int = 0
+) -> Float[np.ndarray, "words 2"]:
+    """UMAP of embeddings by cosine, scaled to the unit square.
 
     The same seed gives the same map on the same machine. Fewer neighbours, or UMAP's own start,
     spectral, put a small group of words so far away that the rest is squeezed into a corner.
@@ -27,19 +31,31 @@ def word_positions(embeddings, seed=0):
     return (plane - low) / (high - low)
 
 
-def place(v, embeddings, positions, k=8, temperature=0.05):
-    """Where embeddings v (m, d) stand on a map of words: array (m, 2).
+def place(
+    v: Float[Tensor, "n dim"],
+    embeddings: Float[Tensor, "words dim"],
+    positions: Float[np.ndarray, "words 2"],
+    k: int = 8,
+    temperature: float = 0.05,
+) -> Float[np.ndarray, "n 2"]:
+    """Where embeddings v stand on a map of words.
 
-    embeddings: the words', (n, d). positions: their places (n, 2). The weights of the k nearest
-    words are a softmax of cosine / temperature, so that a small step of v is a small step here.
+    embeddings, positions: the words', and their places. The weights of the k nearest words are a
+    softmax of cosine / temperature, so that a small step of v is a small step here.
     """
     cosine, rows = _cosines(v, embeddings).topk(min(k, len(embeddings)), dim=-1)  # (m, k)
     weight = (cosine / temperature).softmax(dim=-1)[..., None]
     return (weight * torch.as_tensor(positions)[rows]).sum(dim=1).numpy()
 
 
-def neighbours_kept(v, at, embeddings, positions, k=10):
-    """Mean share of the k nearest words of v (m, d) that are the k nearest to `at` (m, 2) as well.
+def neighbours_kept(
+    v: Float[Tensor, "n dim"],
+    at: Float[np.ndarray | Tensor, "n 2"],
+    embeddings: Float[Tensor, "words dim"],
+    positions: Float[np.ndarray | Tensor, "words 2"],
+    k: int = 10,
+) -> float:
+    """Mean share of the k nearest words of v that are the k nearest to the places `at` as well.
 
     Where v are the words themselves (the same tensor as `embeddings`), no word counts as its own
     neighbour.
@@ -51,5 +67,7 @@ def neighbours_kept(v, at, embeddings, positions, k=10):
     return (near[:, :, None] == seen[:, None]).any(dim=-1).float().mean().item()
 
 
-def _cosines(v, embeddings):
-    return F.normalize(v, dim=-1) @ F.normalize(embeddings, dim=-1).T  # (m, n)
+def _cosines(
+    v: Float[Tensor, "n dim"], embeddings: Float[Tensor, "words dim"]
+) -> Float[Tensor, "n words"]:
+    return F.normalize(v, dim=-1) @ F.normalize(embeddings, dim=-1).T

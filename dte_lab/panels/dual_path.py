@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 from PIL import Image
@@ -22,13 +24,20 @@ from dte_lab.panels.shared import (
     plain,
 )
 
-STYLES = {  # (offsets_on, granularity) -> colour, marker
+if TYPE_CHECKING:
+    import ipywidgets as widgets
+
+# {(offsets_on, granularity, alpha_blend): {measure: one value per concept}}
+Table = Mapping[tuple[str, str, float], Mapping[str, np.ndarray]]
+# {(offsets_on, granularity, alpha, seed): picture}
+Drawn = Mapping[tuple[str, str, float, int], Image.Image]
+WAY_LOOKS = {  # (offsets_on, granularity) -> colour, marker
     ("soft", "attention"): (BLUE, "o"),
     ("soft", "block"): (SKY, "s"),
     ("hard", "attention"): (VERMILION, "^"),
     ("hard", "block"): (PINK, "D"),
 }
-NAMES = {
+MEASURE_TITLES = {
     "identity_scaled": "identity\n(0 any thing, 1 the truth)",
     "clip_i_small": "likeness to the input, CLIP-I",
     "scene": "share of right scenes",
@@ -127,14 +136,14 @@ def cost_figure(costs: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     return figure
 
 
-def curves_figure(table, measures: Sequence[str] = tuple(NAMES)) -> Figure:
+def alpha_figure(table: Table, measures: Sequence[str] = tuple(MEASURE_TITLES)) -> Figure:
     """Measures over alpha_blend with 95 % intervals over concepts, one panel per measure.
 
     table: {(offsets_on, granularity, alpha_blend): {measure: one value per concept}}.
     """
     figure = Figure(figsize=(2.6 * len(measures), 3), layout="constrained")
     for ax, measure in zip(figure.subplots(1, len(measures)), measures, strict=True):
-        for i, (way, (colour, marker)) in enumerate(STYLES.items()):
+        for i, (way, (colour, marker)) in enumerate(WAY_LOOKS.items()):
             points = {key[2]: interval(row[measure]) for key, row in ways_of(table, way).items()}
             mean, error = mean_and_error(points.values())
             shift = 0.012 * (i - 1.5) if i else 0  # so that bars at one alpha stand side by side
@@ -143,7 +152,7 @@ def curves_figure(table, measures: Sequence[str] = tuple(NAMES)) -> Figure:
                 marker=marker, markersize=5, linewidth=1.6 if i == 0 else 0.8, capsize=2,
                 linestyle="-" if i == 0 else ":", label=", ".join(way),
             )  # fmt: skip
-        ax.set_title(NAMES[measure], fontsize=10, color=INK)
+        ax.set_title(MEASURE_TITLES[measure], fontsize=10, color=INK)
         ax.set_xlabel("alpha_blend")
         plain(ax)
     figure.legend(
@@ -152,12 +161,14 @@ def curves_figure(table, measures: Sequence[str] = tuple(NAMES)) -> Figure:
     return figure
 
 
-def ways_of(table, way: tuple[str, str]):
+def ways_of(table: Table, way: tuple[str, str]) -> Table:
     """The rows of a table with this (offsets_on, granularity), by alpha."""
     return {key: table[key] for key in sorted(k for k in table if k[:2] == way)}
 
 
-def confidence_ellipse(x, y, level: float = 0.95):
+def confidence_ellipse(
+    x: Sequence[float], y: Sequence[float], level: float = 0.95
+) -> tuple[tuple[float, float], float, float, float]:
     """Hotelling's region for the mean of n pairs: (centre, width, height, angle in degrees).
 
     Raises ValueError for fewer than 3 values, from which no region follows.
@@ -174,32 +185,34 @@ def confidence_ellipse(x, y, level: float = 0.95):
     return (float(np.mean(x)), float(np.mean(y))), width, height, angle
 
 
-def plane_figure(table, x: str = "scene", y: str = "identity_scaled") -> Figure:
+def plane_figure(table: Table, x: str = "scene", y: str = "identity_scaled") -> Figure:
     """Identity over editability, each mean with its 95 % confidence ellipse.
 
-    Left: alpha_blend along (figure, attention). Right: all pairings and granularities at the values
-    of alpha_blend that all of them have. table: see `curves_figure`.
+    Left: alpha_blend along (soft, attention). Right: offsets on either path, both granularities, at
+    the values of alpha_blend that all of them have. table: see `alpha_figure`.
     """
-    shared = set.intersection(*({k[2] for k in ways_of(table, way)} for way in STYLES))
+    shared = set.intersection(*({k[2] for k in ways_of(table, way)} for way in WAY_LOOKS))
     figure = Figure(figsize=(8.6, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
-    for (way, (colour, marker)), ax in zip(STYLES.items(), (left, *3 * (right,)), strict=True):
+    for (way, (colour, marker)), ax in zip(WAY_LOOKS.items(), (left, *3 * (right,)), strict=True):
         rows = ways_of(table, way)
         if ax is left:
             _points(left, rows, x, y, colour, marker, way)
         rows = {key: row for key, row in rows.items() if key[2] in shared}
         _points(right, rows, x, y, colour, marker, way)
-    left.set_title("alpha_blend from 0 to 1: figure, attention", fontsize=10, color=INK)
-    right.set_title("both pairings, both granularities", fontsize=10, color=INK)
-    left.set_ylabel(NAMES[y])
+    left.set_title("alpha_blend from 0 to 1: soft, attention", fontsize=10, color=INK)
+    right.set_title("offsets on either path, both granularities", fontsize=10, color=INK)
+    left.set_ylabel(MEASURE_TITLES[y])
     for ax in (left, right):
-        ax.set_xlabel(NAMES[x])
+        ax.set_xlabel(MEASURE_TITLES[x])
         plain(ax)
     right.legend(frameon=False, fontsize=9)
     return figure
 
 
-def _points(ax, rows, x, y, colour, marker, way):
+def _points(
+    ax: Axes, rows: Table, x: str, y: str, colour: str, marker: str, way: tuple[str, str]
+) -> None:
     centres = []
     for (_, _, alpha), row in rows.items():
         centre, width, height, angle = confidence_ellipse(row[x], row[y])
@@ -216,7 +229,9 @@ def _points(ax, rows, x, y, colour, marker, way):
     ax.autoscale_view()
 
 
-def blend_figure(pictures, offsets_on: str, granularity: str, alpha: float, seed: int) -> Figure:
+def setting_figure(
+    pictures: Drawn, offsets_on: str, granularity: str, alpha: float, seed: int
+) -> Figure:
     """One of {(offsets_on, granularity, alpha, seed): picture} in large, its settings above."""
     text = (
         f"offsets_on {offsets_on}, granularity {granularity}\nalpha_blend = {alpha:g}, seed {seed}"
@@ -224,7 +239,7 @@ def blend_figure(pictures, offsets_on: str, granularity: str, alpha: float, seed
     return one_picture(pictures[offsets_on, granularity, alpha, seed], text)
 
 
-def dual_path_panel(pictures: Mapping[tuple[str, str, float, int], Image.Image]):
+def dual_path_panel(pictures: Drawn) -> "widgets.VBox":
     """Widgets over pictures {(offsets_on, granularity, alpha, seed): picture}.
 
     Returns a VBox; its attributes `offsets_on`, `granularity`, `alpha`, `seed` and `view` are the
@@ -232,12 +247,12 @@ def dual_path_panel(pictures: Mapping[tuple[str, str, float, int], Image.Image])
     """
     import ipywidgets as widgets
 
-    pairings, granularities, alphas, seeds = (
+    paths, granularities, alphas, seeds = (
         list(dict.fromkeys(values)) for values in zip(*sorted(pictures), strict=True)
     )
     alphas = sorted(alphas)
     knobs = {
-        "offsets_on": widgets.ToggleButtons(options=pairings, description="offsets_on"),
+        "offsets_on": widgets.ToggleButtons(options=paths, description="offsets_on"),
         "granularity": widgets.ToggleButtons(options=granularities, description="granularity"),
         "alpha": widgets.SelectionSlider(
             options=alphas, value=alphas[len(alphas) // 2], description="alpha_blend"
@@ -245,11 +260,11 @@ def dual_path_panel(pictures: Mapping[tuple[str, str, float, int], Image.Image])
         "seed": widgets.ToggleButtons(options=sorted(seeds), description="seed"),
     }
 
-    def describe(offsets_on, granularity, alpha, seed):
+    def describe(offsets_on: str, granularity: str, alpha: float, seed: int) -> str:
         where = f"Offsets on {offsets_on}, granularity {granularity}"
         return f"{where}, alpha_blend {alpha:g}, seed {seed}"
 
-    panel = figure_panel(list(knobs.values()), partial(blend_figure, pictures), describe)
+    panel = figure_panel(list(knobs.values()), partial(setting_figure, pictures), describe)
     for name, knob in knobs.items():
         setattr(panel, name, knob)
     return panel

@@ -135,7 +135,7 @@ def rank_panel(
     drawn: Mapping[tuple[str, int], Image.Image],
     spectra: Mapping[str, Sequence[float]],
     distances: Mapping[str, Sequence[float]],
-):
+) -> "widgets.VBox":
     """A list of concepts and a slider for the rank over `rank_figure`.
 
     pictures, spectra, distances: by concept; drawn: by (concept, rank), with ranks from 0.
@@ -147,11 +147,11 @@ def rank_panel(
     ranks = sorted({rank for _, rank in drawn})
     rank = widgets.SelectionSlider(options=ranks, value=ranks[-1], description="rank")
 
-    def figure_of(name, rank):
+    def figure_of(name: str, rank: int) -> Figure:
         distance = distances[name][rank]
         return rank_figure(pictures[name], drawn[name, rank], spectra[name], rank, distance)
 
-    def describe(name, rank):
+    def describe(name: str, rank: int) -> str:
         return f"The {name}, and its drawing with rank {rank}: distance {distances[name][rank]:.3f}"
 
     panel = figure_panel((concept, rank), figure_of, describe)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dte_lab.common.plots import INK, MUTED
@@ -11,8 +12,8 @@ from dte_lab.common.stats import mean_and_error
 from dte_lab.panels.contrastive import WITH, WITHOUT
 from dte_lab.panels.shared import BLUE, SKY, plain, write_values
 
-KINDS = {"contrastive": ("with the term", WITH, "o"), "none": ("without", WITHOUT, "s")}
-SETTINGS = ("num_positives", "temperature", "contrastive_weight")
+REGULARISER_LOOKS = {"contrastive": ("with the term", WITH, "o"), "none": ("without", WITHOUT, "s")}
+SWEPT = ("num_positives", "temperature", "contrastive_weight")
 
 
 def comparison_figure(
@@ -26,7 +27,7 @@ def comparison_figure(
     axes = figure.subplots(2, len(titles), height_ratios=(2, 1), squeeze=False)
     for i, (measure, title) in enumerate(titles.items()):
         ax = axes[0, i]
-        for k, (kind, (label, colour, marker)) in enumerate(KINDS.items()):
+        for k, (kind, (label, colour, marker)) in enumerate(REGULARISER_LOOKS.items()):
             lines = [line for line in means if line["regulariser"] == kind]
             _errorbars(
                 ax, [line["after"] + 0.12 * (k - 0.5) for line in lines],
@@ -49,7 +50,15 @@ def comparison_figure(
     return figure
 
 
-def _errorbars(ax, x, values, colour, marker, label, dash):
+def _errorbars(
+    ax: Axes,
+    x: Sequence[float],
+    values: Sequence[Mapping[str, float]],
+    colour: str,
+    marker: str,
+    label: str,
+    dash: str,
+) -> None:
     mean, error = mean_and_error(values)
     ax.errorbar(x, mean, error, color=colour, marker=marker, ls=dash, capsize=3, label=label, ms=5)
 
@@ -59,18 +68,20 @@ def sweep_means(rows: Sequence[Mapping], measures: Sequence[str]) -> dict[tuple,
 
     At weight 0 the sweep has one row for all N and temperatures; here it stands at each of them.
     """
-    options = [sorted({row[key] for row in rows}) for key in SETTINGS]
+    options = [sorted({row[key] for row in rows}) for key in SWEPT]
     table = {}
     for n in options[0]:
         for tau in options[1]:
             for weight in options[2]:
                 wanted = (n, tau, weight) if weight else (options[0][0], options[1][0], 0)
-                cell = [row for row in rows if tuple(row[key] for key in SETTINGS) == wanted]
+                cell = [row for row in rows if tuple(row[key] for key in SWEPT) == wanted]
                 table[n, tau, weight] = {m: float(np.mean([r[m] for r in cell])) for m in measures}
     return table
 
 
-def sweep_figure(table: Mapping[tuple, Mapping], setting: tuple, titles: Mapping[str, str]):
+def sweep_figure(
+    table: Mapping[tuple, Mapping], setting: tuple, titles: Mapping[str, str]
+) -> Figure:
     """Every setting of `sweep_means` as a dot, two measures against each other; one in large."""
     (x_key, x_title), (y_key, y_title) = titles.items()
     figure = Figure(figsize=(5.6, 4), layout="constrained")

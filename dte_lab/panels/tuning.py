@@ -3,7 +3,9 @@
 from collections.abc import Mapping, Sequence
 from functools import partial
 from statistics import mean
+from typing import TYPE_CHECKING
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -20,7 +22,10 @@ from dte_lab.panels.shared import (
     plain,
 )
 
-STYLES = {  # colour, marker, line of each method
+if TYPE_CHECKING:
+    import ipywidgets as widgets
+
+METHOD_LOOKS = {  # colour, marker, line of each method
     "dte": (AFTER, "o", "-"),
     "ti": (BEFORE, "s", "--"),
     "lora": (GREEN, "^", "-."),
@@ -89,7 +94,7 @@ def quality_figure(
         figure.subplots(1, len(measures), squeeze=False)[0], measures.items(), strict=True
     ):
         for method, of_method in curves.items():
-            colour, marker, line = STYLES[method]
+            colour, marker, line = METHOD_LOOKS[method]
             points = of_method[measure]
             x = [p["steps"] for p in points]
             if over == "seconds":
@@ -159,7 +164,7 @@ def least_figure(least: Mapping[str, dict], names: Mapping[str, str]) -> Figure:
     for row, group in enumerate(least.values()):
         count = len(group["methods"])
         for i, (method, found) in enumerate(group["methods"].items()):
-            colour, marker, line = STYLES[method]
+            colour, marker, line = METHOD_LOOKS[method]
             y = row + (i - (count - 1) / 2) * 0.8 / count
             at, low, high = (
                 never if found[k] is None else found[k] for k in ("steps", "low", "high")
@@ -179,7 +184,7 @@ def least_figure(least: Mapping[str, dict], names: Mapping[str, str]) -> Figure:
     ax.set_xlabel("least steps that satisfy")
     methods = list(dict.fromkeys(m for group in least.values() for m in group["methods"]))
     for method in methods:
-        colour, marker, line = STYLES[method]
+        colour, marker, line = METHOD_LOOKS[method]
         ax.plot([], [], color=colour, marker=marker, linestyle=line, label=names[method])
     figure.legend(loc="outside lower center", ncols=min(2, len(methods)), frameon=False)
     plain(ax)
@@ -250,7 +255,7 @@ def captioned_grid(
     return figure
 
 
-def steps_panel(pictures: Mapping[tuple[int, str], Image.Image]):
+def steps_panel(pictures: Mapping[tuple[int, str], Image.Image]) -> "widgets.VBox":
     """A slider for the steps and buttons for the scene over pictures {(steps, scene): picture}.
 
     Returns a VBox; its attributes `steps`, `scene` and `view` are the widgets.
@@ -276,7 +281,7 @@ def step_figure(pictures: Mapping[tuple[int, str], Image.Image], steps: int, sce
     return one_picture(pictures[steps, scene], f"{steps} steps, {scene}")
 
 
-def _step_axis(ax, steps):
+def _step_axis(ax: Axes, steps: Sequence[float]) -> None:
     """Numbers of steps, 0 among them, on a symmetric-log axis with a line at the paper's 12."""
     ax.set_xscale("symlog", linthresh=2, linscale=0.5)
     most = max([PAPER_STEPS, *steps])

@@ -4,28 +4,34 @@ import html
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from dte_lab.common.plots import HAIRLINE, INK, MUTED
-from dte_lab.panels.regularisation import KINDS
+from dte_lab.panels.regularisation import REGULARISER_LOOKS
 from dte_lab.panels.shared import BLUE, GREEN, PINK, VERMILION, plain
 
 # Each with a marker of its own: one per concept.
-COLOURS, MARKERS = (VERMILION, BLUE, GREEN, PINK), "osD^"
+CONCEPT_COLOURS, CONCEPT_MARKERS = (VERMILION, BLUE, GREEN, PINK), "osD^"
 PHASES = {"pretraining": (":", 1.4), "tuning": ("-", 2.0)}
-Paths = Mapping[tuple[str, str, str], np.ndarray]  # {(phase, kind, concept): places (n, 2)}
+Places = Mapping[tuple[str, str, str], np.ndarray]  # {(phase, kind, concept): places (n, 2)}
 
 
 def map_figure(
-    positions: np.ndarray, words: Sequence[str], paths: Paths, named: Sequence[int]
+    positions: Float[np.ndarray, "words 2"],
+    words: Sequence[str],
+    paths: Places,
+    named: Sequence[int],
 ) -> Figure:
     """The whole map twice, with the contrastive term and without; `named`: words to label."""
     figure = Figure(figsize=(10.5, 5.6), layout="constrained")
-    for ax, kind in zip(figure.subplots(1, 2), KINDS, strict=True):
+    for ax, kind in zip(figure.subplots(1, 2), REGULARISER_LOOKS, strict=True):
         _words(ax, positions)
         _paths(ax, {key: path for key, path in paths.items() if key[1] == kind})
         _label(ax, positions, words, named, reach=0.5)
-        ax.set_title(f"{kind}: {KINDS[kind][0]}", fontsize=11, color=INK)
+        ax.set_title(f"{kind}: {REGULARISER_LOOKS[kind][0]}", fontsize=11, color=INK)
         ax.set_xlim(-0.03, 1.03)
         ax.set_ylim(-0.03, 1.03)
     handles, names = _legend(paths)
@@ -34,18 +40,22 @@ def map_figure(
 
 
 def zoom_figure(
-    positions: np.ndarray, words: Sequence[str], paths: Paths, phase: str, named: Sequence[int]
+    positions: Float[np.ndarray, "words 2"],
+    words: Sequence[str],
+    paths: Places,
+    phase: str,
+    named: Sequence[int],
 ) -> Figure:
     """Each concept's paths of one phase from close by, a row per regulariser."""
     concepts = list(dict.fromkeys(key[2] for key in paths if key[0] == phase))
     figure = Figure(figsize=(0.4 + 2.6 * len(concepts), 5.4), layout="constrained")
     axes = figure.subplots(2, len(concepts), squeeze=False)
     for j, concept in enumerate(concepts):
-        both = np.concatenate([paths[phase, kind, concept] for kind in KINDS])
+        both = np.concatenate([paths[phase, kind, concept] for kind in REGULARISER_LOOKS])
         centre = (both.min(0) + both.max(0)) / 2
         reach = max(0.03, 0.75 * np.ptp(both, axis=0).max())
         near = np.argsort(np.linalg.norm(positions - centre, axis=1))[:12].tolist()
-        for i, kind in enumerate(KINDS):
+        for i, kind in enumerate(REGULARISER_LOOKS):
             ax = axes[i, j]
             _words(ax, positions, 8)
             shown = {key: path for key, path in paths.items() if key == (phase, kind, concept)}
@@ -56,11 +66,11 @@ def zoom_figure(
             if i == 0:
                 ax.set_title(concept, fontsize=11, color=INK)
             if j == 0:
-                ax.set_ylabel(KINDS[kind][0], fontsize=11, color=INK)
+                ax.set_ylabel(REGULARISER_LOOKS[kind][0], fontsize=11, color=INK)
     return figure
 
 
-def curves_figure(
+def v_star_figure(
     curves: Mapping[tuple[str, str], tuple[Sequence[int], Mapping[str, Sequence[float]]]],
     titles: Mapping[str, str], xlabel: str,
 ) -> Figure:  # fmt: skip
@@ -73,7 +83,7 @@ def curves_figure(
     figure.set_layout_engine("constrained")
     axes = figure.subplots(len(titles), len(concepts), squeeze=False, sharex=True, sharey="row")
     for (kind, concept), (steps, values) in curves.items():
-        label, colour, marker = KINDS[kind]
+        label, colour, marker = REGULARISER_LOOKS[kind]
         for i, (measure, title) in enumerate(titles.items()):
             ax = axes[i, concepts.index(concept)]
             ax.plot(
@@ -93,7 +103,7 @@ def curves_figure(
 
 
 def hover_view(
-    positions: np.ndarray, words: Sequence[str], paths: Paths,
+    positions: Float[np.ndarray, "words 2"], words: Sequence[str], paths: Places,
     notes: Mapping[tuple[str, str, str], Sequence[str]], size: int = 460,
 ) -> str:  # fmt: skip
     """HTML with the map twice, in which words and the points of paths show their text on hover.
@@ -101,7 +111,7 @@ def hover_view(
     notes: one text per point of each path. It works without a network or a kernel. The drawing is
     the attribute of a frame, so that a page that allows no frames shows nothing instead of debris.
     """
-    kinds = list(KINDS)
+    kinds = list(REGULARISER_LOOKS)
     parts = [
         f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {2 * size + 20} {size + 24}' "
         f"font-family='sans-serif' font-size='13' role='img' aria-label='Map of "
@@ -110,16 +120,18 @@ def hover_view(
     concepts = list(dict.fromkeys(key[2] for key in paths))
     for column, kind in enumerate(kinds):
         parts.append(f"<g transform='translate({column * (size + 20)} 22)'>")
-        parts.append(f"<text x='4' y='-7' fill='{INK}'>{kind}: {KINDS[kind][0]}</text>")
+        parts.append(f"<text x='4' y='-7' fill='{INK}'>{kind}: {REGULARISER_LOOKS[kind][0]}</text>")
         parts.append(
             f"<rect width='{size}' height='{size}' fill='none' stroke='{HAIRLINE}'/><g fill='#bbb'>"
         )
         for word, (x, y) in zip(words, _pixels(positions, size), strict=True):
-            parts.append(f"<circle cx='{x}' cy='{y}' r='2.4'><title>{_text(word)}</title></circle>")
+            parts.append(
+                f"<circle cx='{x}' cy='{y}' r='2.4'><title>{_escaped(word)}</title></circle>"
+            )
         parts.append("</g>")
         for key, path in paths.items():
             if key[1] == kind:
-                colour = COLOURS[concepts.index(key[2]) % len(COLOURS)]
+                colour = CONCEPT_COLOURS[concepts.index(key[2]) % len(CONCEPT_COLOURS)]
                 parts.append(_svg_path(_pixels(path, size), colour, key, notes[key]))
         parts.append("</g>")
     svg = "".join([*parts, "</svg>"])
@@ -130,12 +142,17 @@ def hover_view(
     )
 
 
-def _svg_path(points, colour, key, notes) -> str:
+def _svg_path(
+    points: Sequence[tuple[int, int]],
+    colour: str,
+    key: tuple[str, str, str],
+    notes: Sequence[str],
+) -> str:
     dash = " stroke-dasharray='2 3'" if key[0] == "pretraining" else ""
     line = " ".join(f"{x},{y}" for x, y in points)
     dots = "".join(
         f"<circle cx='{x}' cy='{y}' r='{5 if i == len(points) - 1 else 3}'>"
-        f"<title>{_text(note)}</title></circle>"
+        f"<title>{_escaped(note)}</title></circle>"
         for i, ((x, y), note) in enumerate(zip(points, notes, strict=True))
     )
     return (
@@ -144,49 +161,64 @@ def _svg_path(points, colour, key, notes) -> str:
     )
 
 
-def _text(text) -> str:
+def _escaped(text: str) -> str:
     """Escaped twice, for SVG that is itself the value of an attribute."""
     return html.escape(html.escape(text))
 
 
-def _pixels(plane, size):
+def _pixels(plane: Float[np.ndarray, "places 2"], size: int) -> list[tuple[int, int]]:
     """Places in the unit square as whole pixels from the top left."""
     scaled = 8 + np.asarray(plane) * (size - 16)
     return [(round(x), round(size - y)) for x, y in scaled.tolist()]
 
 
-def _words(ax, positions, size=3):
+def _words(ax: Axes, positions: Float[np.ndarray, "words 2"], size: int = 3) -> None:
     ax.scatter(*positions.T, s=size, color="#bdbdbd", lw=0)
     ax.set_xticks([])
     ax.set_yticks([])
     ax.spines[:].set_color(HAIRLINE)
 
 
-def _paths(ax, paths: Paths, concepts=None):
+def _paths(ax: Axes, paths: Places, concepts: Sequence[str] | None = None) -> None:
     concepts = concepts or list(dict.fromkeys(key[2] for key in paths))
     for (phase, _, concept), path in paths.items():
-        i = concepts.index(concept) % len(COLOURS)
+        i = concepts.index(concept) % len(CONCEPT_COLOURS)
         dash, width = PHASES[phase]
-        ax.plot(*path.T, dash, color=COLOURS[i], lw=width, zorder=3)
-        ax.plot(*path[0], MARKERS[i], mfc="white", mec=COLOURS[i], ms=8, mew=1.6, zorder=4)
-        ax.plot(*path[-1], MARKERS[i], color=COLOURS[i], mec="white", ms=8, zorder=5)
+        ax.plot(*path.T, dash, color=CONCEPT_COLOURS[i], lw=width, zorder=3)
+        ax.plot(
+            *path[0],
+            CONCEPT_MARKERS[i],
+            mfc="white",
+            mec=CONCEPT_COLOURS[i],
+            ms=8,
+            mew=1.6,
+            zorder=4,
+        )
+        ax.plot(
+            *path[-1], CONCEPT_MARKERS[i], color=CONCEPT_COLOURS[i], mec="white", ms=8, zorder=5
+        )
 
 
-def _legend(paths: Paths):
-    from matplotlib.lines import Line2D
-
+def _legend(paths: Places) -> tuple[list[Line2D], list[str]]:
     concepts = list(dict.fromkeys(key[2] for key in paths))
     handles = [
-        Line2D([], [], color=COLOURS[i % 4], marker=MARKERS[i % 4], ls="none") for i in
-        range(len(concepts))
-    ]  # fmt: skip
+        Line2D([], [], color=CONCEPT_COLOURS[i % 4], marker=CONCEPT_MARKERS[i % 4], ls="none")
+        for i in range(len(concepts))
+    ]
     phases = [phase for phase in PHASES if any(key[0] == phase for key in paths)]
     handles += [Line2D([], [], color=MUTED, ls=PHASES[p][0], lw=PHASES[p][1]) for p in phases]
     handles.append(Line2D([], [], color=MUTED, marker="o", mfc="white", ls="none"))
     return handles, [*concepts, *phases, "start (filled: end)"]
 
 
-def _label(ax, positions, words, rows, reach, centre=(0.5, 0.5)):
+def _label(
+    ax: Axes,
+    positions: Float[np.ndarray, "words 2"],
+    words: Sequence[str],
+    rows: Sequence[int],
+    reach: float,
+    centre: Sequence[float] = (0.5, 0.5),
+) -> None:
     """Name words in the square of half side `reach`; a label that would cover another is left out.
 
     The first of the rows are named first.

@@ -722,7 +722,7 @@ print(f"{len(embeddings):,} of {n:,} words; {len(paths)} paths with {len(everyth
 print(f"of ten nearest words the map keeps {kept:.0%} for words, {kept_of_paths:.0%} on the paths")
 
 # %%
-from dte_lab.panels.word_map import curves_figure, hover_view, map_figure, zoom_figure
+from dte_lab.panels.word_map import hover_view, map_figure, v_star_figure, zoom_figure
 
 phases = sorted({phase for phase, _, _ in paths})
 show(
@@ -762,7 +762,7 @@ for phase in phases:
             curves[kind, name] = at, {"cosine": cosine.tolist(), "norm": norm.tolist()}
     last = {key: values["cosine"][-1] for key, (_, values) in curves.items()}
     show(
-        curves_figure(
+        v_star_figure(
             curves,
             {"cosine": "cosine to the\nnearest word", "norm": "norm, in mean\nnorms of a word"},
             f"step of {phase}",

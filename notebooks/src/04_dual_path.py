@@ -761,7 +761,7 @@ show(
 
 # %%
 from dte_lab.evaluation.blending import by_setting
-from dte_lab.panels.dual_path import curves_figure
+from dte_lab.panels.dual_path import alpha_figure
 
 document = json.loads((RESULTS / "blending.json").read_text())
 table, run = by_setting(document["rows"]), document["settings"]
@@ -778,7 +778,7 @@ def mean_of(setting, measure):
 
 ends = [("soft", "attention", alpha) for alpha in (0, 1)]
 show(
-    curves_figure(table),
+    alpha_figure(table),
     "Four charts over alpha, one line per offsets_on and granularity. Along figure, attention from "
     "alpha 0 to 1: "
     + "; ".join(
