@@ -25,7 +25,7 @@ from dte_lab.panels.shared import (
 )
 
 if TYPE_CHECKING:
-    import ipywidgets as widgets
+    from ipywidgets import VBox
 
 # {(offsets_on, granularity, alpha_blend): {measure: one value per concept}}
 Table = Mapping[tuple[str, str, float], Mapping[str, np.ndarray]]
@@ -239,7 +239,7 @@ def setting_figure(
     return one_picture(pictures[offsets_on, granularity, alpha, seed], text)
 
 
-def dual_path_panel(pictures: Drawn) -> "widgets.VBox":
+def dual_path_panel(pictures: Drawn) -> "VBox":
     """Widgets over pictures {(offsets_on, granularity, alpha, seed): picture}.
 
     Returns a VBox; its attributes `offsets_on`, `granularity`, `alpha`, `seed` and `view` are the

@@ -1,6 +1,7 @@
 """Pairs of weight changes, and the rank sweep with its panel, of 03_lora_hypernetwork."""
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -9,6 +10,9 @@ from PIL import Image
 from dte_lab.common.plots import HAIRLINE, INK, MUTED, draw_picture
 from dte_lab.common.stats import mean_and_error
 from dte_lab.panels.shared import AFTER, BEFORE, GREEN, figure_panel, plain
+
+if TYPE_CHECKING:
+    from ipywidgets import VBox
 
 
 def pairs_figure(
@@ -135,7 +139,7 @@ def rank_panel(
     drawn: Mapping[tuple[str, int], Image.Image],
     spectra: Mapping[str, Sequence[float]],
     distances: Mapping[str, Sequence[float]],
-) -> "widgets.VBox":
+) -> "VBox":
     """A list of concepts and a slider for the rank over `rank_figure`.
 
     pictures, spectra, distances: by concept; drawn: by (concept, rank), with ranks from 0.

@@ -23,7 +23,7 @@ from dte_lab.panels.shared import (
 )
 
 if TYPE_CHECKING:
-    import ipywidgets as widgets
+    from ipywidgets import VBox
 
 METHOD_LOOKS = {  # colour, marker, line of each method
     "dte": (AFTER, "o", "-"),
@@ -255,7 +255,7 @@ def captioned_grid(
     return figure
 
 
-def steps_panel(pictures: Mapping[tuple[int, str], Image.Image]) -> "widgets.VBox":
+def steps_panel(pictures: Mapping[tuple[int, str], Image.Image]) -> "VBox":
     """A slider for the steps and buttons for the scene over pictures {(steps, scene): picture}.
 
     Returns a VBox; its attributes `steps`, `scene` and `view` are the widgets.
