@@ -4,7 +4,7 @@
 is what each run may choose: how v* is regularised, how paths are blended, how pictures are sampled.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dte_lab.common.errors import DTEError
 from dte_lab.common.settings import check_number, check_one_of, check_whole
@@ -132,3 +132,11 @@ class MethodConfig:
             raise DTEError(
                 f"unconditional_offsets is true or false, not {self.unconditional_offsets!r}."
             )
+
+
+def single_path(method: MethodConfig) -> MethodConfig:
+    """The settings under which a concept is an ordinary embedding with ordinary offsets."""
+    return replace(
+        method, alpha_blend=1.0, offsets_on="soft", granularity="attention", regulariser="none",
+        prediction_interval=0, unconditional_offsets=True,
+    )  # fmt: skip

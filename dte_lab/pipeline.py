@@ -7,35 +7,51 @@
 
 import sys
 import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Self
 
 import torch
+from jaxtyping import Float
+from PIL.Image import Image
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from dte_lab.backbone import load_backbone, stock_pipeline
+from dte_lab.backbone import Backbone, load_backbone, new_scheduler
 from dte_lab.common.errors import DTEError
 from dte_lab.common.images import read_image, to_bytes, to_pil, to_square_tensor
+from dte_lab.common.random import stream
 from dte_lab.concept import Concept
+from dte_lab.config import MethodConfig
 from dte_lab.contrastive import prompt_embedding
 from dte_lab.dual_path import dual_path
-from dte_lab.encoder import load_encoder
-from dte_lab.sampling import GUIDANCE_SCALE, Conditioning, Refresher
+from dte_lab.encoder import EncoderPrediction, Predictor, load_encoder
+from dte_lab.sampling import Conditioning, StepPredictor, guided_sampling
 from dte_lab.tokens import PromptEncoder
 from dte_lab.tuning import TuneConfig, tune
 from dte_lab.zero_shot import ZeroShotStart
+
+Source = str | Path | Image  # of a picture
 
 
 class DTEPipeline:
     """A backbone and a pre-trained tuning encoder."""
 
-    def __init__(self, backbone, encoder):
+    def __init__(self, backbone: Backbone, encoder: Predictor) -> None:
         self.backbone = backbone
         self.encoder = encoder.eval()
         self.prompt_encoder = PromptEncoder(backbone)
 
     @classmethod
-    def from_pretrained(cls, backbone="small", encoder=None, device="cpu", dtype=None, **options):
+    def from_pretrained(
+        cls,
+        backbone: str | Path = "small",
+        encoder: str | Path | None = None,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> Self:
         """Load a backbone ("small", "sd15" or a directory) and its encoder.
 
         encoder: as `load_encoder` takes it; by default the folder `encoder` of the backbone. Where
@@ -49,23 +65,31 @@ class DTEPipeline:
             return cls(backbone, ZeroShotStart(backbone))
         return cls(backbone, load_encoder(folder, backbone))
 
-    def to(self, device):
+    def to(self, device: torch.device | str) -> Self:
         self.backbone.to(device)
         self.encoder.to(device)
         self.prompt_encoder = PromptEncoder(self.backbone)
         return self
 
     def personalize(
-        self, image, num_steps=12, seed=0, callback=None, progress=True, config=None, method=None,
-        prediction=None,
-    ):  # fmt: skip
+        self,
+        image: Source | Sequence[Source],
+        num_steps: int = 12,
+        seed: int = 0,
+        callback: Callable[[dict], object] | None = None,
+        progress: bool = True,
+        config: TuneConfig | None = None,
+        method: MethodConfig | None = None,
+        prediction: EncoderPrediction | None = None,
+    ) -> Concept:
         """Predict v* and the offsets from pictures of one concept, then tune them.
 
         image: a path, a PIL image, or a list of them. num_steps: 0 (prediction only), 12 as in the
-        paper, or any other number. callback: see `tune`. config: TuneConfig, whose num_steps is
-        overridden. method: MethodConfig, by default the one that the encoder was trained with.
-        prediction: an EncoderPrediction to tune in place of the encoder's own.
-        Raises DTEError for pictures that cannot be read, see images.py. Returns a Concept.
+        paper, or any other number. callback: see `tune`. config: its num_steps is overridden.
+        method: by default the one that the encoder was trained with; the pictures stay in the
+        concept, and in its file, only where its `prediction_interval` needs them. prediction: what
+        to tune in place of the encoder's own.
+        Raises DTEError for pictures that cannot be read, see images.py.
         """
         start = time.perf_counter()
         images = image if isinstance(image, (list, tuple)) else [image]
@@ -88,7 +112,7 @@ class DTEPipeline:
         v_star = prompt_embedding(tuned.v_star, self.prompt_encoder.table, method)
         info = {
             "num_steps": num_steps,
-            "tuned": config.what,
+            "tuned": config.trainable,
             "seed": seed,
             "losses": result.losses,
             "stopped_early": result.stopped_early,
@@ -97,95 +121,85 @@ class DTEPipeline:
             "seconds": time.perf_counter() - start,
             "peak_memory_mb": peak_memory_mb(backbone.device),
         }
-        return Concept(v_star, tuned.offsets, backbone.name, method, info, to_bytes(pixels))
+        pictures = to_bytes(pixels) if method.prediction_interval else None
+        return Concept(v_star, tuned.offsets, backbone.name, method, info, pictures)
 
     @torch.no_grad()
     def generate(
-        self, concept, prompts, seeds=(0,), guidance_scale=GUIDANCE_SCALE, num_inference_steps=25,
-        negative_prompt="", alpha_blend=None, batch_size=8, progress=True,
-        prediction_interval=None,
-    ):  # fmt: skip
-        """Sample every prompt with every seed: a list per prompt of a list per seed of PIL images.
+        self,
+        concept: Concept,
+        prompts: str | Sequence[str],
+        seeds: Iterable[int] = (0,),
+        guidance_scale: float | None = None,
+        num_inference_steps: int = 25,
+        negative_prompt: str = "",
+        alpha_blend: float | tuple[float, float] | None = None,
+        batch_size: int = 8,
+        progress: bool = True,
+        prediction_interval: int | None = None,
+    ) -> list[list[Image]]:
+        """Sample every prompt with every seed: a list per prompt of a list per seed of pictures.
 
-        prompts: a string or a list, each with "S*". alpha_blend and prediction_interval: see
-        MethodConfig; None takes the concept's. batch_size: pictures per UNet call, before
-        guidance doubles them. The initial noise depends on the seed alone, so a picture does not
-        depend on what else is in its batch.
-        Raises DTEError for a prompt without "S*", for a concept of another backbone, and for
+        prompts: each with "S*". guidance_scale: above 1 for guidance, None takes the backbone's.
+        alpha_blend and prediction_interval: see MethodConfig; None takes the concept's.
+        batch_size: pictures per UNet call, before guidance doubles them. The initial noise depends
+        on the seed alone, so a picture does not depend on what else is in its batch.
+        Raises DTEError for a prompt without "S*", for a concept of another backbone, and for a
         `prediction_interval` with a concept that holds no pictures.
         """
-        backbone, encode, config = self.backbone, self.prompt_encoder, concept.config
+        backbone, encode = self.backbone, self.prompt_encoder
         prompts, seeds = [prompts] if isinstance(prompts, str) else list(prompts), list(seeds)
         concept.check(backbone)
         given = {"alpha_blend": alpha_blend, "prediction_interval": prediction_interval}
-        config = replace(config, **{k: v for k, v in given.items() if v is not None})
-        concept = replace(concept, config=config)
+        given = {name: value for name, value in given.items() if value is not None}
+        concept = replace(concept, config=(config := replace(concept.config, **given)))
+        scale = backbone.guidance_scale if guidance_scale is None else guidance_scale
         encode.tokenize(prompts)  # complain before any work is done
-        refresher = None
+        predict = None
         if config.prediction_interval:
-            refresher = Refresher(backbone, self.encoder, encode, concept)
+            predict = StepPredictor(backbone, self.encoder, encode, concept)
 
+        scheduler = new_scheduler(backbone.scheduler)
+        T, images = len(backbone.alphas_cumprod), []
         jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
         batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
-        images, b = [], backbone
-        sampler = stock_pipeline(b.vae, b.text_encoder, b.tokenizer, b.unet, b.scheduler)
-        sampler.scheduler.set_timesteps(num_inference_steps)
-        timesteps, T = sampler.scheduler.timesteps, len(backbone.alphas_cumprod)
+        steps = len(batches) * num_inference_steps
         with (
-            tqdm(total=len(batches) * len(timesteps), desc="sampling", disable=not progress) as bar,
-            backbone.loaded(backbone.vae),  # the stock pipeline goes by the device of all its parts
+            tqdm(total=steps, desc="sampling", disable=not progress) as bar,
             dual_path(
                 backbone.unet, {}, offsets_on=config.offsets_on, granularity=config.granularity
             ) as path,
         ):
             for batch in batches:
-                texts = [prompt for prompt, _ in batch]
+                scheduler.set_timesteps(num_inference_steps, device=backbone.device)
                 condition = Conditioning(
-                    encode, concept, texts, timesteps, T, negative_prompt, guidance_scale > 1,
-                    refresher,
+                    encode, concept, [prompt for prompt, _ in batch], scheduler.timesteps, T,
+                    negative_prompt, scale > 1, predict,
                 )  # fmt: skip
                 noise = torch.cat([self.initial_noise(seed) for _, seed in batch])
-                noise = noise.to(condition.soft)
-
-                def next_step(sampler, step, timestep, state, condition=condition):
-                    bar.update()
-                    if step + 1 < len(timesteps):
-                        condition(path, step + 1, state["latents"])
-                        state["prompt_embeds"] = condition.prompt_embeds
-                    return state
-
-                condition(path, 0, noise)
-                latents = sampler(
-                    prompt_embeds=condition.soft,
-                    negative_prompt_embeds=condition.negative,
-                    latents=noise,
-                    guidance_scale=guidance_scale,
-                    num_inference_steps=num_inference_steps,
-                    output_type="latent",
-                    callback_on_step_end=next_step,
-                    callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
-                ).images
+                noise = noise.to(backbone.device, backbone.dtype)
+                latents = guided_sampling(path, condition, scheduler, noise, scale, bar.update)
                 images += to_pil(backbone.decode_latents(latents))
         n = len(seeds)
         return [images[i * n : (i + 1) * n] for i in range(len(prompts))]
 
-    def initial_noise(self, seed):
-        """Standard normal latent (1, C, h, w), from a CPU generator: the same on every device."""
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn((1, *self.backbone.latent_shape), generator=generator)
+    def initial_noise(self, seed: int) -> Float[Tensor, "1 channels height width"]:
+        """Standard normal latent on the CPU: it depends on the seed alone, not on the device."""
+        shape = (1, *self.backbone.latent_shape)
+        return torch.randn(shape, generator=stream(seed, "initial noise"))
 
-    def pixels(self, images):
-        """Paths or PIL images -> (n, 3, H, W) in [-1, 1], centre-cropped to the backbone's size."""
+    def pixels(self, images: Sequence[Source]) -> Float[Tensor, "pictures 3 height width"]:
+        """Paths or PIL images, in [-1, 1] and centre-cropped to the backbone's size."""
         size = self.backbone.resolution
         return torch.stack([to_square_tensor(read_image(image), size) for image in images])
 
-    def nearest_words(self, v_star, k=5):
-        """[[word, cosine similarity], ...] of the k nearest words to v_star (1, d)."""
+    def nearest_words(self, v_star: Float[Tensor, "1 dim"], k: int = 5) -> list[list]:
+        """[[word, cosine similarity], ...] of the k nearest words."""
         _, words, similarities = self.prompt_encoder.table.nearest(v_star, k)
         return [[w, s] for w, s in zip(words[0], similarities[0].tolist(), strict=True)]
 
 
-def peak_memory_mb(device):
+def peak_memory_mb(device: torch.device | str) -> float | None:
     """Peak memory in MB: of the CUDA allocator since `personalize` began, else of the process."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20

@@ -1,4 +1,4 @@
-"""What the UNet is given at each sampling step: prompts with v*, offsets, hard prompts, blend.
+"""Sampling: what the UNet is given at each step, and the loop over the steps.
 
 With a `prediction_interval` the encoder looks again during sampling: v* and the offsets are
 predicted from the concept's pictures and the *current* noisy latent at its timestep, as in the
@@ -6,33 +6,45 @@ paper, whose features change with t. What tuning added to the static prediction 
 new one. ("ours")
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
+from dte_lab.backbone import Backbone
 from dte_lab.common.errors import DTEError
+from dte_lab.concept import Concept
 from dte_lab.contrastive import prompt_embedding
-from dte_lab.dual_path import alpha_at
-from dte_lab.encoder import EncoderPrediction, mean_prediction, trained_encoder
+from dte_lab.dual_path import DualPath, alpha_at
+from dte_lab.encoder import EncoderPrediction, Predictor, mean_prediction, trained_encoder
 from dte_lab.features import ImageFeatures
-
-# Ours, chosen on val concepts for the small backbone: at 3 the colours saturate, and those of the
-# thing leak into the scene. Stable Diffusion 1.5 is mostly used with 7.5.
-GUIDANCE_SCALE = 1.5
+from dte_lab.lora import Offsets
+from dte_lab.tokens import PromptEncoder
 
 
-class Refresher:
+class StepPredictor:
     """Predictions of a concept from the noisy latents of sampling steps.
 
-    Raises DTEError when the concept does not hold the pictures it was made from.
+    Raises DTEError when the concept does not hold the pictures that it was made from, and when
+    there is no encoder that looks at latents.
     """
 
-    def __init__(self, backbone, encoder, prompt_encoder, concept):
+    def __init__(
+        self,
+        backbone: Backbone,
+        encoder: Predictor,
+        prompt_encoder: PromptEncoder,
+        concept: Concept,
+    ) -> None:
         if concept.pictures is None:
             raise DTEError(
-                "The concept holds no pictures to predict from during sampling: "
-                "personalize it again, or use prediction_interval=0."
+                "The concept holds no pictures to predict from during sampling: personalize with a "
+                "prediction_interval, and they stay in it; or generate with prediction_interval=0."
             )
         self.backbone = backbone
-        encoder = self.encoder = trained_encoder(encoder, "A prediction_interval")
+        self.encoder = trained_encoder(encoder, "A prediction_interval")
         self.table, self.config = prompt_encoder.table, concept.config
         self.prompt = prompt_encoder.plain([encoder.settings.feature_prompt])
         pictures = concept.pictures.to(backbone.device).float() / 127.5 - 1  # (n, 3, H, W)
@@ -43,14 +55,16 @@ class Refresher:
             key: (a.to(device) - static.offsets[key][0], b.to(device) - static.offsets[key][1])
             for key, (a, b) in concept.offsets.items()
         }
-        self.clip = encoder.image_features(backbone, pictures)  # n rows
+        self.clip = self.encoder.image_features(backbone, pictures)  # n rows
 
     @torch.no_grad()
-    def __call__(self, latents, timestep):
-        """latents (B, C, h, w) at one timestep -> EncoderPrediction with batch size B."""
+    def __call__(
+        self, latents: Float[Tensor, "batch channels height width"], timestep: int
+    ) -> EncoderPrediction:
+        """A prediction for each of the latents, which are all at one timestep."""
         B, n = len(latents), len(self.clip.patches)
         clip = ImageFeatures(*(torch.cat([f] * B) for f in self.clip))  # B * n rows
-        t = torch.full((B * n,), int(timestep), device=latents.device)
+        t = torch.full((B * n,), timestep, device=latents.device)
         latents = latents.repeat_interleave(n, dim=0)
         unet = self.encoder.unet_features(self.backbone, latents, t, self.prompt)
         new = mean_prediction(self.encoder(clip, unet, t), n)
@@ -63,53 +77,107 @@ class Refresher:
         return EncoderPrediction(v_star, offsets)
 
 
-class Conditioning:
-    """Leads one batch of prompts through the steps of a stock sampling pipeline.
+class StepInputs(NamedTuple):
+    """What the UNet is given at one step; under guidance, rows are [unconditional, conditional]."""
 
-    concept: Concept, with the settings in its config. prompts: b strings. timesteps: the sampler's,
-    (S,), of num_timesteps. refresher: predicts anew at every `prediction_interval` of the config.
-    Attributes that a call sets: `soft` (b, L, d), and `prompt_embeds`, under guidance
-    [negative, soft] (2b, L, d).
+    prompt_embeds: Float[Tensor, "rows tokens dim"]
+    hard: Float[Tensor, "rows tokens dim"]
+    offsets: Offsets  # of 1 or all rows
+    alpha: float
+
+
+class Conditioning:
+    """What the UNet is given for a batch of b prompts: called once per step, it changes nothing.
+
+    timesteps: the sampler's S, of num_timesteps. guided: whether there is an unconditional half,
+    with the negative prompt. predict: (latents, timestep) -> EncoderPrediction, as StepPredictor;
+    for every `prediction_interval` steps of the concept's config.
     """
 
     def __init__(
-        self, prompt_encoder, concept, prompts, timesteps, num_timesteps, negative_prompt="",
-        guided=True, refresher=None,
-    ):  # fmt: skip
-        self.prompt_encoder, self.config, self.prompts = prompt_encoder, concept.config, prompts
+        self,
+        prompt_encoder: PromptEncoder,
+        concept: Concept,
+        prompts: Sequence[str],
+        timesteps: Int[Tensor, " steps"],
+        num_timesteps: int,
+        negative_prompt: str = "",
+        guided: bool = True,
+        predict: Callable[[Tensor, int], EncoderPrediction] | None = None,
+    ) -> None:
+        self.prompt_encoder, self.concept, self.prompts = prompt_encoder, concept, prompts
         self.timesteps, self.num_timesteps = timesteps, num_timesteps
-        self.guided, self.refresher = guided, refresher
-        self.interval = concept.config.prediction_interval
+        self.guided, self.predict = guided, predict
         negative = prompt_encoder.plain([negative_prompt])
         self.negative = negative.expand(len(prompts), -1, -1)  # (b, L, d)
-        device = negative.device
-        self._encode(EncoderPrediction(concept.v_star.to(device), concept.offsets))
 
-    def __call__(self, path, step, latents):
-        """Set a `DualPath` for a step that starts from latents (b, C, h, w)."""
-        timestep = int(self.timesteps[step])
-        if self.interval and step % self.interval == 0:
-            path.clear()  # the features are those of the vanilla UNet
-            self._encode(self.refresher(latents, timestep))
-        alpha = alpha_at(self.config.alpha_blend, timestep, self.num_timesteps)
-        path.update(self.offsets, self.hard, alpha)
+    def __call__(
+        self,
+        step: int,
+        latents: Float[Tensor, "batch channels height width"],
+        last: StepInputs | None = None,
+    ) -> StepInputs:
+        """The inputs of the step that starts from `latents`; last: those of the step before.
 
-    def _encode(self, prediction):
-        self.soft = self.prompt_encoder(self.prompts, prediction.v_star)
-        self.hard = self.prompt_encoder.hard(self.prompts, prediction.v_star)
-        self.prompt_embeds = self.soft
-        self.offsets = {
-            key: (a.to(self.soft), b.to(self.soft)) for key, (a, b) in prediction.offsets.items()
-        }
-        if self.guided:  # the UNet sees [unconditional, conditional]
-            self.prompt_embeds = torch.cat([self.negative, self.soft])
-            self.hard = torch.cat([self.negative, self.hard])
-            self.offsets = {key: self._both_halves(*ab) for key, ab in self.offsets.items()}
+        A new prediction must see the vanilla UNet: leave the dual path before, or clear it.
+        """
+        config, timestep = self.concept.config, int(self.timesteps[step])
+        alpha = alpha_at(config.alpha_blend, timestep, self.num_timesteps)
+        if config.prediction_interval and step % config.prediction_interval == 0:
+            return self._encode(self.predict(latents, timestep), alpha)
+        if last is not None:
+            return last._replace(alpha=alpha)
+        v_star = self.concept.v_star.to(self.negative.device)
+        return self._encode(EncoderPrediction(v_star, self.concept.offsets), alpha)
 
-    def _both_halves(self, a, b):
+    def _encode(self, prediction: EncoderPrediction, alpha: float) -> StepInputs:
+        soft = self.prompt_encoder(self.prompts, prediction.v_star)  # (b, L, d)
+        hard = self.prompt_encoder.hard(self.prompts, prediction.v_star)
+        offsets = {key: (a.to(soft), b.to(soft)) for key, (a, b) in prediction.offsets.items()}
+        if not self.guided:
+            return StepInputs(soft, hard, offsets, alpha)
+        return StepInputs(
+            torch.cat([self.negative, soft]),
+            torch.cat([self.negative, hard]),
+            {key: self._both_halves(a, b) for key, (a, b) in offsets.items()},
+            alpha,
+        )
+
+    def _both_halves(
+        self, a: Float[Tensor, "_ d_in rank"], b: Float[Tensor, "_ rank d_out"]
+    ) -> tuple[Float[Tensor, "_ d_in rank"], Float[Tensor, "_ rank d_out"]]:
         """A and B (1 or b, ...) for the doubled batch (1 or 2b, ...)."""
         n = len(self.prompts)
         a = a if len(a) == 1 else torch.cat([a, a])
-        if not self.config.unconditional_offsets:
+        if not self.concept.config.unconditional_offsets:
             return a, torch.cat([torch.zeros_like(b).expand(n, -1, -1), b.expand(n, -1, -1)])
         return a, b if len(b) == 1 else torch.cat([b, b])
+
+
+def guided_sampling(
+    path: DualPath,
+    condition: Conditioning,
+    scheduler: Any,
+    noise: Float[Tensor, "batch channels height width"],
+    guidance_scale: float,
+    after_step: Callable[[], object] = lambda: None,
+) -> Float[Tensor, "batch channels height width"]:
+    """Latents of pictures from standard normal noise, with classifier-free guidance.
+
+    (Ho and Salimans 2022, as diffusers' StableDiffusionPipeline has it.)
+    path: of the UNet that is sampled. scheduler: one of diffusers', with its timesteps set; they
+    are those of `condition`.
+    """
+    x, inputs = noise * scheduler.init_noise_sigma, None
+    for step, t in enumerate(scheduler.timesteps):
+        path.clear()  # a new prediction comes from features of the vanilla UNet
+        inputs = condition(step, x, inputs)
+        path.update(inputs.offsets, inputs.hard, inputs.alpha)
+        both = scheduler.scale_model_input(torch.cat([x, x]) if condition.guided else x, t)
+        output = path.unet(both, t, inputs.prompt_embeds).sample  # (b or 2b, C, h, w)
+        if condition.guided:
+            unconditional, conditional = output.chunk(2)
+            output = unconditional + guidance_scale * (conditional - unconditional)
+        x = scheduler.step(output, t, x).prev_sample
+        after_step()
+    return x

@@ -7,42 +7,68 @@ objective.)
 
 import copy
 import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 from tqdm.auto import tqdm
 
+from dte_lab.backbone import Backbone
 from dte_lab.common.errors import DTEError
-from dte_lab.encoder import EncoderPrediction, mean_prediction, trained_encoder
+from dte_lab.common.random import stream
+from dte_lab.common.settings import check_number, check_one_of, check_whole
+from dte_lab.config import MethodConfig
+from dte_lab.contrastive import Bank
+from dte_lab.encoder import (
+    EncoderPrediction,
+    Predictor,
+    TuningEncoder,
+    mean_prediction,
+    trained_encoder,
+)
+from dte_lab.features import ImageFeatures
 from dte_lab.lora import is_whole
 from dte_lab.objective import Batch, objective
+from dte_lab.tokens import PromptEncoder
 
-TUNABLE = ("predictions", "heads", "encoder")
+TRAINABLE = ("predictions", "heads", "encoder")
+LOSS_SCALE = 2.0**10  # in fp16, where small gradients vanish; halved where large ones overflow
 
 
 @dataclass
 class TuneConfig:
     """Values are ours, not the paper's.
 
-    `what` is tuned: the predictions themselves, the encoder's two heads, or the whole encoder.
+    `trainable`: the predictions themselves, the encoder's two heads, or the whole encoder.
     `batch_size` noise levels per step, spread evenly over the timesteps. `token_learning_rate` is
     in units of a word's typical embedding entry, `encoder_learning_rate` is that of heads and
-    encoder. `prompts` are drawn in turn.
+    encoder. `prompts` are taken in turn.
+
+    Raises DTEError for a value that means nothing.
     """
 
     num_steps: int = 12
-    what: str = "predictions"
+    trainable: str = "predictions"
     batch_size: int = 8
     token_learning_rate: float = 0.1
     offset_learning_rate: float = 6e-3
     encoder_learning_rate: float = 1e-3
     prompts: tuple[str, ...] = ("a picture of S*",)
 
-    def __post_init__(self):
-        if self.what not in TUNABLE:
-            raise DTEError(f"Cannot tune {self.what!r}: use one of {', '.join(TUNABLE)}.")
-        if self.num_steps < 0:
-            raise DTEError(f"num_steps must be 0 or more, not {self.num_steps}.")
+    def __post_init__(self) -> None:
+        check_whole("num_steps", self.num_steps, 0)
+        check_one_of("trainable", self.trainable, TRAINABLE)
+        check_whole("batch_size", self.batch_size, 1)
+        for name in ("token", "offset", "encoder"):
+            name += "_learning_rate"
+            check_number(name, getattr(self, name), 0)
+        if isinstance(self.prompts, list):  # JSON knows lists only
+            self.prompts = tuple(self.prompts)
+        texts = isinstance(self.prompts, tuple) and all(isinstance(p, str) for p in self.prompts)
+        if not texts or not self.prompts:
+            raise DTEError(f"prompts are one or more texts in a tuple, not {self.prompts!r}.")
 
 
 @dataclass
@@ -54,93 +80,141 @@ class TuneResult:
     stopped_early: bool
 
 
+@dataclass
+class Parameters:
+    """What an optimiser changes: groups of leaves, and the prediction that they make."""
+
+    predict: Callable[[], EncoderPrediction]
+    groups: list[dict]
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [leaf for group in self.groups for leaf in group["params"]]
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.groups, betas=(0.9, 0.99), weight_decay=0.0)
+
+    def copies(self) -> list[Tensor]:
+        return [leaf.detach().clone() for leaf in self.leaves]
+
+    @torch.no_grad()
+    def restore(self, copies: list[Tensor]) -> None:
+        for leaf, value in zip(self.leaves, copies, strict=True):
+            leaf.copy_(value)
+
+
 def tune(
-    backbone, prompt_encoder, prediction, images, method, config=None, bank=None,
-    seed=0, callback=None, progress=True, encoder=None,
-):  # fmt: skip
-    """Fine-tune a prediction (batch 1) on pictures (n, 3, H, W) of the concept in [-1, 1].
+    backbone: Backbone, prompt_encoder: PromptEncoder, prediction: EncoderPrediction,
+    images: Float[Tensor, "pictures 3 height width"], method: MethodConfig,
+    config: TuneConfig | None = None, bank: Bank | None = None, seed: int = 0,
+    callback: Callable[[dict], object] | None = None, progress: bool = True,
+    encoder: Predictor | None = None,
+) -> TuneResult:  # fmt: skip
+    """Fine-tune a prediction (batch 1) on pictures of the concept in [-1, 1].
 
-    method: MethodConfig. config: TuneConfig. bank: negatives, see `regularise`. callback: called
-    after each step with a dict of step, the losses, v_star and offsets (detached copies, as the
-    losses found them). encoder: the TuningEncoder that predicted, from the same pictures and seed,
-    where more than the predictions is tuned; it stays as it is, a copy is tuned. Its static
-    features are computed once. The same seed gives the same result on the same machine.
+    bank: negatives, see `regularise`. callback: called after each step with a dict of step, the
+    losses, v_star and offsets (detached copies, as the losses found them). encoder: the one that
+    predicted, from the same pictures and seed, where more than the predictions is tuned; it stays
+    as it is, a copy is tuned. Its static features are computed once. The same seed gives the same
+    result on the same machine.
     If the loss or a gradient stops being finite, tuning ends with a warning and returns the last
-    state whose loss was finite.
+    state whose loss was finite. In fp16 a gradient may overflow because the loss was scaled: then
+    the step is left out and the scale halved, until it is 1.
 
-    Raises DTEError when heads or encoder shall be tuned and there is no encoder. Returns a
-    TuneResult.
+    Raises DTEError when heads or encoder shall be tuned and there is no encoder.
     """
     config = config or TuneConfig()
     if config.num_steps == 0:
         return TuneResult(_copy(prediction), [], False)
-    if config.what == "predictions":
-        unit = prompt_encoder.table.typical_entry
-        predict, groups = _free_prediction(prediction, config, unit)
-    elif encoder is not None:
-        encoder = trained_encoder(encoder, f"Tuning the {config.what}")
-        features = encoder.static_features(backbone, images, seed, prompt_encoder)
-        predict, groups = _free_weights(encoder, features, config)
-    else:
-        raise ValueError(f"Tuning the {config.what} needs the encoder.")
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
-    leaves = [leaf for group in groups for leaf in group["params"]]
-    good = [leaf.detach().clone() for leaf in leaves]
-    generator = torch.Generator().manual_seed(seed)
+    tuned = _parameters(backbone, prompt_encoder, prediction, images, config, seed, encoder)
+    optimizer, good, half = tuned.optimizer(), tuned.copies(), backbone.dtype == torch.float16
+    scaler = torch.amp.GradScaler(backbone.device.type, LOSS_SCALE, enabled=half)
     latents = backbone.encode_images(images).float()  # (n, C, h, w)
-    B, T = config.batch_size, len(backbone.alphas_cumprod)
-    scale = 1024 if backbone.dtype == torch.float16 else 1  # small gradients would vanish in fp16
-
-    losses, stopped_early = [], False
+    losses, finite, generator = [], True, stream(seed, "tuning")
     for step in tqdm(range(config.num_steps), desc="tuning", disable=not progress):
-        prompts = [config.prompts[(step * B + i) % len(config.prompts)] for i in range(B)]
-        sample = noise_levels(latents, step, B, T, generator)
+        batch = draw_batch(backbone, latents, config.prompts, step, config.batch_size, generator)
         optimizer.zero_grad()
-        state = predict()
-        batch = Batch(*sample, prompts)
+        state = tuned.predict()
         with objective(backbone, prompt_encoder, state, batch, method, bank) as terms:
-            (scale * terms["loss"]).backward()
-        state = _copy(state)  # before the step changes it
-        finite = terms["loss"].isfinite()
-        if finite:
-            good = [leaf.detach().clone() for leaf in leaves]
-        gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
-        torch._foreach_div_(gradients, scale)
-        if not finite or not all(grad.isfinite().all() for grad in gradients):
-            stopped_early = True
+            scaler.scale(terms["loss"]).backward()
+        scaler.unscale_(optimizer)
+        if finite := bool(terms["loss"].isfinite()):
+            good = tuned.copies()
+        overflow = not _finite(leaf.grad for leaf in tuned.leaves if leaf.grad is not None)
+        finite = finite and not (overflow and scaler.get_scale() <= 1)
+        if not finite:
             break
         losses.append({name: value.item() for name, value in terms.items()})
-        optimizer.step()
+        seen = None if callback is None else _copy(state)  # before the step changes it
+        if not overflow:
+            optimizer.step()
+        scaler.update()
         if callback is not None:
-            callback({"step": step, **losses[-1], "v_star": state.v_star, "offsets": state.offsets})
+            callback({"step": step, **losses[-1], "v_star": seen.v_star, "offsets": seen.offsets})
 
-    if stopped_early or not all(leaf.isfinite().all() for leaf in leaves):
-        stopped_early = True
-        with torch.no_grad():
-            for leaf, value in zip(leaves, good, strict=True):
-                leaf.copy_(value)
+    if not (finite := finite and _finite(tuned.leaves)):
+        tuned.restore(good)
         warnings.warn(
             f"Tuning stopped at step {len(losses)}: the loss was no longer finite. "
             "The last good state is kept.",
             stacklevel=2,
         )
     with torch.no_grad():
-        return TuneResult(_copy(predict()), losses, stopped_early)
+        return TuneResult(_copy(tuned.predict()), losses, stopped_early=not finite)
 
 
-def noise_levels(latents, step, B, T, generator):
-    """What a step of tuning sees of latents (n, C, h, w): B of them in turn, noise, timesteps (B,).
+def draw_batch(
+    backbone: Backbone,
+    latents: Float[Tensor, "pictures channels height width"],
+    prompts: tuple[str, ...],
+    step: int,
+    batch_size: int,
+    generator: torch.Generator,
+) -> Batch:
+    """What a step of tuning sees of latents: pictures and prompts in turn, noise, timesteps.
 
-    One timestep lies in each of B equal bins of T: far less variance than B independent ones.
+    One timestep lies in each of `batch_size` equal bins of the T timesteps: far less variance than
+    with independent ones. Which picture and which prompt meet which bin is drawn anew each step.
     """
-    which = [(step * B + i) % len(latents) for i in range(B)]
-    t = ((torch.arange(B) + torch.rand(B, generator=generator)) / B * T).long()
+    B, T = batch_size, len(backbone.alphas_cumprod)
+    picture = in_turn(step, B, generator).to(latents.device) % len(latents)
+    prompt = [prompts[i % len(prompts)] for i in in_turn(step, B, generator).tolist()]
+    t = (torch.arange(B) + torch.rand(B, generator=generator)) / B * T
+    t = t.long().clamp(max=T - 1)  # in fp32 the sum may round up to B
     noise = torch.randn((B, *latents.shape[1:]), generator=generator)
-    return latents[which], noise.to(latents), t.to(latents.device)
+    return Batch(latents[picture], noise.to(latents), t.to(latents.device), prompt)
 
 
-def _free_prediction(prediction, config, unit):
-    """v*, A and B as free fp32 parameters: (function that gives them, parameter groups).
+def in_turn(step: int, batch_size: int, generator: torch.Generator) -> Int[Tensor, " batch"]:
+    """The numbers of the step's samples, counted through all steps, in random order."""
+    return step * batch_size + torch.randperm(batch_size, generator=generator)
+
+
+def _finite(tensors: Iterable[Tensor]) -> bool:
+    return all(x.isfinite().all() for x in tensors)
+
+
+def _parameters(
+    backbone: Backbone,
+    prompt_encoder: PromptEncoder,
+    prediction: EncoderPrediction,
+    images: Float[Tensor, "pictures 3 height width"],
+    config: TuneConfig,
+    seed: int,
+    encoder: Predictor | None,
+) -> Parameters:
+    """What `config.trainable` says is to be tuned."""
+    if config.trainable == "predictions":
+        return _free_prediction(prediction, config, prompt_encoder.table.typical_entry)
+    if encoder is None:
+        raise DTEError(f"Tuning the {config.trainable} needs the encoder.")
+    encoder = trained_encoder(encoder, f"Tuning the {config.trainable}")
+    features = encoder.static_features(backbone, images, seed, prompt_encoder)
+    return _free_weights(encoder, features, config)
+
+
+def _free_prediction(prediction: EncoderPrediction, config: TuneConfig, unit: float) -> Parameters:
+    """v*, A and B as free fp32 parameters; unit: a word's typical entry.
 
     Where A is a whole matrix, B is the identity and stays so.
     """
@@ -149,28 +223,32 @@ def _free_prediction(prediction, config, unit):
     matrices = [m for a, b in pairs for m in ((a,) if is_whole(b) else (a, b))]
     for leaf in (free.v_star, *matrices):
         leaf.requires_grad_()
-    return lambda: free, [
+    groups = [
         {"params": [free.v_star], "lr": config.token_learning_rate * unit},
         {"params": matrices, "lr": config.offset_learning_rate},
     ]
+    return Parameters(lambda: free, groups)
 
 
-def _free_weights(encoder, features, config):
-    """The weights of a copy of the encoder: (function that predicts, parameter groups)."""
+def _free_weights(
+    encoder: TuningEncoder, features: tuple[ImageFeatures, Tensor, Tensor], config: TuneConfig
+) -> Parameters:
+    """The weights of a copy of the encoder, which predicts from `static_features`."""
     encoder = copy.deepcopy(encoder).requires_grad_(True)
     parts = [encoder.token_head, encoder.hypernetwork]
-    if config.what == "encoder":
+    if config.trainable == "encoder":
         parts.append(encoder.fusion)
     weights = [weight for part in parts for weight in part.parameters()]
-    return lambda: mean_prediction(encoder(*features), len(features[-1])), [
-        {"params": weights, "lr": config.encoder_learning_rate}
-    ]
+    return Parameters(
+        lambda: mean_prediction(encoder(*features), len(features[-1])),
+        [{"params": weights, "lr": config.encoder_learning_rate}],
+    )
 
 
-def _copy(prediction):
-    """An EncoderPrediction of its own, in fp32 and detached."""
+def _copy(prediction: EncoderPrediction) -> EncoderPrediction:
+    """A prediction of its own, in fp32 and detached."""
 
-    def copied(x):
+    def copied(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.detach().float().clone()
 
     offsets = {key: (copied(a), copied(b)) for key, (a, b) in prediction.offsets.items()}

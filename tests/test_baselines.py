@@ -7,19 +7,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dte_lab import Concept, DTEPipeline
+from dte_lab import DTEPipeline
 from dte_lab.backbone import add_noise
 from dte_lab.baselines import (
     BaselineConfig,
-    E4TEncoder,
+    Run,
     class_word,
     dreambooth_lora,
     e4t,
-    load_e4t,
-    single_path,
+    prior_latents,
     textual_inversion,
 )
+from dte_lab.common.random import stream
+from dte_lab.config import single_path
 from dte_lab.dual_path import dual_path
+from dte_lab.e4t import E4TEncoder, load_e4t
 from dte_lab.objective import diffusion_target, objective
 from dte_lab.training.pretrain import PretrainConfig, pretrain
 
@@ -45,8 +47,9 @@ def test_first_step_of_textual_inversion_is_adam_on_the_plain_unet(pipe, pixels)
     assert word == table.words[table.nearest_rows(embedding)[1].item()]
 
     v_star = embedding.clone().requires_grad_()
-    generator = torch.Generator().manual_seed(5)
+    generator = stream(5, "tuning")
     latents = backbone.encode_images(pixels).expand(2, -1, -1, -1)
+    torch.randperm(2, generator=generator), torch.randperm(2, generator=generator)
     t = ((torch.arange(2) + torch.rand(2, generator=generator)) / 2 * 1000).long()
     noise = torch.randn(latents.shape, generator=generator)
     text = pipe.prompt_encoder(["a picture of S*"] * 2, v_star)
@@ -85,9 +88,8 @@ def test_prior_preservation_holds_on_to_pictures_of_the_class(pipe, pixels):
     """After the same steps, the loss on the base model's pictures of the class is lower with it."""
     backbone, (_, embedding) = pipe.backbone, class_word(pipe, pixels)
     prompt, steps = "a picture of S*", 15
-    base = Concept(embedding, {}, backbone.name, single_path(pipe.encoder.method))
-    drawn = pipe.generate(base, prompt, range(2), num_inference_steps=20, progress=False)[0]
-    latents = backbone.encode_images(pipe.pixels(drawn)).repeat(8, 1, 1, 1)
+    run, method = Run(pipe, pixels, [steps], 0, CONFIG), single_path(pipe.encoder.method)
+    latents = prior_latents(run, embedding, method).repeat(8, 1, 1, 1)
     generator = torch.Generator().manual_seed(1)
     noise, t = torch.randn(latents.shape, generator=generator), torch.arange(0, 1000, 63)
     noisy = add_noise(backbone, latents, noise, t)

@@ -280,7 +280,7 @@ def test_what_cannot_run_is_said_before_any_work(harness, tmp_path, monkeypatch)
 
 
 def test_weights_of_every_encoder_of_a_run_are_in_its_settings(harness, tmp_path, monkeypatch):
-    from dte_lab.baselines import E4TEncoder
+    from dte_lab.e4t import E4TEncoder
 
     backbone = harness.pipe.backbone
     e4t = E4TEncoder.from_backbone(backbone, harness.pipe.encoder.settings)

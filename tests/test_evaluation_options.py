@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from dte_lab import DTEPipeline, EncoderConfig, MethodConfig, TuningEncoder
-from dte_lab.baselines import BaselineConfig, E4TEncoder
+from dte_lab.baselines import BaselineConfig
 from dte_lab.common.errors import DTEError
 from dte_lab.common.images import to_pil
 from dte_lab.config import REGULARISERS
 from dte_lab.dual_path import GRANULARITIES, OFFSETS_ON
+from dte_lab.e4t import E4TEncoder
 from dte_lab.evaluation.edits import Item, edits
 from dte_lab.evaluation.methods import Methods
 from dte_lab.evaluation.specifications import (

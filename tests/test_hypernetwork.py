@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from dte_lab import MethodConfig, PromptEncoder, TuneConfig, TuningEncoder, tune
-from dte_lab.baselines import E4TEncoder
 from dte_lab.dual_path import dual_path
+from dte_lab.e4t import E4TEncoder
 from dte_lab.features import FeatureFusion, ResBlock
 from dte_lab.hypernetwork import (
     CrossBlock,

@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from dte_lab import Concept, DTEPipeline
+from dte_lab.common.errors import DTEError
 from dte_lab.common.images import to_pil
 from dte_lab.dual_path import dual_path
 from dte_lab.encoder import EncoderPrediction
 from dte_lab.features import image_features, unet_features
-from dte_lab.sampling import GUIDANCE_SCALE, Conditioning
+from dte_lab.sampling import Conditioning, guided_sampling
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,7 @@ def test_alpha_0_is_the_stock_pipeline_on_the_hard_word(pipe, concept):
     theirs = stock(
         prompt_embeds=pipe.prompt_encoder.plain([f"{word} on the beach"]),
         negative_prompt_embeds=pipe.prompt_encoder.plain([""]),
-        latents=pipe.initial_noise(2), num_inference_steps=3, guidance_scale=GUIDANCE_SCALE,
+        latents=pipe.initial_noise(2), num_inference_steps=3, guidance_scale=7.5,
     ).images[0]  # fmt: skip
     assert np.abs(pixels(ours) - pixels(theirs)).max() <= 1
 
@@ -206,12 +207,14 @@ def sampling_loop(pipe, concept, prompt, seed, steps=3, guidance=2.5, every=None
 
 @pytest.fixture(scope="module")
 def two_pictures(pipe, picture):
+    """A concept of two pictures, which holds them, with a config that does not look at them."""
     pictures = [picture, picture.rotate(90)]
-    concept = pipe.personalize(pictures, num_steps=2, seed=3, progress=False)
+    method = dataclasses.replace(pipe.encoder.method, prediction_interval=5)
+    concept = pipe.personalize(pictures, num_steps=2, seed=3, method=method, progress=False)
     assert concept.pictures.shape == (2, 3, 16, 16)
     expected = ((pipe.pixels(pictures) + 1) * 127.5).round()
     assert torch.equal(concept.pictures.float(), expected)
-    return concept
+    return dataclasses.replace(concept, config=pipe.encoder.method)
 
 
 @pytest.mark.parametrize("every", [1, 2, 0])
@@ -255,23 +258,33 @@ def test_the_hard_word_follows_each_prediction(pipe, concept):
     words, looks = ["cat", "boat"], []
     config = dataclasses.replace(concept.config, prediction_interval=2)
 
-    def refresher(latents, timestep):
+    def predict(latents, timestep):
         looks.append(timestep)
         assert {type(p).__name__ for p in unet.attn_processors.values()} == {"AttnProcessor2_0"}
         word = words[len(looks) - 1]
         v_star = encode.table.embeddings[encode.table.words.index(word)] * 1.1
         return EncoderPrediction(v_star[None], concept.offsets)
 
+    scheduler = type(pipe.backbone.scheduler).from_config(pipe.backbone.scheduler.config)
+    scheduler.set_timesteps(3)
+    first, _, third = timesteps = scheduler.timesteps.tolist()
     condition = Conditioning(
         encode, dataclasses.replace(concept, config=config), ["S* at night"],
-        torch.tensor([900, 600, 300]), 1000, refresher=refresher,
+        scheduler.timesteps, 1000, predict=predict,
     )  # fmt: skip
+    seen = []
+
+    def watched(step, latents, last=None):
+        seen.append(condition(step, latents, last))
+        return seen[-1]
+
+    watched.guided = True
     with dual_path(unet, {}) as path:
-        for step, word in enumerate(["cat", "cat", "boat"]):
-            condition(path, step, None)
-            expected = torch.cat([encode.plain([""]), encode.plain([f"{word} at night"])])
-            torch.testing.assert_close(path.hard, expected)
-    assert looks == [900, 300]
+        guided_sampling(path, watched, scheduler, pipe.initial_noise(0), 2.0)
+    for inputs, word in zip(seen, ["cat", "cat", "boat"], strict=True):
+        expected = torch.cat([encode.plain([""]), encode.plain([f"{word} at night"])])
+        torch.testing.assert_close(inputs.hard, expected)
+    assert looks == [first, third] and len(timesteps) == 3
 
 
 @pytest.mark.parametrize("granularity", ["attention", "block"])
@@ -292,9 +305,9 @@ def test_prediction_anew_needs_pictures_and_a_known_value(pipe, concept):
         generate(pipe, concept, prediction_interval="sometimes")
     with pytest.raises(ValueError, match="prediction_interval"):
         generate(pipe, concept, prediction_interval=-1)
-    bare = dataclasses.replace(concept, pictures=None)
-    with pytest.raises(ValueError, match="holds no pictures"):
-        generate(pipe, bare, prediction_interval=2)
+    assert concept.pictures is None
+    with pytest.raises(DTEError, match="personalize with a prediction_interval"):
+        generate(pipe, concept, prediction_interval=2)
 
 
 def test_nearest_word_projection_ends_at_a_word(pipe, picture):

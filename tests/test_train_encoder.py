@@ -7,7 +7,7 @@ import pytest
 import torch
 import typer
 
-from dte_lab.baselines import load_e4t
+from dte_lab.e4t import load_e4t
 from dte_lab.encoder import load_encoder
 from dte_lab.evaluation import encoders
 from dte_lab.evaluation.measures import PICTURE_MEASURES

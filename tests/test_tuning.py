@@ -1,4 +1,5 @@
 import copy
+import warnings
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -6,8 +7,10 @@ import pytest
 import torch
 
 from dte_lab import MethodConfig, PromptEncoder, TuneConfig, tune
+from dte_lab.common.random import stream
 from dte_lab.encoder import EncoderPrediction
 from dte_lab.objective import objective
+from dte_lab.tuning import draw_batch
 
 
 @pytest.fixture
@@ -82,14 +85,17 @@ def test_a_first_step_by_hand(setting, tiny_pixels, monkeypatch):
     )  # fmt: skip
     after, pixels = [], tiny_pixels[:2]
     tune(
-        backbone, encode, prediction, pixels, method, config, bank, progress=False,
+        backbone, encode, prediction, pixels, method, config, bank, seed=6, progress=False,
         callback=lambda state: after.append([state["v_star"], *sum(state["offsets"].values(), ())]),
     )  # fmt: skip
-    a, b = backbone.encode_images(pixels)
-    torch.testing.assert_close(seen[0].batch.latents, torch.stack([a, b, a]))
-    torch.testing.assert_close(seen[1].batch.latents, torch.stack([b, a, b]))
-    assert seen[0].batch.prompts == ["a picture of S*", "the S*", "a picture of S*"]
-    assert seen[1].batch.prompts == ["the S*", "a picture of S*", "the S*"]
+    latents, generator = backbone.encode_images(pixels), stream(6, "tuning")
+    for step, batch in enumerate(each.batch for each in seen):
+        which, words = (torch.randperm(3, generator=generator) for _ in range(2))
+        torch.testing.assert_close(batch.latents, latents[[(3 * step + i) % 2 for i in which]])
+        assert batch.prompts == [config.prompts[(3 * step + i) % 2] for i in words]
+        t = (torch.tensor([0, 1, 2]) + torch.rand(3, generator=generator)) * 1000 / 3
+        assert (batch.timesteps - t).abs().max() <= 1
+        assert torch.equal(batch.noise, torch.randn(3, 4, 8, 8, generator=generator))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(seen[0].bank, bank, strict=True))
     unit = encode.table.embeddings.square().mean().sqrt().item()
     rates = [0.2 * unit] + [3e-3] * (len(after[0]) - 1)
@@ -102,6 +108,99 @@ def test_a_first_step_by_hand(setting, tiny_pixels, monkeypatch):
     assert (seen[0].gradients[0].abs() > 1e-5).any()
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 8])
+def test_every_picture_and_prompt_meets_every_noise_level(tiny_backbone, count):
+    """Eight bins of T; pictures carry their number, and there are as many prompts."""
+    latents = torch.arange(count).float()[:, None, None, None]
+    prompts, generator = tuple(f"S* {i}" for i in range(count)), stream(0, "tuning")
+    met, words, total = set(), set(), []
+    for step in range(200):
+        batch = draw_batch(tiny_backbone, latents, prompts, step, 8, generator)
+        bins = (batch.timesteps // 125).tolist()
+        assert sorted(bins) == list(range(8))
+        pictures = batch.latents.flatten().int().tolist()
+        met |= set(zip(pictures, bins, strict=True))
+        words |= set(zip(pictures, batch.prompts, strict=True)) | set(
+            zip(batch.prompts, bins, strict=True)
+        )
+        total += pictures
+    assert len(met) == 8 * count
+    assert len(words) == count * count + 8 * count
+    assert max(map(total.count, range(count))) - min(map(total.count, range(count))) <= 1
+
+
+def test_no_timestep_lies_beyond_the_last(tiny_backbone, monkeypatch):
+    """The largest fp32 below 1, at which 7 + it is 8."""
+    monkeypatch.setattr(torch, "rand", lambda n, generator: torch.full((n,), 1 - 2.0**-24))
+    batch = draw_batch(
+        tiny_backbone, torch.zeros(1, 4, 8, 8), ("S*",), 0, 8, torch.Generator().manual_seed(0)
+    )
+    assert batch.timesteps.tolist()[-1] == 999
+    tiny_backbone.alphas_cumprod[batch.timesteps]
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("num_steps", -1), ("num_steps", 1.5), ("trainable", "everything"), ("batch_size", 0),
+        ("token_learning_rate", -1e-3), ("offset_learning_rate", float("nan")),
+        ("encoder_learning_rate", "fast"), ("prompts", ()), ("prompts", "a picture of S*"),
+        ("prompts", (1,)),
+    ],
+)  # fmt: skip
+def test_settings_are_checked(name, value):
+    with pytest.raises(ValueError, match=name) as error:
+        TuneConfig(**{name: value})
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def half_backbone(tiny_backbone):
+    backbone = copy.deepcopy(tiny_backbone)
+    for module in backbone.modules:
+        module.half()
+    return backbone
+
+
+@pytest.mark.parametrize("overflows", [[1], range(12)])
+def test_an_overflow_in_half_precision_skips_the_step(half_backbone, setting, overflows):
+    """The gradient of some steps is infinite; with all of them it is no overflow."""
+    _, encode, prediction, pixels, method = setting
+    encode, states, calls, scales = PromptEncoder(half_backbone), [], [], []
+
+    def poison(module, args, output):
+        calls.append(1)
+        bad = len(calls) - 1 in overflows
+
+        def watch(gradient):
+            scales.append(gradient.abs().max().item())
+            return gradient * (torch.inf if bad else 1)
+
+        output.sample.register_hook(watch)
+
+    handle = half_backbone.unet.register_forward_hook(poison)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = tune(
+                half_backbone, encode, prediction, pixels, method, callback=states.append,
+                progress=False,
+            )  # fmt: skip
+    finally:
+        handle.remove()
+    assert all(x.isfinite().all() for x in tensors(result.prediction))
+    v = [state["v_star"] for state in states] + [result.prediction.v_star]
+    if len(overflows) == 1:
+        assert not result.stopped_early and len(result.losses) == 12
+        moved = [not torch.equal(x, y) for x, y in zip(v, v[1:], strict=False)]
+        assert moved == [True, False] + [True] * 10
+        assert scales[0] > 1.2 * scales[2]  # halved
+    else:
+        assert result.stopped_early and len(result.losses) == 10  # 1024 = 2 ** 10
+        assert any("stopped at step 10" in str(each.message) for each in caught)
+        assert torch.equal(v[-1], prediction.v_star.float())
+
+
 def test_zero_steps_return_the_prediction(setting):
     result = tune(*setting, TuneConfig(num_steps=0), progress=False)
     for x, y in zip(tensors(result.prediction), tensors(setting[2]), strict=True):
@@ -112,16 +211,16 @@ def test_zero_steps_return_the_prediction(setting):
 def test_any_number_of_steps(setting):
     result = tune(*setting, TuneConfig(num_steps=30, batch_size=1), progress=False)
     assert len(result.losses) == 30
-    with pytest.raises(ValueError, match="0 or more"):
+    with pytest.raises(ValueError, match="num_steps is a whole number from 0"):
         TuneConfig(num_steps=-1)
     with pytest.raises(ValueError, match="predictions, heads, encoder"):
-        TuneConfig(what="everything")
+        TuneConfig(trainable="everything")
     with pytest.raises(ValueError, match="needs the encoder"):
-        tune(*setting, TuneConfig(what="heads"))
+        tune(*setting, TuneConfig(trainable="heads"))
 
 
-@pytest.mark.parametrize("what", ["heads", "encoder"])
-def test_tuning_the_weights_that_predict(tiny_backbone, tiny_encoder, tiny_pixels, what):
+@pytest.mark.parametrize("trainable", ["heads", "encoder"])
+def test_tuning_the_weights_that_predict(tiny_backbone, tiny_encoder, tiny_pixels, trainable):
     """A copy of the encoder is tuned: its loss falls, fusion moves only with the whole encoder."""
     encode, pixels = PromptEncoder(tiny_backbone), tiny_pixels[:2]
     before = {name: p.clone() for name, p in tiny_encoder.named_parameters()}
@@ -131,18 +230,18 @@ def test_tuning_the_weights_that_predict(tiny_backbone, tiny_encoder, tiny_pixel
     with pytest.MonkeyPatch.context() as patch:
         keep = SimpleNamespace(deepcopy=lambda x: copies.append(copy.deepcopy(x)) or copies[-1])
         patch.setattr("dte_lab.tuning.copy", keep)
-        config = TuneConfig(num_steps=6, what=what, encoder_learning_rate=1e-2)
+        config = TuneConfig(num_steps=6, trainable=trainable, encoder_learning_rate=1e-2)
         result = tune(*arguments, config, encoder=tiny_encoder, progress=False)
     moved = {n.split(".")[0] for n, p in copies[0].named_parameters() if (p != before[n]).any()}
     heads = {"token_head", "hypernetwork"}
-    assert moved == (heads if what == "heads" else heads | {"fusion"})
+    assert moved == (heads if trainable == "heads" else heads | {"fusion"})
     for name, p in tiny_encoder.named_parameters():
         assert torch.equal(p, before[name]) and p.grad is None
 
     again = copies[0].predict(tiny_backbone, pixels, seed=0, prompt_encoder=encode)
     for x, y in zip(tensors(result.prediction), tensors(again), strict=True):
         torch.testing.assert_close(x, y)
-    frozen = TuneConfig(what=what, encoder_learning_rate=0.0)
+    frozen = TuneConfig(trainable=trainable, encoder_learning_rate=0.0)
     first = tune(*arguments, frozen, seed=0, encoder=tiny_encoder, progress=False)
     after = tune(*arguments, frozen, seed=0, encoder=copies[0], progress=False)
     assert first.losses[0]["diffusion"] == pytest.approx(result.losses[0]["diffusion"], 1e-4)

@@ -10,11 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dte_lab.backbone import Backbone, backbone_folder
-from dte_lab.baselines import dreambooth_lora, e4t, load_e4t, textual_inversion
+from dte_lab.baselines import dreambooth_lora, e4t, textual_inversion
 from dte_lab.common.errors import DTEError
 from dte_lab.common.images import to_pil
 from dte_lab.concept import Concept
 from dte_lab.contrastive import prompt_embedding
+from dte_lab.e4t import load_e4t
 from dte_lab.encoder import TuningEncoder, load_encoder, trained_encoder
 from dte_lab.evaluation.records import fingerprint
 from dte_lab.evaluation.specifications import EXPERIMENTS, Specification, idle_options, parse
@@ -86,7 +87,7 @@ class Methods:
                 f"{spec.label}: a prediction of rank {known} can be cut to rank 1 to {known}; "
                 "train an encoder for more."
             )
-        if spec.tuning.what != "predictions" or method.prediction_interval:
+        if spec.tuning.trainable != "predictions" or method.prediction_interval:
             raise DTEError(
                 f"{spec.label}: rank cuts the one prediction that is tuned, so it goes with "
                 "trainable=predictions and prediction_interval=0 only."

@@ -200,10 +200,10 @@ def _idle_in_tuning(
     for option in ("num_positives", "temperature"):
         if not weight:
             idle.setdefault(option, "the term has no weight")
-    freely = spec.tuning.what == "predictions"
+    freely = spec.tuning.trainable == "predictions"
     for option in TUNE_OPTIONS:
         if option.endswith("_learning_rate") and (option == "encoder_learning_rate") == freely:
-            idle[option] = f"trainable={spec.tuning.what} does not read it"
+            idle[option] = f"trainable={spec.tuning.trainable} does not read it"
     if not any(spec.steps):
         idle |= dict.fromkeys((*TUNE_OPTIONS, *works_with), NO_STEPS)
         if "nearest" not in (before.regulariser, kind):  # which changes the prompt at once

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from dte_lab.backbone import load_backbone
-from dte_lab.baselines import E4TEncoder, e4t_config
 from dte_lab.common.checkpoint import save_folder
 from dte_lab.common.files import write_atomically
 from dte_lab.config import EncoderConfig, MethodConfig
+from dte_lab.e4t import E4TEncoder, e4t_config
 from dte_lab.encoder import TuningEncoder
 from dte_lab.pipeline import DTEPipeline
 from dte_lab.training.config import PREDICTIONS, PretrainConfig

@@ -437,19 +437,20 @@ checks.cosine_gradient(cosine_gradient)
 # reminder; if they point apart, fitting the picture and staying among words are at odds.
 
 # %%
+from dte_lab.common.random import stream
 from dte_lab.encoder import EncoderPrediction
-from dte_lab.objective import Batch, objective
+from dte_lab.objective import objective
 from dte_lab.panels.contrastive import pulls_figure
-from dte_lab.tuning import noise_levels
+from dte_lab.tuning import draw_batch
 
 picture = pictures[SAMPLE_CONCEPTS.index("cupcake")]
 latents = pipe.backbone.encode_images(pipe.pixels([picture])).float()
-T, COUNT = len(pipe.backbone.alphas_cumprod), 32
-sample = noise_levels(latents, 0, COUNT, T, torch.Generator().manual_seed(0))
+COUNT = 32
+batch = draw_batch(pipe.backbone, latents, ("a picture of S*",), 0, COUNT, stream(0, "tuning"))
 v_star = concept.v_star.clone().requires_grad_()
 prediction = EncoderPrediction(v_star, concept.offsets)
 with objective(
-    pipe.backbone, pipe.prompt_encoder, prediction, Batch(*sample, ["a picture of S*"] * COUNT),
+    pipe.backbone, pipe.prompt_encoder, prediction, batch,
     replace(method, regulariser="none"),
 ) as terms:  # fmt: skip
     (of_diffusion,) = torch.autograd.grad(terms["diffusion"], v_star)

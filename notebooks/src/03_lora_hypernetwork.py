@@ -840,7 +840,6 @@ from diffusers import StableDiffusionPipeline
 from transformers import CLIPTextModel
 
 from dte_lab.backbone import backbone_folder
-from dte_lab.sampling import GUIDANCE_SCALE
 
 backbone = pipe.backbone
 scheduler = type(backbone.scheduler).from_config(backbone.scheduler.config, steps_offset=1)
@@ -861,7 +860,8 @@ latents = pipe.initial_noise(0).to(device)
 
 def draw():
     return stock(
-        question, latents=latents, guidance_scale=GUIDANCE_SCALE, num_inference_steps=25
+        question, latents=latents, guidance_scale=pipe.backbone.guidance_scale,
+        num_inference_steps=25,
     ).images[0]
 
 

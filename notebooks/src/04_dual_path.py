@@ -631,16 +631,13 @@ from dte_lab.sampling import Conditioning
 steps = torch.linspace(T - 1, 0, 8).long()
 varied = replace(concept, config=replace(concept.config, alpha_blend=(1.0, 0.2)))
 condition = Conditioning(pipe.prompt_encoder, varied, prompts[:2], steps, T)
-alphas = []
-with dual_path(unet, {}) as path:
-    for step in range(len(steps)):
-        condition(path, step, noise.expand(2, -1, -1, -1))
-        alphas.append(path.alpha)
-print(f"prompts {condition.soft.shape[0]}; rows of the batch {condition.prompt_embeds.shape[0]}")
-print(f"hard states of the batch: {tuple(condition.hard.shape)}")
-same = torch.equal(condition.prompt_embeds[:2], condition.hard[:2])
+inputs = [condition(step, noise.expand(2, -1, -1, -1)) for step in range(len(steps))]
+first = inputs[0]
+print(f"prompts {len(condition.prompts)}; rows of the batch {first.prompt_embeds.shape[0]}")
+print(f"hard states of the batch: {tuple(first.hard.shape)}")
+same = torch.equal(first.prompt_embeds[:2], first.hard[:2])
 print(f"in the unconditional half both paths read the same empty prompt: {same}")
-print("alpha at each step:", ", ".join(f"{alpha:.2f}" for alpha in alphas))
+print("alpha at each step:", ", ".join(f"{each.alpha:.2f}" for each in inputs))
 
 # %% [markdown]
 # The last line shows that α need not be constant. `alpha_blend` may be a pair, the value at the
@@ -683,6 +680,8 @@ checks.alpha_schedule(alpha_schedule)
 #   five steps.
 
 # %%
+from dte_lab.common.images import to_bytes
+
 variants = {
     f"α = {DEFAULT:g}": {},
     "α falls, 1 to 0.4": {"alpha_blend": (1.0, 0.4)},
@@ -691,8 +690,10 @@ variants = {
     "prediction anew\nevery 5 steps": {"prediction_interval": 5},
 }
 columns = []
+# To predict anew takes the picture, which stays in a concept only where its config asks for that.
+pictured = replace(concept, pictures=to_bytes(pipe.pixels([picture])))
 for changes in variants.values():
-    varied = replace(concept, config=replace(concept.config, **changes))
+    varied = replace(pictured, config=replace(concept.config, **changes))
     columns.append(pipe.generate(varied, prompts[:2], **SAMPLING))
 show(
     picture_grid(

@@ -82,7 +82,7 @@ show(
 # ## 1. What is tuned
 #
 # Everything that the model knows stays frozen: UNet, text encoder, autoencoder, image encoder. What
-# moves can be one of three things (`TuneConfig.what`):
+# moves can be one of three things (`TuneConfig.trainable`):
 #
 # - `predictions`: the word `v*` and the offsets `A` and `B` themselves, as free numbers;
 # - `heads`: the weights of the two heads that predict them;
@@ -93,7 +93,7 @@ show(
 
 # %%
 from dte_lab.evaluation.measures import diffusion_loss
-from dte_lab.tuning import TUNABLE, TuneConfig
+from dte_lab.tuning import TRAINABLE, TuneConfig
 
 predicted = pipe.personalize(picture, num_steps=0)
 offsets = [m for pair in predicted.offsets.values() for m in pair]
@@ -113,17 +113,17 @@ drawn = [pipe.generate(predicted, prompts["beach"], progress=False)[0][0]]
 print(f"frozen numbers: {frozen:,}")
 loss = diffusion_loss(pipe, predicted, pixels, [prompts["no setting"]])
 print(f"loss on fixed noise before tuning: {loss:.3f}")
-for what in TUNABLE:
-    concept = pipe.personalize(picture, config=TuneConfig(what=what), progress=False)
+for part in TRAINABLE:
+    concept = pipe.personalize(picture, config=TuneConfig(trainable=part), progress=False)
     drawn += pipe.generate(concept, prompts["beach"], progress=False)[0]
     loss = diffusion_loss(pipe, concept, pixels, [prompts["no setting"]])
     print(
-        f"{what:<12}{trained[what]:>12,} numbers tuned, {concept.seconds:5.1f} s, "
+        f"{part:<12}{trained[part]:>12,} numbers tuned, {concept.seconds:5.1f} s, "
         f"loss after 12 steps {loss:.3f}"
     )
 show(
-    picture_grid([drawn], ["predicted", *TUNABLE]),
-    f"The concept on the beach as predicted, and after tuning {', '.join(TUNABLE)}.",
+    picture_grid([drawn], ["predicted", *TRAINABLE]),
+    f"The concept on the beach as predicted, and after tuning {', '.join(TRAINABLE)}.",
 )
 
 # %% [markdown]
@@ -183,7 +183,7 @@ checks.velocity_target(velocity_target)
 # The loss depends on the timestep far more than on how well we tune. That is why the numbers of a
 # progress bar jump about. Averaging helps, and how we choose the timesteps of one step helps as
 # much: we cut the range into as many bins as the batch has noise levels and draw one from each
-# (`noise_levels` in `dte_lab/tuning.py`). The hairlines below are the bins.
+# (`draw_batch` in `dte_lab/tuning.py`). The hairlines below are the bins.
 
 # %%
 from dte_lab.objective import Batch, objective
