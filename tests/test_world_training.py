@@ -19,6 +19,7 @@ from dte_lab.world import (
     train_autoencoder,
     train_clip,
     train_text,
+    train_towers,
     train_unet,
 )
 from dte_lab.world.align import align, cell_blocks
@@ -33,7 +34,14 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling, "STEPS", 2)
         patch.setattr(train_text, "latent_bank", one_of_sixty(train_text.latent_bank))
+        patch.setattr(train_text, "COMPONENTS_FROM", 300)
+        for part in (train_autoencoder, train_towers):
+            patch.setattr(part, "random_batch", a_few)
         return train_all(tmp_path_factory.mktemp("runs"))
+
+
+def a_few(rng, size, split="train"):
+    return random_batch(rng, 24, split)
 
 
 def one_of_sixty(bank):
@@ -90,7 +98,8 @@ def test_it_can_be_personalized(backbone):
     assert picture.size == (64, 64)
 
 
-def test_decoder_alone_is_trained_further(runs, tmp_path):
+def test_decoder_alone_is_trained_further(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_autoencoder, "random_batch", a_few)
     train_autoencoder.main(tmp_path / "more", runs / "parts", **TINY)
     before = PatchAutoencoder.from_pretrained(runs / "parts" / "vae", torch_dtype=torch.float32)
     after = PatchAutoencoder.from_pretrained(tmp_path / "more" / "vae")
@@ -103,7 +112,8 @@ def test_decoder_alone_is_trained_further(runs, tmp_path):
     assert moved == {"decoder", "linear_decode"}
 
 
-def test_a_finished_run_ends_at_once(runs):
+def test_a_finished_run_ends_at_once(runs, monkeypatch):
+    monkeypatch.setattr(train_autoencoder, "random_batch", a_few)
     before = (runs / "autoencoder" / "log.jsonl").read_text()
     train_autoencoder.main(runs / "autoencoder", **TINY)
     assert (runs / "autoencoder" / "log.jsonl").read_text() == before

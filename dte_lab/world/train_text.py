@@ -31,6 +31,7 @@ from dte_lab.world.sprites import STYLES, concepts, split_names
 from dte_lab.world.training import PartOptions, TrainConfig, train
 
 CODE = 160  # dimensions of a word embedding that say what its thing looks like; 32 say the rest
+COMPONENTS_FROM = 4000  # pictures whose principal components are taken
 TARGET = 256  # principal components of the pictures that the first end state is to name
 PICTURE_WEIGHT, KIND_WEIGHT = 0.3, 0.05
 FULL_CAPTIONS = 0.5  # share of captions that name style and scene for sure; see random_caption
@@ -69,7 +70,7 @@ class CanonicalPictures:
         # (concepts, styles, scenes, 96 * 4 * 4)
         sizes = len(self.names), len(STYLES), len(SCENES)
         self.bank = latent_bank(vae, items).flatten(1).unflatten(0, sizes)
-        some = np.random.default_rng(0).permutation(len(items))[:4000]
+        some = np.random.default_rng(0).permutation(len(items))[:COMPONENTS_FROM]
         some = self.bank.flatten(0, 2)[torch.from_numpy(some).to(self.bank.device)].float()
         self.mean = some.mean(0)
         _, s, v = torch.linalg.svd(some - self.mean, full_matrices=False)
