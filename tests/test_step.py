@@ -228,6 +228,7 @@ def test_the_small_world_takes_the_same_step(tiny_backbone, frozen, encoder, pic
     assert by_concept.keys() == {"cup", "bus"} and by_concept["bus"] != by_concept["cup"]
     assert recorded == [(encoder, 8), (encoder, 8), "cup", "bus"]
     assert encoder.bank_position == position
+    assert encoder.bank_concepts.tolist() == [3, 5, 3, 8, -1, 5], "measures leave the bank alone"
 
 
 def test_processes_share_gather_and_leave_themselves_out():

@@ -85,12 +85,12 @@ def test_the_text_towers_loss():
     captions = torch.arange(2 * 3 * 7).reshape(2, 3, 7)
     labels, kinds = torch.tensor([[1, 0, 2], [0, 1, 1]]), torch.tensor([3, 2])
     training = train_text.TextTraining(pictures, captions, labels, kinds, 3, None, None)
-    torch.manual_seed(5)
+    torch.manual_seed(6)
     with training.loss(model) as (loss, logs):
         pass
-    torch.manual_seed(5)
+    torch.manual_seed(6)
     rows, which = torch.randint(2, (3,)), torch.randint(3, (3,))
-    assert len(set(rows.tolist())) == 2
+    assert rows.tolist() == [0, 1, 1]
     assert torch.equal(model.calls[0][0], captions[rows, which])
     assert torch.equal(looked[0], labels[rows])
     expected = {
@@ -156,7 +156,7 @@ def test_the_towers_loss(monkeypatch):
 
 
 def test_pictures_are_shifted_and_their_colours_scaled():
-    torch.manual_seed(1)
+    torch.manual_seed(10)
     x = torch.rand(50, 3, 16, 16) - 0.5
     y = train_towers.augment(x)
     fits = []
