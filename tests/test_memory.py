@@ -31,8 +31,12 @@ TINY = {
 SETTING = Setting(resolution=128, batch=2, dtype="fp32")
 
 
+made_up_tokenizer = functools.cache(sd15.made_up_tokenizer)
+
+
 @pytest.fixture
 def tiny(monkeypatch):
+    monkeypatch.setattr(sd15, "made_up_tokenizer", made_up_tokenizer)
     monkeypatch.setattr(memory, "random_parts", functools.partial(sd15.random_parts, **TINY))
 
 
