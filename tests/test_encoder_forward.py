@@ -200,6 +200,7 @@ def test_an_encoder_that_was_never_bound_predicts_nothing(tiny_backbone, tiny_co
     encoder = TuningEncoder(
         **encoder_dimensions(tiny_backbone, table, tiny_config), settings=vars(tiny_config)
     )
-    assert encoder(*inputs()).v_star.isnan().all()
+    prediction = encoder(*inputs())
+    assert prediction.v_star.isnan().all() and prediction.class_word.isnan().all()
     encoder.bind(tiny_backbone, table)
     assert encoder(*inputs()).v_star.isfinite().all()
