@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,6 +28,7 @@ from dte_lab.evaluation.report import (
     name_of,
     paired,
     per_concept,
+    steps_table,
     summarise,
 )
 from dte_lab.evaluation.run import EvaluationConfig
@@ -399,6 +401,15 @@ def test_scene_edits_tell_the_scene_and_style_edits_the_truth():
     assert cell["seconds"] == 7 and "loss" not in cell
     clip = {name: cell[name] for name in ("clip_i_small", "clip_t_small")}
     assert cell["fidelity_small"] == pytest.approx(2 * 0.02 * 0.32 / 0.34), clip
+
+
+def test_stored_results_are_read_as_they_were_summarised():
+    folder = Path(__file__).parents[1] / "results" / "rank"
+    rows = read_csv(folder / "measures.csv")
+    summary = summarise(rows)
+    assert summary == json.loads((folder / "run.json").read_text())["summary"]
+    text = (markdown(summary) + steps_table(rows)).rstrip() + "\n"
+    assert text == (folder / "table.md").read_text()
 
 
 def test_names_tell_the_options_and_the_encoder_but_not_the_steps():

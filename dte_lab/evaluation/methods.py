@@ -68,12 +68,8 @@ class Methods:
         if idle:
             option, why = next(iter(idle.items()))
             raise DTEError(f"{spec.label}: {option} changes nothing, since {why}.")
-        if spec.name.startswith("lora") and encoder.settings.rank == "full":
-            raise DTEError(
-                f"{spec.label}: LoRA has the rank of the encoder, and this one has none."
-            )
         interval = spec.method_of(encoder.method).prediction_interval
-        if spec.name == "dte" and (spec.tuning.what != "predictions" or interval):
+        if spec.name == "dte" and (spec.tuning.trainable != "predictions" or interval):
             trained_encoder(encoder, spec.label)
         if spec.rank is not None:
             self._check_rank(spec, encoder)
