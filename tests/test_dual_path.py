@@ -314,9 +314,34 @@ def test_bad_arguments(tiny_backbone, tiny_offsets):
     assert unet.attn_processors == before
 
 
-def test_a_peft_lora_is_refused(tiny_backbone):
+@pytest.mark.parametrize("target", ["to_q", "to_k", "to_v", "to_out.0"])
+def test_a_peft_lora_is_refused(tiny_backbone, target):
     peft = pytest.importorskip("peft")
     unet = copy.deepcopy(tiny_backbone.unet)
-    unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
+    unet.add_adapter(peft.LoraConfig(r=2, target_modules=[target]))
     with pytest.raises(ValueError, match="unload"), dual_path(unet, {}):
         pass
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("norm_cross", torch.nn.LayerNorm(24)), ("norm_q", torch.nn.LayerNorm(16)),
+        ("norm_k", torch.nn.LayerNorm(16)), ("group_norm", torch.nn.GroupNorm(4, 16)),
+        ("spatial_norm", torch.nn.Identity()), ("residual_connection", True),
+        ("added_kv_proj_dim", 24), ("rescale_output_factor", 2.0),
+    ],
+)  # fmt: skip
+def test_attention_of_another_kind_is_refused(tiny_backbone, option, value):
+    """One layer with an option that the processor would silently ignore."""
+    [*_, name] = attention_layers(tiny_backbone.unet)
+    attn = attention_layers(tiny_backbone.unet)[name]
+    before, processor = getattr(attn, option), attn.processor
+    try:
+        setattr(attn, option, value)
+        with pytest.raises(ValueError, match=f"with {option}: {name}"):
+            with dual_path(tiny_backbone.unet, {}):
+                pass
+        assert attn.processor is processor
+    finally:
+        setattr(attn, option, before)

@@ -91,7 +91,7 @@ def test_a_first_step_by_hand(setting, tiny_pixels, monkeypatch):
     latents, generator = backbone.encode_images(pixels), stream(6, "tuning")
     for step, batch in enumerate(each.batch for each in seen):
         which, words = (torch.randperm(3, generator=generator) for _ in range(2))
-        torch.testing.assert_close(batch.latents, latents[[(3 * step + i) % 2 for i in which]])
+        torch.testing.assert_close(batch.latents, latents[(3 * step + which) % 2])
         assert batch.prompts == [config.prompts[(3 * step + i) % 2] for i in words]
         t = (torch.tensor([0, 1, 2]) + torch.rand(3, generator=generator)) * 1000 / 3
         assert (batch.timesteps - t).abs().max() <= 1
