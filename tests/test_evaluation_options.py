@@ -254,7 +254,8 @@ def test_a_prediction_is_cut_once_before_it_is_tuned(methods, encoder, tiny_pixe
         ("dte@rank=1@trainable=heads:1", "trainable=predictions and prediction_interval=0"),
         ("dte@rank=1@trainable=encoder:1", "trainable=predictions"),
         ("dte@rank=1@prediction_interval=2:0", "prediction_interval=0"),
-        ("e4t@encoder=nowhere:1", "no E4TEncoder at nowhere"), ("dte@encoder=nowhere:1", "No encoder at"),
+        ("e4t@encoder=nowhere:1", "no E4TEncoder at nowhere"),
+        ("dte@encoder=nowhere:1", "No encoder at"),
     ],
 )  # fmt: skip
 def test_what_cannot_run_is_refused(methods, spec, message):
