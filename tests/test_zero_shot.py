@@ -17,7 +17,7 @@ from dte_lab.baselines import (
     textual_inversion,
 )
 from dte_lab.common.errors import DTEError
-from dte_lab.encoder import trained_encoder
+from dte_lab.encoder import trained_encoder, word_of_pictures
 from dte_lab.evaluation.methods import Methods
 from dte_lab.evaluation.specifications import parse
 from dte_lab.lora import projection_shapes
@@ -173,3 +173,10 @@ def test_damaged_encoders_are_refused_by_name(kind, tiny_backbone, tiny_config, 
     file.unlink()
     with pytest.raises(DTEError, match="pickled ones are never read"):
         kind.from_pretrained(tmp_path, tiny_backbone)
+
+
+def test_the_word_of_several_pictures_is_that_of_their_mean():
+    words = torch.eye(3)
+    pictures = torch.tensor([[0.9, 0.4, 0.1], [0.1, 0.5, 0.8], [0.0, 0.8, 0.1]])
+    assert word_of_pictures(pictures, words) == 1  # of none of the first two alone
+    assert [word_of_pictures(picture[None], words) for picture in pictures] == [0, 2, 1]
