@@ -7,20 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dte_lab import DTEPipeline
+from dte_lab import Concept, DTEPipeline, MethodConfig
 from dte_lab.backbone import add_noise
 from dte_lab.baselines import (
     BaselineConfig,
-    Run,
     class_word,
     dreambooth_lora,
     e4t,
-    prior_latents,
     textual_inversion,
 )
 from dte_lab.common.random import stream
 from dte_lab.config import single_path
-from dte_lab.dual_path import dual_path
 from dte_lab.e4t import E4TEncoder, load_e4t
 from dte_lab.objective import diffusion_target, objective
 from dte_lab.training.pretrain import PretrainConfig, pretrain
@@ -84,24 +81,24 @@ def test_lora_starts_as_a_no_op_of_the_encoders_rank_and_keeps_its_word(pipe, pi
     assert not torch.allclose(concepts[0].v_star, embedding)
 
 
-def test_prior_preservation_holds_on_to_pictures_of_the_class(pipe, pixels):
-    """After the same steps, the loss on the base model's pictures of the class is lower with it."""
+def test_prior_pictures_are_the_base_models_of_the_class(pipe, pixels, seen):
+    """Both are seen at each step; their seeds follow from the run's, and are not those of pictures
+    that are drawn later.
+    """
     backbone, (_, embedding) = pipe.backbone, class_word(pipe, pixels)
-    prompt, steps = "a picture of S*", 15
-    run, method = Run(pipe, pixels, [steps], 0, CONFIG), single_path(pipe.encoder.method)
-    latents = prior_latents(run, embedding, method).repeat(8, 1, 1, 1)
-    generator = torch.Generator().manual_seed(1)
-    noise, t = torch.randn(latents.shape, generator=generator), torch.arange(0, 1000, 63)
-    noisy = add_noise(backbone, latents, noise, t)
-    target = diffusion_target(backbone, latents, noise, t)
-    text = pipe.prompt_encoder([prompt], embedding).expand(len(t), -1, -1)
-
-    def class_loss(prior):
-        concept = dreambooth_lora(pipe, pixels, [steps], config=CONFIG, prior=prior)[steps]
-        with dual_path(backbone.unet, concept.offsets), torch.no_grad():
-            return F.mse_loss(backbone.unet(noisy, t, text).sample, target).item()
-
-    assert class_loss(prior=True) < class_loss(prior=False)
+    dreambooth_lora(pipe, pixels, [3], seed=4, config=CONFIG, prior=True)
+    seeds = torch.randint(2**31, (2,), generator=stream(4, "prior pictures")).tolist()
+    base = Concept(embedding, {}, backbone.name, MethodConfig(alpha_blend=1.0))
+    drawn = pipe.generate(
+        base, "a picture of S*", seeds, num_inference_steps=20, progress=False
+    )[0]  # fmt: skip
+    expected = backbone.encode_images(pipe.pixels(drawn))
+    orders = set()
+    for _, batch, _ in seen:
+        distance = (batch.latents[2:, None] - expected).flatten(2).norm(dim=-1)
+        assert distance.min(dim=1).values.max() < 1e-3 < distance.max()
+        orders.add(tuple(distance.argmin(dim=1).tolist()))
+    assert orders <= {(0, 1), (1, 0)}
 
 
 @pytest.fixture
@@ -138,6 +135,51 @@ def test_lora_sees_the_rare_word_and_its_class_the_prior_the_class_alone(pipe, p
             assert not torch.allclose(batch.latents[2:], given.expand(2, -1, -1, -1), atol=0.1)
     for a, _ in concept.offsets.values():  # uniform within +-1/sqrt(Din)
         assert 0.8 < a.abs().max() * a.shape[1] ** 0.5 <= 1
+
+
+def test_first_steps_have_the_rate_of_their_method(tiny_backbone, pipe, pixels, monkeypatch):
+    """AdamW's first step is lr * sign(gradient), of each parameter that has one."""
+    table, gradients = pipe.prompt_encoder.table, []
+
+    @contextmanager
+    def watched(backbone, encode, state, batch, method):
+        with objective(backbone, encode, state, batch, method) as losses:
+            yield losses
+        leaves = [state.v_star, *(b for _, b in state.offsets.values())]
+        gradients.append([leaf.grad for leaf in leaves if leaf.is_leaf])
+
+    monkeypatch.setattr("dte_lab.baselines.objective", watched)
+    before, after = dreambooth_lora(pipe, pixels, [0, 1], config=CONFIG).values()
+    found = gradients.pop()
+    assert found[0] is None  # the rare word stays
+    for grad, (_, b) in zip(found[1:], after.offsets.values(), strict=True):
+        clear = grad.abs() > 1e-5  # Adam's epsilon is 1e-8
+        expected = -CONFIG.lora_learning_rate * grad[clear].sign()
+        torch.testing.assert_close(b[clear], expected, rtol=1e-2, atol=0)
+
+    encoder = E4TEncoder.from_backbone(tiny_backbone)
+    before, after = e4t(DTEPipeline(tiny_backbone, encoder), pixels, [0, 1], config=CONFIG).values()
+    [grad, *_] = gradients.pop()
+    clear = grad.abs() > 1e-5
+    rate = CONFIG.token_learning_rate * table.embeddings.square().mean().sqrt()
+    moved = (after.v_star - before.v_star)[clear]
+    torch.testing.assert_close(moved, -rate * grad[clear].sign(), rtol=1e-2, atol=1e-6)
+    weights = dict(zip(encoder.hypernetwork.keys, encoder.hypernetwork.weights, strict=True))
+    steps = torch.cat([(a / weights[k]).flatten() for k, (a, _) in after.offsets.items()]).abs()
+    median = steps.median().item()  # of W * D: where the gradient is not tiny, D is the rate
+    assert median == pytest.approx(CONFIG.multiplicative_learning_rate, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("batch_size", 0), ("prior_pictures", 0), ("token_learning_rate", -1),
+        ("lora_learning_rate", float("inf")), ("multiplicative_learning_rate", None),
+    ],
+)  # fmt: skip
+def test_settings_are_checked(name, value):
+    with pytest.raises(ValueError, match=name):
+        BaselineConfig(**{name: value})
 
 
 def test_e4t_keeps_v_star_near_the_class_word(tiny_backbone, tiny_pixels, seen):

@@ -3,10 +3,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from dte_lab import Concept, DTEPipeline
 from dte_lab.common.errors import DTEError
 from dte_lab.common.images import to_pil
+from dte_lab.common.random import stream
 from dte_lab.dual_path import dual_path
 from dte_lab.encoder import EncoderPrediction
 from dte_lab.features import image_features, unet_features
@@ -141,6 +143,32 @@ def test_alpha_0_is_the_stock_pipeline_on_the_hard_word(pipe, concept):
         latents=pipe.initial_noise(2), num_inference_steps=3, guidance_scale=7.5,
     ).images[0]  # fmt: skip
     assert np.abs(pixels(ours) - pixels(theirs)).max() <= 1
+
+
+def test_a_file_holds_no_pictures_where_nothing_reads_them(concept, two_pictures, tmp_path):
+    for held, made in ((False, concept), (True, two_pictures)):
+        made.save(tmp_path / "c.safetensors")
+        with safe_open(tmp_path / "c.safetensors", "pt") as file:
+            assert ("pictures" in file.keys()) == held
+
+
+def test_guidance_is_the_backbones_where_none_is_asked_for(pipe, concept):
+    assert pipe.backbone.guidance_scale == 7.5
+    [[ours]], [[asked]], [[other]] = (
+        generate(pipe, concept, **given)
+        for given in ({}, {"guidance_scale": 7.5}, {"guidance_scale": 1.5})
+    )
+    assert (pixels(ours) == pixels(asked)).all() and (pixels(ours) != pixels(other)).any()
+
+
+def test_initial_noise_is_nobody_elses(pipe):
+    """Of equal seeds: what the static features see, what tuning draws, a plain generator."""
+    noise = pipe.initial_noise(3)
+    assert noise.shape == (1, 4, 8, 8) and torch.equal(noise, pipe.initial_noise(3))
+    others = [stream(3, use) for use in ("static features", "tuning")]
+    for generator in [*others, torch.Generator().manual_seed(3)]:
+        other = torch.randn(noise.shape, generator=generator)
+        assert torch.corrcoef(torch.stack([noise.flatten(), other.flatten()]))[0, 1].abs() < 0.3
 
 
 def test_no_guidance_runs(pipe, concept):
