@@ -9,9 +9,9 @@ weights, and its v* already names the picture. Its share of the guess is 1 and i
 small world the token head starts with a better guess of its own (world/first_words.py).
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,9 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from dte_lab.backbone import WEIGHTS, Backbone, add_noise
+from dte_lab.clip_words import word_clip_embeddings, word_of_pictures
 from dte_lab.common.errors import DTEError
 from dte_lab.common.random import stream
 from dte_lab.common.weights import load_weights
@@ -34,55 +34,11 @@ from dte_lab.features import (
     unet_features,
 )
 from dte_lab.hypernetwork import TokenHead, build_hypernetwork
-from dte_lab.lora import Offsets, projection_shapes
+from dte_lab.lora import projection_shapes
+from dte_lab.prediction import EncoderPrediction, Predictor, mean_prediction
 from dte_lab.tokens import PromptEncoder, TokenTable
 
 ABLATIONS = ("contrastive", "none")  # shipped for "small", by their regulariser
-
-
-@dataclass
-class EncoderPrediction:
-    """v* and offsets {"layer.projection": (A (B, Din, r), B (B, r, Dout))} of B pictures.
-
-    class_word: the embedding of the word that CLIP finds first in the picture.
-    """
-
-    v_star: Float[Tensor, "batch dim"]
-    offsets: Offsets
-    class_word: Float[Tensor, "batch dim"] | None = None
-
-
-class Predictor(Protocol):
-    """Where a concept starts: a TuningEncoder or, without a trained one, a ZeroShotStart.
-
-    Whatever looks at noisy latents or at weights asks `trained_encoder` first.
-    """
-
-    settings: EncoderConfig
-    method: MethodConfig
-    bank: Float[Tensor, "rows dim"]
-    bank_concepts: Int[Tensor, " rows"]
-
-    def predict(
-        self,
-        backbone: Backbone,
-        images: Float[Tensor, "pictures 3 height width"],
-        seed: int = 0,
-        prompt_encoder: PromptEncoder | None = None,
-    ) -> EncoderPrediction:
-        """v* and offsets (batch 1) of pictures of *one* concept in [-1, 1]."""
-
-    def class_row(
-        self,
-        backbone: Backbone,
-        images: Float[Tensor, "pictures 3 height width"],
-        table: TokenTable,
-    ) -> int:
-        """Row of the table with the word that CLIP finds in pictures of one concept."""
-
-    def eval(self) -> Self: ...
-
-    def to(self, device: torch.device | str) -> Self: ...
 
 
 class TuningEncoder(ModelMixin, ConfigMixin):
@@ -96,15 +52,9 @@ class TuningEncoder(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        projections: dict,
-        clip_dim: int,
-        embed_dim: int,
-        unet_dim: int,
-        token_dim: int,
-        num_words: int,
-        settings: dict | None = None,
-        method: dict | None = None,
-    ) -> None:
+        projections: dict, clip_dim: int, embed_dim: int, unet_dim: int, token_dim: int,
+        num_words: int, settings: dict | None = None, method: dict | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         settings = self.settings = EncoderConfig(**(settings or {}))
         self.method = MethodConfig(**(method or {}))
@@ -116,13 +66,9 @@ class TuningEncoder(ModelMixin, ConfigMixin):
         )
         self.zero_shot_weight = nn.Parameter(torch.ones(()))
         self.hypernetwork = build_hypernetwork(
-            projections,
-            settings.rank,
-            settings.width,
-            settings.num_heads,
-            settings.trunk_depth,
-            settings.offset_scale,
-        )
+            projections, settings.rank, settings.width, settings.num_heads,
+            settings.trunk_depth, settings.offset_scale,
+        )  # fmt: skip
         self.register_buffer("word_clip", torch.zeros(num_words, embed_dim))
         # NaN until `bind`: an encoder without words shall not predict anything.
         unknown = torch.full((num_words, token_dim), torch.nan)
@@ -135,13 +81,9 @@ class TuningEncoder(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_backbone(
-        cls,
-        backbone: Backbone,
-        settings: EncoderConfig | None = None,
-        method: MethodConfig | None = None,
-        table: TokenTable | None = None,
-        seed: int = 0,
-    ) -> Self:
+        cls, backbone: Backbone, settings: EncoderConfig | None = None,
+        method: MethodConfig | None = None, table: TokenTable | None = None, seed: int = 0,
+    ) -> Self:  # fmt: skip
         """A fresh encoder for a backbone.
 
         Raises DTEError when the backbone's text encoder has no projection to CLIP space.
@@ -246,12 +188,9 @@ class TuningEncoder(ModelMixin, ConfigMixin):
         return image_features(backbone, images, self.settings.clip_layer)
 
     def unet_features(
-        self,
-        backbone: Backbone,
-        noisy_latents: Float[Tensor, "batch channels height width"],
-        timesteps: Int[Tensor, " batch"],
-        prompt: Float[Tensor, "1 length dim"],
-    ) -> Float[Tensor, "batch features grid grid"]:
+        self, backbone: Backbone, noisy_latents: Float[Tensor, "batch channels height width"],
+        timesteps: Int[Tensor, " batch"], prompt: Float[Tensor, "1 length dim"],
+    ) -> Float[Tensor, "batch features grid grid"]:  # fmt: skip
         """UNet features with the layers that this encoder reads.
 
         prompt: the encoded `feature_prompt`.
@@ -287,12 +226,9 @@ class TuningEncoder(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def predict(
-        self,
-        backbone: Backbone,
-        images: Float[Tensor, "pictures 3 height width"],
-        seed: int = 0,
-        prompt_encoder: PromptEncoder | None = None,
-    ) -> EncoderPrediction:
+        self, backbone: Backbone, images: Float[Tensor, "pictures 3 height width"],
+        seed: int = 0, prompt_encoder: PromptEncoder | None = None,
+    ) -> EncoderPrediction:  # fmt: skip
         """Static prediction (batch 1) from pictures of *one* concept in [-1, 1].
 
         The mean of the predictions from `static_features`. A mean of A and a mean of B is not the
@@ -303,11 +239,9 @@ class TuningEncoder(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def class_row(
-        self,
-        backbone: Backbone,
-        images: Float[Tensor, "pictures 3 height width"],
+        self, backbone: Backbone, images: Float[Tensor, "pictures 3 height width"],
         table: TokenTable,
-    ) -> int:
+    ) -> int:  # fmt: skip
         """Row of the table with the word that CLIP finds in pictures of one concept."""
         return word_of_pictures(image_features(backbone, images).embeds, self.word_clip)
 
@@ -323,51 +257,6 @@ def trained_encoder(predictor: Predictor, purpose: str) -> TuningEncoder:
         f"{purpose} needs a trained encoder, and this backbone comes without one: train one with "
         "dte pretrain, or name its folder."
     )
-
-
-def word_of_pictures(
-    embeds: Float[Tensor, "pictures embed"], word_clip: Float[Tensor, "words embed"]
-) -> int:
-    """Row of the word that is most similar to pictures of one concept, on average."""
-    return int((word_clip.to(embeds) @ embeds.mean(dim=0)).argmax())
-
-
-def mean_prediction(prediction: EncoderPrediction, n: int) -> EncoderPrediction:
-    """Mean over each n neighbouring rows of an EncoderPrediction: batch B * n -> B.
-
-    Of different class words the mean, which is then no word itself.
-    """
-
-    def mean(x: Tensor) -> Tensor:
-        return x.unflatten(0, (-1, n)).mean(dim=1)
-
-    offsets = {key: (mean(a), mean(b)) for key, (a, b) in prediction.offsets.items()}
-    return EncoderPrediction(mean(prediction.v_star), offsets, mean(prediction.class_word))
-
-
-@torch.no_grad()
-def word_clip_embeddings(
-    backbone: Backbone, table: TokenTable, batch_size: int = 256
-) -> Float[Tensor, "words embed"]:
-    """Unit CLIP embeddings of "a picture of a WORD" for the table's words.
-
-    Raises DTEError when the text encoder has no projection.
-    """
-    if not backbone.has_projection:
-        raise DTEError(
-            f"The text encoder of backbone {backbone.name} has no projection to CLIP space; "
-            "save it as CLIPTextModelWithProjection."
-        )
-    embeddings = []
-    starts = range(0, len(table), batch_size)
-    for i in tqdm(starts, desc="words", disable=len(starts) < 50):  # a large vocabulary takes time
-        texts = [f"a picture of a {word}" for word in table.words[i : i + batch_size]]
-        # Attention is causal, so padding behind the end token would change nothing.
-        batch = backbone.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-        ids = batch.input_ids
-        embeds = backbone.text_encoder(input_ids=ids.to(backbone.device)).text_embeds
-        embeddings.append(F.normalize(embeds.float(), dim=-1))
-    return torch.cat(embeddings)
 
 
 def encoder_folder(name_or_path: str | Path) -> Path:

@@ -9,14 +9,13 @@ import torch.nn.functional as F
 from dte_lab import DTEPipeline, EncoderConfig, TuneConfig, TuningEncoder, load_encoder
 from dte_lab.baselines import (
     BaselineConfig,
-    E4TEncoder,
     class_word,
     dreambooth_lora,
     e4t,
-    load_e4t,
     textual_inversion,
 )
 from dte_lab.common.errors import DTEError
+from dte_lab.e4t import E4TEncoder, load_e4t
 from dte_lab.encoder import trained_encoder, word_of_pictures
 from dte_lab.evaluation.methods import Methods
 from dte_lab.evaluation.specifications import parse
