@@ -16,7 +16,14 @@ from dte_lab.world.captions import held_out, noun_phrase, random_caption
 from dte_lab.world.clip import WORDS, build_tokenizer, cells, from_cells
 from dte_lab.world.data import picture_grid, random_batch, random_item, to_tensor
 from dte_lab.world.muon import orthogonalise
-from dte_lab.world.pairs import VARIANTS, ConceptPairs, mix, vary
+from dte_lab.world.pairs import (
+    OTHER_SCENE,
+    SAME_PICTURE,
+    VARIANTS,
+    ConceptPairs,
+    mix,
+    vary,
+)
 from dte_lab.world.scenes import COLOURS, OFFSET, SPRITE_PX, background, compose
 from dte_lab.world.sprites import sprite
 from dte_lab.world.training import TrainConfig, build_optimizer, schedule, train
@@ -153,6 +160,20 @@ def test_pairs_are_pure_and_prompts_hold_the_placeholder():
     kinds = Counter("picture of S*" if pairs[i]["prompt"].endswith("S*") else "edit"
                     for i in range(300))  # fmt: skip
     assert 0.15 < kinds["picture of S*"] / 300 < 0.35
+
+
+def test_a_prompt_names_the_style_that_changed_and_no_other():
+    """What another scene alone changes keeps its style unnamed: the encoder has to see it."""
+    pairs, styles = ConceptPairs(varied=0, mixed=0), Counter()
+    for i in range(120):
+        rng = np.random.default_rng((0, i))  # as the item draws
+        random_item(rng, pairs.names)
+        rng.random(), rng.random()
+        kind = rng.random()
+        named = any(f"a {style} picture" in pairs[i]["prompt"] for style in STYLES)
+        assert named == (kind >= SAME_PICTURE + OTHER_SCENE), pairs[i]["prompt"]
+        styles[named] += 1
+    assert min(styles.values()) > 10
 
 
 def test_varied_concepts_are_other_concepts_made_of_the_same_pixels():
