@@ -174,6 +174,8 @@ def test_the_fields_of_the_settings_are_options_or_not_read_by_the_method():
         ("dte@regulariser_weight=1:2", "regulariser=contrastive does not read it"),
         ("dte@regulariser=none@temperature=1:2", "temperature.*regulariser=none"),
         ("dte@regulariser=l2@norm_weight=1:2", "norm_weight.*regulariser=l2"),
+        ("dte@regulariser=l2@temperature=1:2", "temperature.*regulariser=l2"),
+        ("dte@regulariser=hinge@temperature=1:2", "temperature.*regulariser=hinge"),
         ("dte@contrastive_weight=0@num_positives=3:2", "num_positives.*no weight"),
         ("dte@regulariser=hinge@regulariser_weight=0@num_positives=3:2", "no weight"),
         ("dte@encoder_learning_rate=1:2", "trainable=predictions does not read it"),
