@@ -304,7 +304,7 @@ layers, after = offset_sizes(pipe.backbone.unet, concept.offsets)
 count = sum(a.numel() + b.numel() for a, b in concept.offsets.values())
 full = sum(a.shape[1] * b.shape[2] for a, b in concept.offsets.values())
 print(
-    f"{count:,} numbers of rank {concept.config.rank} change {full:,} weights "
+    f"{count:,} numbers of rank {pipe.encoder.settings.rank} change {full:,} weights "
     f"({count / full:.0%}), by {100 * before.mean():.1f} % of their size as predicted and "
     f"{100 * after.mean():.1f} % once tuned (mean over {after.size} matrices)"
 )

@@ -657,9 +657,9 @@ labels |= {
 }
 for kind, label in labels.items():
     first = {
-        row["concept"]: row["nearest_words"].split()[0]
+        row.concept: row.nearest_words.split()[0]
         for row in rows
-        if (row["method"], row["steps"]) == (label, "0")
+        if (row.method, row.steps) == (label, 0)
     }
     print(f"{kind:12} {len(set(first.values())):3} nearest words for {len(first)} things")
 print()

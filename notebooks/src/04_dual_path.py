@@ -573,7 +573,7 @@ for label, row in rows.items():
     print(f"{name_of:<26}" + "".join(f"{r:7.2f}" for r in ratio.tolist()))
 
 # %% [markdown]
-# ## 6. Try it: blend, offsets_on, granularity
+# ## 6. Try it: blend, path of the offsets, granularity
 #
 # All pictures of the panel are drawn here, so that it answers at once. At α = 0 and α = 1 only one
 # path counts, and then both granularities are the same UNet: those pictures are drawn once.
@@ -582,7 +582,7 @@ for label, row in rows.items():
 ALPHAS, SEEDS = [0, 0.2, 0.4, 0.6, 0.8, 1], [0, 1, 2]
 WAYS_TO_BLEND = [(p, g) for p in ("soft", "hard") for g in ("attention", "block")]
 blended = {}
-for offsets_on, granularity in tqdm(WAYS_TO_BLEND, desc="pairings and granularities"):
+for offsets_on, granularity in tqdm(WAYS_TO_BLEND, desc="ways to blend"):
     config = replace(concept.config, offsets_on=offsets_on, granularity=granularity)
     for alpha in ALPHAS:
         if alpha in (0, 1) and granularity == "block":
@@ -613,7 +613,7 @@ show(
         [f"α = {alpha:g}" for alpha in ALPHAS],
         [", ".join(way) for way in WAYS_TO_BLEND],
     ),
-    f"Pictures on the beach with seed 0: rows are the pairings and granularities "
+    f"Pictures on the beach with seed 0: rows are the paths with offsets and granularities "
     f"{'; '.join(', '.join(way) for way in WAYS_TO_BLEND)}; columns are alpha from 0 to 1.",
 )
 
@@ -780,8 +780,8 @@ def mean_of(setting, measure):
 ends = [("soft", "attention", alpha) for alpha in (0, 1)]
 show(
     alpha_figure(table),
-    "Four charts over alpha, one line per offsets_on and granularity. Along figure, attention from "
-    "alpha 0 to 1: "
+    "Four charts over alpha, one line per path with offsets and granularity. On the soft path, per "
+    "attention, from alpha 0 to 1: "
     + "; ".join(
         f"{name} from {mean_of(ends[0], key):.2f} to {mean_of(ends[1], key):.2f}"
         for name, key in (
@@ -840,7 +840,7 @@ soft, hard, dual = (("soft", "attention", alpha) for alpha in (1, 0, 0.7))
 for title, one, other in (
     ("blend 0.7 against soft path alone", dual, soft),
     ("blend 0.7 against hard path alone", dual, hard),
-    ("offsets_on figure against text, at 0.7", dual, ("hard", "attention", 0.7)),
+    ("offsets on the soft path against the hard one, at 0.7", dual, ("hard", "attention", 0.7)),
     ("granularity attention against block, at 0.7", dual, ("soft", "block", 0.7)),
     ("learned word alone against learned weights alone", ("hard", "attention", 1),
      ("hard", "attention", 0)),
