@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
-from jaxtyping import Float, Int
+from jaxtyping import Float, Num
 from torch import Tensor, nn
 
 from dte_lab.common.errors import DTEError
@@ -46,7 +46,7 @@ UNSUPPORTED = (
 
 def alpha_at(
     alpha_blend: float | tuple[float, float],
-    timesteps: int | Int[Tensor, " batch"],
+    timesteps: int | Num[Tensor, " batch"],
     num_timesteps: int,
 ) -> int | float | Float[Tensor, " batch"]:
     """The blend at one timestep or several, of num_timesteps.
@@ -87,7 +87,7 @@ class DualPathProcessor:
         encoder_hidden_states: Float[Tensor, "batch length dim"] | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
-    ) -> Float[Tensor, "batch tokens channels"]:
+    ) -> Float[Tensor, "batch tokens channels_out"]:
         if attention_mask is not None:
             raise ValueError("The dual path does not support attention masks.")
         x, soft_text = hidden_states, encoder_hidden_states  # (B, T, C), (B, L, d) or None
