@@ -193,3 +193,16 @@ def test_clip_pixels_of_large_pictures_are_pils_bicubic(tiny_backbone):
     )
     ours = Backbone.clip_pixels(stand_in, picture[None])[0].permute(1, 2, 0).numpy()
     np.testing.assert_allclose(ours, (small - mean) / std, atol=0.02)  # PIL rounds to bytes
+
+
+def test_decoded_latents_are_unscaled_and_clipped(tiny_backbone):
+    class Decoder(torch.nn.Module):
+        config = SimpleNamespace(scaling_factor=0.5)
+
+        def decode(self, z):
+            return SimpleNamespace(sample=z[:, :3])
+
+    backbone = dataclasses.replace(tiny_backbone, vae=Decoder())
+    z = torch.tensor([0.2, -0.4, 3.0, 9.0])[None, :, None, None]
+    expected = torch.tensor([0.4, -0.8, 1.0])[None, :, None, None]
+    torch.testing.assert_close(backbone.decode_latents(z), expected)

@@ -272,3 +272,13 @@ def test_time_is_up_where_it_is_up_in_any_process():
     assert pretrain.out_of_time(accelerator, limited, float("inf")) and calls == ["check"]
     assert pretrain.out_of_time(accelerator, limited, float("-inf"))
     assert calls == ["check", "set", "check"]
+
+
+def test_the_encoder_is_written_before_the_checkpoint_that_calls_it_finished(monkeypatch):
+    order = []
+    monkeypatch.setattr(callbacks, "save_folder", lambda model, folder: order.append(folder))
+    checkpoint = SimpleNamespace(save=lambda *state: order.append(state[-1]))
+    save = callbacks.Save("encoder", 2, checkpoint, None, None, None)
+    for step, last in ((1, False), (2, False), (3, True)):
+        save(callbacks.StepResult(step, {}, None, None, 0.0, None, last))
+    assert order == ["encoder", 2, "encoder", 3]

@@ -201,6 +201,23 @@ def test_the_first_step_against_adamw_and_the_average(tiny_backbone, tiny_config
     assert line["learning_rate"] == 0.01 and line["grad_norm"] > 0
 
 
+def test_the_configs_norm_clips_and_the_last_step_is_logged(
+    tiny_backbone, tiny_config, monkeypatch, tmp_path
+):
+    module, norms = sys.modules["dte_lab.training.pretrain"], []
+    train_step = module.train_step
+
+    def step(*arguments):
+        norms.append(arguments[-1])
+        return train_step(*arguments)
+
+    monkeypatch.setattr(module, "train_step", step)
+    config = dataclasses.replace(CONFIG, steps=3, log_every=2, max_grad_norm=0.25)
+    run(tiny_backbone, tiny_config, tmp_path, config)
+    assert norms == [0.25] * 3
+    assert [line["step"] for line in log(tmp_path)] == [2, 3]
+
+
 def test_the_log_says_what_the_prediction_is(tiny_backbone, monkeypatch):
     table = PromptEncoder(tiny_backbone).table
     v_star = 2 * table.embeddings[3:5]

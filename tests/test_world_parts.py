@@ -156,16 +156,21 @@ def test_the_towers_loss(monkeypatch):
 
 
 def test_pictures_are_shifted_and_their_colours_scaled():
+    x = torch.rand(50, 3, 16, 16, generator=torch.Generator().manual_seed(0)) - 0.5
     torch.manual_seed(10)
-    x = torch.rand(50, 3, 16, 16) - 0.5
+    drawn = (torch.randint(7, (2,)) - 3).tolist()  # down and to the right
+    assert drawn[0] != drawn[1]
+    torch.manual_seed(10)
     y = train_towers.augment(x)
-    fits = []
+    fits, shifts = [], []
     for top in range(-3, 4):
         for left in range(-3, 4):
             inner = x[:, :, 3 + top : 13 + top, 3 + left : 13 + left]
             gain = (y[:, :, 3:13, 3:13] + 1) / (inner + 1)  # one per picture and colour
             fits.append((gain - gain.mean((2, 3), keepdim=True)).abs().max().item())
+            shifts.append([top, left])
     assert min(fits) < 1e-4 and sorted(fits)[1] > 0.1
+    assert shifts[fits.index(min(fits))] == drawn
     assert y.abs().max() <= 1
 
 
