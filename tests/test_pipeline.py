@@ -171,9 +171,18 @@ def test_initial_noise_is_nobody_elses(pipe):
         assert torch.corrcoef(torch.stack([noise.flatten(), other.flatten()]))[0, 1].abs() < 0.3
 
 
-def test_no_guidance_runs(pipe, concept):
-    images = generate(pipe, concept, ["S*"], guidance_scale=1.0)
-    assert images[0][0].size == (16, 16)
+def test_without_guidance_the_unet_sees_each_picture_once(pipe, concept):
+    seen = []
+    hook = pipe.backbone.unet.register_forward_pre_hook(
+        lambda unet, args: seen.append(len(args[0]))
+    )
+    try:
+        for scale in (1.0, 1.5):
+            images = generate(pipe, concept, ["S*"], guidance_scale=scale)
+            assert images[0][0].size == (16, 16)
+    finally:
+        hook.remove()
+    assert set(seen[: len(seen) // 2]) == {1} and set(seen[len(seen) // 2 :]) == {2}
 
 
 def test_processors_are_restored_even_after_exceptions(pipe, concept):
