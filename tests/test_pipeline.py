@@ -273,19 +273,30 @@ def test_prediction_anew_changes_the_picture(pipe, two_pictures):
     assert (pixels(once) != pixels(anew)).any()
 
 
-def test_prediction_anew_is_at_the_timestep_of_the_sampler(pipe, two_pictures, monkeypatch):
+def test_prediction_anew_sees_the_samplers_latents_and_timesteps(pipe, two_pictures, monkeypatch):
     seen, original = [], pipe.encoder.unet_features
 
     def watched(backbone, latents, timesteps, prompt):
-        seen.append(timesteps.tolist())
+        seen.append((latents, timesteps.tolist()))
         return original(backbone, latents, timesteps, prompt)
 
+    sampled = []
+    unet = pipe.backbone.unet
     monkeypatch.setattr(pipe.encoder, "unet_features", watched)
-    generate(pipe, two_pictures, prediction_interval=2, num_inference_steps=4)
+    hook = unet.register_forward_pre_hook(lambda unet, args: sampled.append(args[0]))
+    try:
+        generate(
+            pipe, two_pictures, prediction_interval=2, num_inference_steps=4, guidance_scale=1.0
+        )
+    finally:
+        hook.remove()
     scheduler = type(pipe.backbone.scheduler).from_config(pipe.backbone.scheduler.config)
     scheduler.set_timesteps(4)
     first, _, third, _ = scheduler.timesteps.tolist()
-    assert seen[-2:] == [[first] * 2, [third] * 2]  # two pictures; before them the static features
+    (x1, t1), (x3, t3) = seen[-2:]  # before them the static features
+    assert [t1, t3] == [[first] * 2, [third] * 2]  # two pictures
+    assert torch.equal(x1, sampled[0].repeat(2, 1, 1, 1))
+    assert torch.equal(x3, sampled[2].repeat(2, 1, 1, 1)) and not torch.equal(x1, x3)
 
 
 @torch.no_grad()
