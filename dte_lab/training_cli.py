@@ -120,12 +120,21 @@ def pretrain(
 
 @world.command()
 def build(
-    packages: Annotated[Path, typer.Option(help="Folder with the archives from `npm pack`.")],
+    packages: Annotated[
+        Path | None, typer.Option(help="Folder with the archives from `npm pack`.")
+    ] = None,
+    wide: Annotated[
+        Path | None, typer.Option(help="Fetch and draw the wide world into this folder instead.")
+    ] = None,
 ) -> None:
-    """Build the sprite atlases from four npm packages."""
-    from dte_lab.world import build
-
-    build.main(packages)
+    """Build the sprite atlases from four npm packages; or the wide world, to train on (175 MB)."""
+    if (packages is None) == (wide is None):
+        raise typer.BadParameter("Give either --packages or --wide.")
+    if wide:
+        from dte_lab.world.wide import main
+    else:
+        from dte_lab.world.build import main
+    main(wide or packages)
 
 
 @train.command()
