@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from dte_lab.backbone import Backbone
 from dte_lab.common.errors import DTEError
 from dte_lab.common.files import write_atomically
 from dte_lab.config import MethodConfig
@@ -35,16 +36,16 @@ class Concept:
     pictures: torch.Tensor | None = None
 
     @property
-    def nearest_words(self):
+    def nearest_words(self) -> list[tuple[str, float]]:
         """[[word, cosine similarity], ...] of the usable words nearest to v*."""
         return self.info.get("words_after", [])
 
     @property
-    def seconds(self):
+    def seconds(self) -> float:
         """Wall-clock time that `personalize` took."""
         return self.info.get("seconds", 0.0)
 
-    def save(self, path):
+    def save(self, path: Path | str) -> None:
         """Write a safetensors file, atomically. Raises OSError when the folder is not writable."""
         tensors = {"v_star": self.v_star}
         for key, (a, b) in self.offsets.items():
@@ -61,7 +62,7 @@ class Concept:
         write_atomically(path, save(tensors, metadata))
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path: Path | str) -> "Concept":
         """Read a file that `save` wrote.
 
         Raises FileNotFoundError when there is none and ValueError when it is damaged.
@@ -94,7 +95,7 @@ class Concept:
                 "copy it again, or make a new one with personalize."
             ) from error
 
-    def check(self, backbone):
+    def check(self, backbone: Backbone) -> None:
         """Raise DTEError when the concept does not fit the backbone."""
         width = backbone.text_encoder.config.hidden_size
         if self.v_star.shape != (1, width):

@@ -12,16 +12,19 @@ from pathlib import Path
 
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from safetensors.torch import save
+from torch import Tensor
 
 from dte_lab import placeholder_token
 from dte_lab.common.errors import DTEError
 from dte_lab.common.files import write_atomically
+from dte_lab.concept import Concept
+from dte_lab.lora import Offsets
 
 LORA, EMBEDDING = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"
 KOHYA = "kohya_lora.safetensors"
 
 
-def export(concept, out_dir):
+def export(concept: Concept, out_dir: Path | str) -> list[Path]:
     """Write the files of a Concept to a folder and return their paths.
 
     A concept without offsets (Textual Inversion) gets the embedding alone.
@@ -44,7 +47,7 @@ def export(concept, out_dir):
     return [Path(out_dir) / name for name in files]
 
 
-def peft_state_dict(offsets):
+def peft_state_dict(offsets: Offsets) -> dict[str, Tensor]:
     """Offsets -> {"unet.MODULE.lora_A.weight": (r, Din), "unet.MODULE.lora_B.weight": (Dout, r)}.
 
     PEFT keeps both matrices transposed: W' = W + B A there is W + A B here.
@@ -57,6 +60,6 @@ def peft_state_dict(offsets):
     return state
 
 
-def _plain(tensor):
+def _plain(tensor: Tensor) -> Tensor:
     tensor = tensor.detach().cpu().contiguous()
     return tensor.float() if tensor.is_floating_point() else tensor

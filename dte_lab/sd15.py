@@ -8,8 +8,10 @@ import errno
 import itertools
 import shutil
 import string
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
@@ -84,7 +86,7 @@ SCHEDULER = {
 USABLE_WORDS = 32_607  # of the real vocabulary, as `TokenTable` counts them
 
 
-def sd15_files(half):
+def sd15_files(half: bool) -> dict[str, float]:
     """{file of the hub's repository: its size in GB, 0 for the small ones}."""
     variant, sizes = (".fp16", (1.72, 0.17)) if half else ("", (3.44, 0.33))
     weights = f"diffusion_pytorch_model{variant}.safetensors"
@@ -99,7 +101,9 @@ def sd15_files(half):
     }
 
 
-def fetch(repository, files, revision, local_files_only=False):
+def fetch(
+    repository: str, files: dict[str, float], revision: str, local_files_only: bool = False
+) -> Path:
     """Folder of the hub's cache with `files` {name: GB} of a repository, downloaded if need be.
 
     What the cache holds needs no network. Raises OSError, with one sentence, when files are missing
@@ -132,20 +136,20 @@ def fetch(repository, files, revision, local_files_only=False):
     ) from cause
 
 
-def in_cache(repository, files, revision):
+def in_cache(repository: str, files: dict[str, float], revision: str) -> bool:
     """Whether the hub's cache holds all `files` of a repository."""
     found = (try_to_load_from_cache(repository, name, revision=revision) for name in files)
     return all(isinstance(path, str) for path in found)
 
 
-def check_hub(timeout=5):
+def check_hub(timeout: float = 5) -> None:
     """Raise whatever the network raises when the hub does not answer within `timeout` seconds."""
     if constants.is_offline_mode():
         raise ConnectionError("offline mode is on (HF_HUB_OFFLINE)")
     get_session().head(constants.ENDPOINT, timeout=timeout)
 
 
-def check_space(repository, files):
+def check_space(repository: str, files: dict[str, float]) -> None:
     """Raise OSError when the disk of the hub's cache has no room for `files` {name: GB}."""
     cache = Path(constants.HF_HUB_CACHE)
     existing = next(p for p in (cache, *cache.parents) if p.exists())
@@ -153,7 +157,7 @@ def check_space(repository, files):
         raise _no_space(repository, files)
 
 
-def _no_space(repository, files):
+def _no_space(repository: str, files: dict[str, float]) -> OSError:
     return OSError(
         errno.ENOSPC,
         f"{repository} needs {sum(files.values()):.1f} GB in {constants.HF_HUB_CACHE}, and the "
@@ -161,25 +165,31 @@ def _no_space(repository, files):
     )
 
 
-def _chain(error):
+def _chain(error: BaseException) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
-def _disk_full(error):
+def _disk_full(error: BaseException) -> bool:
     return any(
         getattr(e, "errno", None) == errno.ENOSPC or "No space left" in str(e)
         for e in _chain(error)
     )
 
 
-def _innermost(error):
+def _innermost(error: BaseException) -> str:
     *_, last = _chain(error)
     return " ".join(str(last).split()).rstrip(".")[:200] or type(last).__name__
 
 
-def random_parts(device="cpu", dtype=torch.float32, resolution=512, seed=0, **changes):
+def random_parts(
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    resolution: int = 512,
+    seed: int = 0,
+    **changes: dict,
+) -> dict[str, Any]:
     """The parts of a `Backbone` with random weights, by name.
 
     changes: unet, vae, text or vision, each a dict of settings that differ from SD 1.5's.
@@ -212,7 +222,7 @@ def random_parts(device="cpu", dtype=torch.float32, resolution=512, seed=0, **ch
 
 
 @contextmanager
-def _default_dtype(dtype):
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -221,7 +231,7 @@ def _default_dtype(dtype):
         torch.set_default_dtype(before)
 
 
-def made_up_tokenizer():
+def made_up_tokenizer() -> CLIPTokenizer:
     """A CLIPTokenizer with 49,408 tokens, of which as many are whole words as in the real one.
 
     The words are made up ("aab", "aac", ...): the real vocabulary comes with the weights.
