@@ -26,8 +26,9 @@ DAMAGE = (
     TypeError,
     LookupError,
     AttributeError,
+    ArithmeticError,
 )
-DAMAGE += (ArithmeticError,)
+COPY = "it is damaged or of another model, so copy it again"
 
 
 def load_weights(
@@ -86,9 +87,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise DTEError(f"{path} holds no settings: {COPY}.")
     return config
-
-
-COPY = "it is damaged or of another model, so copy it again"
 
 
 def _finite(tensor: torch.Tensor) -> bool:

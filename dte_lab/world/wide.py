@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 from dte_lab.common.errors import DTEError
 from dte_lab.common.files import write_atomically
+from dte_lab.world.build import read_member
 from dte_lab.world.scenes import COLOURS, SPRITE_PX
 from dte_lab.world.sprites import ASSETS
 from dte_lab.world.wide_names import Emoji, HeldOut, icon_name
@@ -105,7 +106,7 @@ def style_of(source: Source, icon: str) -> str:
 
 
 def read_json(archive: tarfile.TarFile, member: str) -> dict:
-    return json.loads(archive.extractfile(f"package/{member}").read())
+    return json.loads(read_member(archive, member))
 
 
 def draw_icon(icons: dict, icon: str, colour: str) -> np.ndarray:
@@ -242,7 +243,6 @@ def choose(source: Source, archive: tarfile.TarFile, emoji: Emoji, held_out: Hel
     for icon, entry in sorted(icons["icons"].items()):
         found = emoji.find(icon) if source.is_emoji else None
         name = icon_name(found["label"] if found else icon)
-        thing = held_out.thing(icon) or held_out.thing(name) or held_out.inside(icon)
         rgba = draw_icon(icons, icon, colour_of(icon))
         digest = short_hash(rgba)
         if entry.get("hidden"):
@@ -253,7 +253,7 @@ def choose(source: Source, archive: tarfile.TarFile, emoji: Emoji, held_out: Hel
             if whole := held_out.thing(icon) or held_out.thing(name):
                 kept.append(["held_out", icon, whole, digest])
             why = "held out" if whole else "style"
-        elif thing or held_out.inside(name):
+        elif held_out.inside(icon) or held_out.inside(name):
             why = "held out"
         elif is_blank(rgba):
             why = "blank"
