@@ -59,7 +59,7 @@ class BaselineConfig:
 
 
 @dataclass
-class Run:
+class BaselineRun:
     """One run of a baseline on pictures (n, 3, H, W); it began when this was made."""
 
     pipe: DTEPipeline
@@ -81,7 +81,7 @@ def textual_inversion(
     config: BaselineConfig | None = None,
 ) -> dict[int, Concept]:
     """Optimise v* alone, from the embedding of the class word."""
-    run = Run(pipe, pixels, steps, seed, config or BaselineConfig())
+    run = BaselineRun(pipe, pixels, steps, seed, config or BaselineConfig())
     v_star = class_word(pipe, pixels)[1].clone().requires_grad_()
     unit = pipe.prompt_encoder.table.typical_entry
     groups = [{"params": [v_star], "lr": run.config.token_learning_rate * unit}]
@@ -101,7 +101,7 @@ def dreambooth_lora(
     The rare word of the original is a random vector of a word's length: no vocabulary is sure to
     have a word without a meaning. ("ours") `prior`: with prior preservation, of weight 1.
     """
-    run = Run(pipe, pixels, steps, seed, config or BaselineConfig())
+    run = BaselineRun(pipe, pixels, steps, seed, config or BaselineConfig())
     word, embedding = class_word(pipe, pixels)
     rare = torch.randn(embedding.shape, generator=stream(seed, "rare word")).to(embedding)
     rare = rare * pipe.prompt_encoder.table.mean_norm / rare.norm()
@@ -129,7 +129,7 @@ def e4t(
 
     Raises DTEError where the pipeline has no E4TEncoder.
     """
-    run = Run(pipe, pixels, steps, seed, config or BaselineConfig())
+    run = BaselineRun(pipe, pixels, steps, seed, config or BaselineConfig())
     encoder, unit = pipe.encoder, pipe.prompt_encoder.table.typical_entry
     if not isinstance(encoder, E4TEncoder):
         raise DTEError("E4T needs a trained E4TEncoder: load one with load_e4t.")
@@ -173,7 +173,7 @@ def initial_lora(
 
 
 def _fit(
-    run: Run,
+    run: BaselineRun,
     trained: Parameters,
     phrase: str = placeholder_token,
     prior: Float[Tensor, "1 dim"] | None = None,
@@ -223,7 +223,7 @@ def _fit(
 
 
 def prior_latents(
-    run: Run, word: Float[Tensor, "1 dim"], method: MethodConfig
+    run: BaselineRun, word: Float[Tensor, "1 dim"], method: MethodConfig
 ) -> Float[Tensor, "pictures channels height width"]:
     """Latents of pictures of the class word (1, d), drawn by the base model alone."""
     n, backbone = run.config.prior_pictures, run.pipe.backbone

@@ -32,7 +32,7 @@ from dte_lab.tokens import PromptEncoder
 from dte_lab.tuning import TuneConfig, tune
 from dte_lab.zero_shot import ZeroShotStart
 
-Source = str | Path | Image  # of a picture
+PictureSource = str | Path | Image  # of a picture
 
 
 class DTEPipeline:
@@ -73,7 +73,7 @@ class DTEPipeline:
 
     def personalize(
         self,
-        image: Source | Sequence[Source],
+        image: PictureSource | Sequence[PictureSource],
         num_steps: int = 12,
         seed: int = 0,
         callback: Callable[[dict], object] | None = None,
@@ -188,7 +188,7 @@ class DTEPipeline:
         shape = (1, *self.backbone.latent_shape)
         return torch.randn(shape, generator=stream(seed, "initial noise"))
 
-    def pixels(self, images: Sequence[Source]) -> Float[Tensor, "pictures 3 height width"]:
+    def pixels(self, images: Sequence[PictureSource]) -> Float[Tensor, "pictures 3 height width"]:
         """Paths or PIL images, in [-1, 1] and centre-cropped to the backbone's size."""
         size = self.backbone.resolution
         return torch.stack([to_square_tensor(read_image(image), size) for image in images])

@@ -140,7 +140,7 @@ def tune(
         scaler.unscale_(optimizer)
         if finite := bool(terms["loss"].isfinite()):
             good = tuned.copies()
-        overflow = not _finite(leaf.grad for leaf in tuned.leaves if leaf.grad is not None)
+        overflow = not _all_finite(leaf.grad for leaf in tuned.leaves if leaf.grad is not None)
         finite = finite and not (overflow and scaler.get_scale() <= 1)
         if not finite:
             break
@@ -152,7 +152,7 @@ def tune(
         if callback is not None:
             callback({"step": step, **losses[-1], "v_star": seen.v_star, "offsets": seen.offsets})
 
-    if not (finite := finite and _finite(tuned.leaves)):
+    if not (finite := finite and _all_finite(tuned.leaves)):
         tuned.restore(good)
         warnings.warn(
             f"Tuning stopped at step {len(losses)}: the loss was no longer finite. "
@@ -190,7 +190,7 @@ def in_turn(step: int, batch_size: int, generator: torch.Generator) -> Int[Tenso
     return step * batch_size + torch.randperm(batch_size, generator=generator)
 
 
-def _finite(tensors: Iterable[Tensor]) -> bool:
+def _all_finite(tensors: Iterable[Tensor]) -> bool:
     return all(x.isfinite().all() for x in tensors)
 
 

@@ -24,8 +24,7 @@ from dte_lab.common.images import read_image
 from dte_lab.common.plots import picture_grid, save_figure
 from dte_lab.evaluation.base_model import evaluation_items, generate
 from dte_lab.world.captions import caption
-from dte_lab.world.data import picture_grid as pixel_grid
-from dte_lab.world.data import rendered
+from dte_lab.world.data import pixel_grid, rendered
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent

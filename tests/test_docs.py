@@ -98,3 +98,37 @@ def test_no_files_import_each_other_in_a_circle():
             del wanted[leaf]
         wanted = {name: needs - set(leaves) for name, needs in wanted.items()}
     assert not wanted, f"in a circle, or above one: {sorted(wanted)}"
+
+
+TWO_MEANINGS = {  # why a name may stand at the top of several files
+    "__all__": "what a folder shows",
+    "main": "each experiment and each part of the small world has one",
+    # A command is named after what it does, and so is the function that does it.
+    "evaluate": "dte evaluate, dte world evaluate",
+    "export": "dte export, and the function",
+    "generate": "dte generate, and the base model's, which the README's figures name",
+    "pretrain": "dte pretrain, and the function",
+    "train": "dte world train, and the loop",
+    # The check of an exercise is named after what the reader writes, as the package has it.
+    "contrastive_loss": "dte_lab.checks, and the function",
+    "steps_needed": "dte_lab.checks, and the function",
+}
+
+
+def defined_names(path):
+    """Names of the functions, classes and values that a file defines at its top."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from (x.id for t in targets for x in ast.walk(t) if isinstance(x, ast.Name))
+
+
+def test_a_name_at_the_top_of_a_file_means_one_thing():
+    files = {}
+    for path in (ROOT / "dte_lab").rglob("*.py"):
+        for name in set(defined_names(path)):
+            files.setdefault(name, []).append(str(path.relative_to(ROOT)))
+    several = {name: sorted(found) for name, found in files.items() if len(found) > 1}
+    assert len(files) > 500 and several.keys() == set(TWO_MEANINGS), several

@@ -96,7 +96,7 @@ def test_centred_cosines_are_those_of_the_vectors_without_their_mean(tiny_offset
 
 def test_similarity_figure_labels_runs_at_their_centres():
     matrix = np.eye(6)
-    figure = hypernetwork.similarity_figure({"left": matrix, "right": -matrix}, ["a", "b"])
+    figure = hypernetwork.cosine_figure({"left": matrix, "right": -matrix}, ["a", "b"])
     left, right = figure.axes[:2]
     assert np.array_equal(right.get_images()[0].get_array(), -matrix)
     assert list(left.get_xticks()) == [1, 4] and list(left.get_yticks()) == [1, 4]

@@ -146,7 +146,7 @@ def test_variants_of_the_encoder_are_trained_once_and_gathered(tmp_path, monkeyp
     monkeypatch.setattr(train_encoder, "main", main)
     for _ in range(2):
         encoders.main(tmp_path / "runs", tmp_path / "one.json", steps=8)
-    assert len(trained) == len(encoders.VARIANTS) == 13
+    assert len(trained) == len(encoders.RECIPES) == 13
     found = json.loads((tmp_path / "one.json").read_text())["variants"]
     by_name = {row["name"]: row for row in found}
     assert by_name["base"]["unseen"] == [[4, 0.25], [8, 0.125]]

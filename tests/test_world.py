@@ -14,7 +14,7 @@ from dte_lab.world import SCENES, STYLES, caption, concepts, render, split_names
 from dte_lab.world.build import plain_name, split_concepts
 from dte_lab.world.captions import held_out, noun_phrase, random_caption
 from dte_lab.world.clip import WORDS, build_tokenizer, cells, from_cells
-from dte_lab.world.data import picture_grid, random_batch, random_item, to_tensor
+from dte_lab.world.data import pixel_grid, random_batch, random_item, to_tensor
 from dte_lab.world.muon import orthogonalise
 from dte_lab.world.pairs import (
     OTHER_SCENE,
@@ -26,7 +26,7 @@ from dte_lab.world.pairs import (
 )
 from dte_lab.world.scenes import COLOURS, OFFSET, SPRITE_PX, background, compose
 from dte_lab.world.sprites import sprite
-from dte_lab.world.training import TrainConfig, build_optimizer, schedule, train
+from dte_lab.world.training import TrainConfig, muon_optimizer, schedule, train
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +234,7 @@ def test_cells_are_positions_of_the_latent_row_by_row():
 
 def test_picture_grid_puts_pictures_row_by_row():
     pictures = np.stack([np.full((4, 4, 3), i, np.uint8) for i in range(6)])
-    grid = picture_grid(to_tensor(pictures), 3)
+    grid = pixel_grid(to_tensor(pictures), 3)
     assert grid.shape == (8, 12, 3) and grid[0, 0, 0] == 0 and grid[-1, -1, 0] == 5
 
 
@@ -304,7 +304,7 @@ def test_bf16_is_used_where_it_is_asked_for(tmp_path):
     for precision, dtype in (("no", torch.float32), ("bf16", torch.bfloat16)):
         model = torch.nn.ModuleDict({"blocks": torch.nn.Sequential(torch.nn.Linear(8, 8))})
         config = TrainConfig(2, 2, 1e-3, muon_learning_rate=1e-3, mixed_precision=precision)
-        assert build_optimizer(model, config).dtype == dtype
+        assert muon_optimizer(model, config).dtype == dtype
         trained = train(tmp_path / precision, model, config, loss, lambda model, step: {})
         assert seen[-1] == dtype and trained["blocks"][0].weight.dtype == torch.float32
 
@@ -318,7 +318,7 @@ def test_muon_moves_hidden_matrices_and_adamw_the_rest():
     )
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     config = TrainConfig(5, 2, 1e-3, muon_learning_rate=1e-2, weight_decay=0.0)
-    optimizer = build_optimizer(model, config)
+    optimizer = muon_optimizer(model, config)
     for group in optimizer.param_groups:
         group["lr"].fill_(group["peak"])
     for p in model.parameters():
@@ -354,9 +354,9 @@ def test_what_is_not_finite_is_not_saved(tmp_path):
 
 
 def test_known_words_are_names_of_train_concepts_and_caption_words():
-    from dte_lab.world.words import known_words
+    from dte_lab.world.words import caption_words
 
-    words = known_words()
+    words = caption_words()
     assert words == sorted(set(words))
     assert {"picture", "background", "beach", "wooden", "red", *STYLES} <= set(words)
     train = {word for name in split_names("train") for word in name.split()}

@@ -25,7 +25,7 @@ from PIL import Image
 from dte_lab import __version__, placeholder_token
 from dte_lab.cli import evaluation, hardware, training
 from dte_lab.cli.common import (
-    Backbone,
+    AnyBackbone,
     Checkpointing,
     Device,
     Encoder,
@@ -88,7 +88,7 @@ def personalize(
     out: Out,
     steps: Annotated[int, typer.Option(min=0, help="Tuning steps, 0 for none.")] = 12,
     seed: Seeds = (0,),
-    backbone: Backbone = "small",
+    backbone: AnyBackbone = "small",
     encoder: Encoder = None,
     guidance_scale: Guidance = None,
     num_inference_steps: InferenceSteps = 25,
@@ -117,7 +117,7 @@ def personalize(
     concept = results["tuned" if steps else "predicted only"]
     concept.save(out / "concept.safetensors")  # first, since it is the costly part
 
-    drawing = Drawing(prompt, seed, guidance_scale, num_inference_steps, alpha)
+    drawing = DrawingOptions(prompt, seed, guidance_scale, num_inference_steps, alpha)
     drawn = {name: drawing.draw(pipe, result) for name, result in results.items()}
     names = save_pictures(list(drawn.values())[-1], prompt, seed, out)
     inputs = [square(picture, pipe.backbone.resolution) for picture in pictures]
@@ -153,12 +153,12 @@ def generate(
     loaded = Concept.load(concept)
     prepare_folder(out)
     pipe = load_pipeline(backbone or loaded.backbone, encoder, device, offload=offload)
-    drawing = Drawing(prompt, seed, guidance_scale, num_inference_steps, alpha)
+    drawing = DrawingOptions(prompt, seed, guidance_scale, num_inference_steps, alpha)
     names = save_pictures(drawing.draw(pipe, loaded), prompt, seed, out)
     typer.echo(f"wrote {', '.join(names)} to {out}")
 
 
-class Drawing(NamedTuple):
+class DrawingOptions(NamedTuple):
     """What to draw, and how; None is the default of DTEPipeline.generate."""
 
     prompts: list[str]

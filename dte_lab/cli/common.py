@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dte_lab import DTEPipeline
 
 Out = Annotated[Path, typer.Option("--out", help="Folder for what is written.")]
-Backbone = Annotated[
+AnyBackbone = Annotated[
     str, typer.Option("--backbone", help="small, sd15, or a folder in the Stable Diffusion layout.")
 ]
 SmallBackbone = Annotated[

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dte_lab.cli.common import Backbone, Checkpointing, Device, Encoder, Offload
+from dte_lab.cli.common import AnyBackbone, Checkpointing, Device, Encoder, Offload
 from dte_lab.common.errors import DTEError
 from dte_lab.common.quiet import quiet_libraries
 
@@ -62,7 +62,7 @@ def parameters(
 
 
 def doctor(
-    backbone: Backbone = "small",
+    backbone: AnyBackbone = "small",
     encoder: Encoder = None,
     device: Device = None,
     out: Annotated[Path, typer.Option(help="Where results would go.")] = Path("."),

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from dte_lab.cli.common import (
-    Backbone,
+    AnyBackbone,
     Checkpointing,
     Device,
     Out,
@@ -36,7 +36,7 @@ Precision = Annotated[
     typer.Option(help="bf16 is faster where the processor has it (avx512_bf16, or a GPU)."),
 ]
 FrozenPrecision = Annotated[str, typer.Option(help="no, bf16 or fp16: of frozen parts, autocast.")]
-Run = Annotated[Path, typer.Option(help="OUT of its `dte world train`.")]
+TrainedPart = Annotated[Path, typer.Option(help="OUT of its `dte world train`.")]
 Pictures = Annotated[
     str | None,
     typer.Option(
@@ -56,7 +56,7 @@ Every = Annotated[int | None, typer.Option(min=1, help="In steps.")]
 
 def pretrain(
     out: Out,
-    backbone: Backbone = "small",
+    backbone: AnyBackbone = "small",
     data: Pictures = None,
     steps: Steps = None,
     minutes: Minutes = None,
@@ -234,9 +234,9 @@ def encoder(
 @world.command()
 def pack(
     out: Out,
-    autoencoder: Run,
-    clip: Run,
-    unet: Run,
+    autoencoder: TrainedPart,
+    clip: TrainedPart,
+    unet: TrainedPart,
     encoder: Annotated[Path | None, typer.Option(help="OUT of its training.")] = None,
 ) -> None:
     """Gather the trained parts into one backbone folder, in half precision, as it ships."""

@@ -19,6 +19,7 @@ from dte_lab.common.files import write_atomically
 from dte_lab.common.resume import as_json, check_settings, cut_back
 
 State = dict[str, Tensor]
+CHECKPOINT = "checkpoint.safetensors"  # of a run, in its folder
 
 
 class Checkpoint:

@@ -7,7 +7,7 @@ import warnings
 from contextlib import ExitStack
 from importlib import import_module
 
-LIBRARIES = ("diffusers", "transformers", "torch", "huggingface_hub", "accelerate")
+LOUD_LIBRARIES = ("diffusers", "transformers", "torch", "huggingface_hub", "accelerate")
 
 
 def quiet_libraries() -> ExitStack:
@@ -20,7 +20,7 @@ def quiet_libraries() -> ExitStack:
     """
     undo = ExitStack()
     undo.enter_context(warnings.catch_warnings())
-    for module in LIBRARIES:
+    for module in LOUD_LIBRARIES:
         warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     root = logging.getLogger()

@@ -12,6 +12,8 @@ from pathlib import Path
 from dte_lab.common.errors import DTEError
 from dte_lab.common.files import write_atomically
 
+LOG = "log.jsonl"  # of a run, in its folder
+
 
 def as_json(settings: dict) -> dict:
     """Settings as they are read back from a JSON file: dataclasses are dicts, tuples lists."""

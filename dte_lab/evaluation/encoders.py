@@ -2,7 +2,7 @@
 
     python -m dte_lab.evaluation.encoders --runs DIR --out results/encoders.json [--device cuda]
 
-Trains each of VARIANTS, or of those that are named, into DIR/NAME unless it lies there, further
+Trains each of RECIPES, or of those that are named, into DIR/NAME unless it lies there, further
 seeds into DIR/NAME-seed1 and so on. Gathers their errors on things that no training saw: the
 diffusion loss on pairs of val concepts, the same for all.
 """
@@ -17,6 +17,7 @@ import numpy as np
 import typer
 
 from dte_lab.backbone import load_backbone
+from dte_lab.common.resume import LOG
 from dte_lab.common.stats import interval
 from dte_lab.config import EncoderConfig
 from dte_lab.evaluation.records import Row, versions, write_document
@@ -28,7 +29,7 @@ from dte_lab.training import small_world as train_encoder
 
 # The paper's next check 3, open question 1, and what its contrastive term is compared with. `base`
 # is a member of each group: rank 4, all 702 concepts, contrastive.
-VARIANTS = {
+RECIPES = {
     "base": {},
     **{f"rank-{r}": {"rank": r} for r in (1, 2, 8, 16, "full")},
     **{f"concepts-{n}": {"concepts": n} for n in (50, 100, 200, 400)},
@@ -43,13 +44,13 @@ def folder(runs: Path, name: str, seed: int) -> Path:
 def variant(run: Path, name: str, seed: int, shapes: dict[str, tuple[int, int]]) -> dict:
     """What is known of a finished run. `unseen`: [steps, error] pairs; `by_concept`: the errors at
     the end, one per val concept in their order."""
-    options = VARIANTS[name]
+    options = RECIPES[name]
     known = EncoderConfig.__dataclass_fields__
     settings = EncoderConfig(**{k: v for k, v in options.items() if k in known})
     sizes = count_parameters(
         shapes, settings.rank, settings.width, settings.num_heads, settings.trunk_depth
     )
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (run / LOG).read_text().splitlines()]
     unseen = {x["step"]: round(x["unseen_diffusion"], 5) for x in log if "unseen_diffusion" in x}
     by_concept = json.loads((run / train_encoder.BY_CONCEPT).read_text())
     return {
@@ -96,7 +97,7 @@ def compare_pictures(rows: Iterable[Row], measure: str = "fidelity") -> dict[int
 def main(
     runs: Annotated[Path, typer.Option(help="Folder of the trained encoders.")],
     out: Annotated[Path, typer.Option(help="The results' file.")] = Path("results/encoders.json"),
-    variants: Annotated[str, typer.Option(help="Names with commas between.")] = ",".join(VARIANTS),
+    variants: Annotated[str, typer.Option(help="Names with commas between.")] = ",".join(RECIPES),
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Of pre-training.")] = 680,
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs a step.")] = 128,
@@ -104,14 +105,14 @@ def main(
 ) -> None:
     """Train and compare the encoders."""
     names = dict.fromkeys(["base", *variants.split(",")])
-    if unknown := names.keys() - VARIANTS.keys():
-        raise typer.BadParameter(f"no variant {unknown.pop()!r}: take of {', '.join(VARIANTS)}.")
+    if unknown := names.keys() - RECIPES.keys():
+        raise typer.BadParameter(f"no variant {unknown.pop()!r}: take of {', '.join(RECIPES)}.")
     chosen = [(name, seed) for name in names for seed in range(seeds)]
     for name, seed in chosen:
         run = folder(runs, name, seed)
         if not (run / train_encoder.BY_CONCEPT).is_file():
             train_encoder.main(
-                run, steps=steps, batch_size=batch_size, seed=seed, device=device, **VARIANTS[name]
+                run, steps=steps, batch_size=batch_size, seed=seed, device=device, **RECIPES[name]
             )
     shapes = projection_shapes(load_backbone("small").unet)
     config = json.loads((runs / "base" / "config.json").read_text())

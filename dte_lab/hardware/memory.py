@@ -128,13 +128,13 @@ class CountedBackbone(Backbone):
     memory: TracedMemory
 
     def fetch(self, module: nn.Module) -> None:
-        self.memory.add(_size(module))
+        self.memory.add(_bytes_of(module))
 
     def put_away(self, module: nn.Module) -> None:
-        self.memory.add(-_size(module))
+        self.memory.add(-_bytes_of(module))
 
 
-def _size(module: nn.Module) -> int:
+def _bytes_of(module: nn.Module) -> int:
     return sum(p.untyped_storage().nbytes() for p in module.parameters())
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ipywidgets import VBox
 
 # Each with a marker of its own.
-COLOURS = (BLUE, ORANGE, GREEN, PINK, "#000000", SKY, VERMILION)
+HUES = (BLUE, ORANGE, GREEN, PINK, "#000000", SKY, VERMILION)
 MARKERS = ("o", "s", "^", "D", "P", "v", "X")
 
 
@@ -125,7 +125,7 @@ def _curves(ax: Axes, fractions: Sequence[float], curves: Mapping[str, tuple]) -
     gap = (fractions[-1] - fractions[0]) / 100  # so that error bars stand side by side
     middle = (sum(np.ndim(values) > 0 for values, _ in curves.values()) - 1) / 2
     for i, (label, (values, error)) in enumerate(curves.items()):
-        colour = COLOURS[i % len(COLOURS)]
+        colour = HUES[i % len(HUES)]
         style = {"color": colour, "elinewidth": 1, "capsize": 2, "markersize": 5, "label": label}
         x = np.asarray(fractions) + gap * (i - middle)
         marker = MARKERS[i % len(MARKERS)]
@@ -168,7 +168,7 @@ def umap_figure(
     for axes, (what, names) in zip(grid, labels.items(), strict=True):
         names = np.asarray(names)
         for ax, (space, xy) in zip(axes, points.items(), strict=True):
-            for name, colour, marker in zip(dict.fromkeys(names), COLOURS, MARKERS, strict=False):
+            for name, colour, marker in zip(dict.fromkeys(names), HUES, MARKERS, strict=False):
                 ax.scatter(
                     *xy[names == name].T, s=12, color=colour, marker=marker, alpha=0.75,
                     linewidth=0, label=name,

@@ -178,7 +178,7 @@ def cosines(gram: np.ndarray) -> np.ndarray:
     return gram / norm / norm[:, None]
 
 
-def similarity_figure(matrices: Mapping[str, np.ndarray], names: Sequence[str]) -> Figure:
+def cosine_figure(matrices: Mapping[str, np.ndarray], names: Sequence[str]) -> Figure:
     """Cosines (n, n) as maps with one scale; the n rows are equal runs, one per name."""
     n = len(next(iter(matrices.values())))
     run = n // len(names)

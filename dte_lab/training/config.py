@@ -6,8 +6,8 @@ from dte_lab.common.errors import DTEError
 from dte_lab.common.schedule import trapezoid
 from dte_lab.common.settings import check_number, check_one_of, check_whole
 
-LOG, PREDICTIONS, CHECKPOINT = "log.jsonl", "predictions.jsonl", "checkpoint.safetensors"
-FREE_TO_CHANGE = {  # between two pieces of one run
+PREDICTIONS = "predictions.jsonl"
+PRETRAIN_FREE_TO_CHANGE = {  # between two pieces of one run
     "steps", "num_workers", "log_every", "checkpoint_every", "sample_every", "predict_every",
     "max_minutes",
 }  # fmt: skip

@@ -24,18 +24,17 @@ from tqdm.auto import tqdm
 
 from dte_lab.backbone import Backbone
 from dte_lab.common.attention import short_attention
-from dte_lab.common.checkpoint import Checkpoint
+from dte_lab.common.checkpoint import CHECKPOINT, Checkpoint
 from dte_lab.common.errors import DTEError
+from dte_lab.common.resume import LOG
 from dte_lab.common.schedule import average_of, ema_weight, update_ema
 from dte_lab.encoder import EncoderPrediction, TuningEncoder
 from dte_lab.pipeline import DTEPipeline
 from dte_lab.training.batches import StepBatches, prepare
 from dte_lab.training.callbacks import Log, Probe, SampleGrids, Save, StepResult
 from dte_lab.training.config import (
-    CHECKPOINT,
-    FREE_TO_CHANGE,
-    LOG,
     PREDICTIONS,
+    PRETRAIN_FREE_TO_CHANGE,
     PretrainConfig,
     learning_rate,
 )
@@ -106,7 +105,7 @@ def pretrain(
 
 
 @dataclass
-class Run:
+class PretrainRun:
     """What a call of `pretrain` works with; `model` is the encoder as the processes share it."""
 
     accelerator: Accelerator
@@ -127,7 +126,7 @@ def set_up(
     config: PretrainConfig,
     out_dir: Path,
     initialise: Callable[[TuningEncoder], None] | None = None,
-) -> Run:
+) -> PretrainRun:
     """A fresh run, or the one that `out_dir` holds: see `pretrain`."""
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, cpu=backbone.device.type == "cpu"
@@ -146,7 +145,7 @@ def set_up(
     encoder.to(accelerator.device).train().requires_grad_(True)
     settings = {"train": config, "encoder": encoder.settings, "method": encoder.method}
     settings |= {"model": type(encoder).__name__, "pictures": len(dataset)}
-    checkpoint = Checkpoint(out_dir / CHECKPOINT, "dte pretrain", settings, FREE_TO_CHANGE)
+    checkpoint = Checkpoint(out_dir / CHECKPOINT, "dte pretrain", settings, PRETRAIN_FREE_TO_CHANGE)
     if initialise is not None and not checkpoint.path.is_file():
         initialise(encoder)
     average = average_of(encoder)
@@ -154,7 +153,7 @@ def set_up(
     first = checkpoint.load(encoder, average, optimizer)
     model, optimizer = accelerator.prepare(encoder, optimizer)
     accelerator.wait_for_everyone()  # all have read the logs that the first one is going to write
-    return Run(
+    return PretrainRun(
         accelerator=accelerator,
         processes=Processes(accelerator.process_index, accelerator.num_processes),
         checkpoint=checkpoint,
@@ -168,7 +167,7 @@ def set_up(
 
 
 def housekeeping(
-    run: Run,
+    run: PretrainRun,
     config: PretrainConfig,
     out_dir: Path,
     bar: tqdm,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dte_lab.backbone import load_backbone
-from dte_lab.common.checkpoint import save_folder
+from dte_lab.common.checkpoint import CHECKPOINT, save_folder
 from dte_lab.common.files import write_atomically
 from dte_lab.config import EncoderConfig, MethodConfig
 from dte_lab.e4t import E4TEncoder, e4t_config
@@ -28,7 +28,7 @@ from dte_lab.training.step import Frozen, Noise, make_batch, training_step
 from dte_lab.world.pairs import ConceptPairs
 from dte_lab.world.scenes import render_image
 from dte_lab.world.sprites import SAMPLE_CONCEPTS, split_names
-from dte_lab.world.training import CHECKPOINT, TrainConfig, train
+from dte_lab.world.training import TrainConfig, train
 
 UNSEEN = 256  # pairs of val concepts, for the log
 UNSEEN_EACH = 16  # pairs of each val concept, at the end

@@ -20,7 +20,7 @@ from dte_lab.world.clip import tokenize
 from dte_lab.world.scenes import SCENES, render_all
 from dte_lab.world.sprites import STYLES, concepts, split_names
 
-Item = tuple[str, str, str, int]  # concept, style, scene, seed of the background
+Rendering = tuple[str, str, str, int]  # concept, style, scene, seed of the background
 
 
 def to_tensor(
@@ -30,7 +30,7 @@ def to_tensor(
     return from_bytes(torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2))
 
 
-def random_item(rng: np.random.Generator, names: list[str]) -> Item:
+def random_item(rng: np.random.Generator, names: list[str]) -> Rendering:
     """A (concept, style, scene, seed) that is not a held-out combination."""
     while True:
         name, style = names[rng.integers(len(names))], STYLES[rng.integers(len(STYLES))]
@@ -41,25 +41,25 @@ def random_item(rng: np.random.Generator, names: list[str]) -> Item:
 
 def random_batch(
     rng: np.random.Generator, size: int, split: str = "train"
-) -> tuple[Tensor, list[str], list[Item]]:
+) -> tuple[Tensor, list[str], list[Rendering]]:
     """Pictures (B, 3, 64, 64) in [-1, 1], captions, and what each shows."""
     items = random_items(rng, size, split)
     texts = [random_caption(*item[:3], rng, concepts()[item[0]].tags) for item in items]
     return rendered(items), texts, items
 
 
-def random_items(rng: np.random.Generator, size: int, split: str = "train") -> list[Item]:
+def random_items(rng: np.random.Generator, size: int, split: str = "train") -> list[Rendering]:
     """`size` random items of a split: see `random_item`."""
     names = split_names(split)
     return [random_item(rng, names) for _ in range(size)]
 
 
-def rendered(items: list[Item]) -> Float[Tensor, "batch 3 height width"]:
+def rendered(items: list[Rendering]) -> Float[Tensor, "batch 3 height width"]:
     """The pictures of (concept, style, scene, seed), in [-1, 1]."""
     return to_tensor(render_all(items))
 
 
-def picture_bank(items: list[Item]) -> UInt8[Tensor, "items 3 height width"]:
+def picture_bank(items: list[Rendering]) -> UInt8[Tensor, "items 3 height width"]:
     """The pictures as bytes, drawn by all cores: see `from_bytes`.
 
     The processes are spawned, since a fork beside torch's threads can hang, and only where there is
@@ -85,7 +85,7 @@ def from_bytes(
 
 @torch.no_grad()
 def latent_bank(
-    vae: nn.Module, items: list[Item]
+    vae: nn.Module, items: list[Rendering]
 ) -> Float16[Tensor, "items channels height width"]:
     """The scaled latents (N, 96, 4, 4) of the pictures, in half precision, on the vae's device."""
     parts = picture_bank(items).split(256)
@@ -95,7 +95,7 @@ def latent_bank(
 
 def caption_bank(
     tokenizer: CLIPTokenizer,
-    items: list[Item],
+    items: list[Rendering],
     rng: np.random.Generator,
     count: int,
     full: float = 0.0,
@@ -125,7 +125,7 @@ def one_caption(captions: Tensor, rows: Int[Tensor, " batch"]) -> Tensor:
     return captions[rows, which]
 
 
-def indices(items: list[Item], names: list[str]) -> dict[str, Tensor]:
+def indices(items: list[Rendering], names: list[str]) -> dict[str, Tensor]:
     """Which of `names`, STYLES and SCENES the items show, (B,) each."""
     concept = {name: i for i, name in enumerate(names)}
     return {
@@ -135,7 +135,7 @@ def indices(items: list[Item], names: list[str]) -> dict[str, Tensor]:
     }
 
 
-def picture_grid(
+def pixel_grid(
     x: Float[Tensor, "batch 3 height width"], columns: int
 ) -> UInt8[np.ndarray, "rows columns 3"]:
     """Pictures in [-1, 1] -> one picture of them all, row by row."""

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save
 
 from dte_lab.common.errors import DTEError
 from dte_lab.common.files import write_atomically
-from dte_lab.world.words import known_words
+from dte_lab.world.words import caption_words
 
 PARTS = {  # run -> the folders that it made
     "autoencoder": ("vae",),
@@ -52,4 +52,4 @@ def main(runs: dict[str, Path], out: Path) -> None:
                 else:
                     shutil.copyfile(file, target / file.name)
     if "clip" in runs:
-        write_atomically(Path(out) / "words.json", json.dumps(known_words()).encode())
+        write_atomically(Path(out) / "words.json", json.dumps(caption_words()).encode())

@@ -7,7 +7,7 @@ from tqdm.auto import tqdm
 from dte_lab.backbone import stock_pipeline
 from dte_lab.world.clip import tokenize
 
-GUIDANCE_SCALE = 3.0
+GUIDANCE_SCALE = 3.0  # of captions alone; a concept is drawn with a lower one
 STEPS = 25
 
 

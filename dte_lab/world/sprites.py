@@ -15,7 +15,7 @@ ATLAS_COLUMNS = 32
 
 
 @dataclass(frozen=True)
-class Concept:
+class Thing:
     """One thing of the small world; `split` is 'train', 'extra', 'val' or 'test'."""
 
     name: str
@@ -27,12 +27,12 @@ class Concept:
 
 
 @cache
-def concepts() -> dict[str, Concept]:
+def concepts() -> dict[str, Thing]:
     """All concepts by name, in atlas order."""
     splits = json.loads((ASSETS / "splits.json").read_text())
     split_of = {name: split for split, names in splits.items() for name in names}
     return {
-        c["name"]: Concept(**{**c, "tags": tuple(c["tags"])}, split=split_of[c["name"]], index=i)
+        c["name"]: Thing(**{**c, "tags": tuple(c["tags"])}, split=split_of[c["name"]], index=i)
         for i, c in enumerate(json.loads((ASSETS / "concepts.json").read_text()))
     }
 

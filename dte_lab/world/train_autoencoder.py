@@ -24,7 +24,7 @@ from dte_lab.patch_autoencoder import PatchAutoencoder
 from dte_lab.world.data import (
     from_bytes,
     picture_bank,
-    picture_grid,
+    pixel_grid,
     random_batch,
     random_items,
     random_rows,
@@ -90,7 +90,7 @@ class AutoencoderTraining:
     def sample(self, model: PatchAutoencoder, step: int) -> dict[str, float]:
         z = model.encode(self.x_val).latent_dist.mode()
         y = model.decode(z).sample
-        grid = picture_grid(torch.stack([self.x_val[:24], y[:24]], 1).flatten(0, 1), 12)
+        grid = pixel_grid(torch.stack([self.x_val[:24], y[:24]], 1).flatten(0, 1), 12)
         save_png(Image.fromarray(grid), self.out / "samples.png")
         std = (z.std() * model.config.scaling_factor).item()
         return {"val_psnr": psnr(y, self.x_val), "latent_std": std}

@@ -17,12 +17,12 @@ from dte_lab.patch_autoencoder import PatchAutoencoder
 from dte_lab.world.captions import caption
 from dte_lab.world.clip import WORDS, build_text_tower, cells, from_cells, tokenize
 from dte_lab.world.data import (
-    Item,
+    Rendering,
     caption_bank,
     indices,
     latent_bank,
     one_caption,
-    picture_grid,
+    pixel_grid,
     random_items,
     random_rows,
 )
@@ -206,7 +206,7 @@ class TextTraining:
         ids, labels = self.test
         painted = from_cells(model(ids[:36])[0])
         both = torch.stack([self.pictures.look_up(labels[:36]), painted], 1).flatten(0, 1)
-        grid = picture_grid(self.pictures.pictures(both), 12)
+        grid = pixel_grid(self.pictures.pictures(both), 12)
         save_png(Image.fromarray(grid), self.out / "samples.png")
         return {f"test_{k}": v.item() for k, v in self.losses(model, ids, labels).items()}
 
@@ -223,7 +223,7 @@ def train_text(
     rng = np.random.default_rng((options.seed, 78))
     items = random_items(rng, options.bank_size)
 
-    def labels(items: list[Item]) -> Tensor:
+    def labels(items: list[Rendering]) -> Tensor:
         return torch.stack(list(indices(items, pictures.names).values()), dim=1).to(device)
 
     test_items = random_items(np.random.default_rng(10_000), 512)

@@ -82,7 +82,7 @@ class TowersTraining:
     def loss(self, model: Towers) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         rows = random_rows(self.pictures, self.batch_size)
         image = model.image(augment(from_bytes(self.pictures[rows]))).image_embeds
-        texts = pooled(self.text, one_caption(self.captions, rows))
+        texts = pooled_text(self.text, one_caption(self.captions, rows))
         logits = model.logits(image, texts)  # (B, B)
         own = torch.arange(len(logits), device=logits.device)
         cross_entropy = nn.functional.cross_entropy
@@ -105,7 +105,7 @@ class TowersTraining:
 
 
 @torch.no_grad()
-def pooled(
+def pooled_text(
     text: CLIPTextModelWithProjection, ids: Int[Tensor, "batch tokens"]
 ) -> Float[Tensor, "batch dim"]:
     """The state of the first end token, which CLIP projects."""
@@ -121,7 +121,7 @@ def class_states(
         "style": [f"a {style} picture of a thing" for style in STYLES],
         "scene": [caption("thing", None, scene) for scene in SCENES],
     }
-    return {k: pooled(text, tokenize(tokenizer, t).to(text.device)) for k, t in texts.items()}
+    return {k: pooled_text(text, tokenize(tokenizer, t).to(text.device)) for k, t in texts.items()}
 
 
 def train_towers(
@@ -139,7 +139,7 @@ def train_towers(
     model = Towers(image, text.text_projection.requires_grad_(True))
     # The states of all captions are nearly parallel; whitened, they start apart from each other.
     with torch.no_grad():
-        some = pooled(text, captions[:2048, 0])
+        some = pooled_text(text, captions[:2048, 0])
         model.projection.weight.copy_(whitening(some, len(model.projection.weight)))
     x_test, _, test_items = random_batch(np.random.default_rng(10_000), 400)
     training = TowersTraining(

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from dte_lab.common.checkpoint import save_folder
+from dte_lab.common.checkpoint import CHECKPOINT, save_folder
 from dte_lab.common.images import save_png
 from dte_lab.common.weights import load_weights
 from dte_lab.patch_autoencoder import PatchAutoencoder
@@ -29,20 +29,20 @@ from dte_lab.world.data import (
     caption_bank,
     latent_bank,
     one_caption,
-    picture_grid,
+    pixel_grid,
     random_batch,
     random_items,
     random_rows,
 )
 from dte_lab.world.sampling import draw
-from dte_lab.world.training import CHECKPOINT, PartOptions, TrainConfig, train
+from dte_lab.world.training import PartOptions, TrainConfig, train
 
 CAPTION_DROPOUT = 0.1  # the share of empty captions, for classifier-free guidance
 TIMESTEP_POWER = 2.0  # t / 1000 = u ** (1 / 2): more steps where the caption decides the picture
-CAPTIONS = 2  # ways to say what a picture of the bank shows
+CAPTIONS_PER_PICTURE = 2  # ways to say what a picture of the bank shows
 SAMPLE_EVERY = 500  # steps, and twice, four, ... times as many: pictures, and weights to judge
 
-SCHEDULER = {
+NOISE_SCHEDULE = {
     "num_train_timesteps": 1000,
     "beta_schedule": "squaredcos_cap_v2",  # ends in pure noise: colours come out right
     "prediction_type": "v_prediction",
@@ -52,7 +52,7 @@ SCHEDULER = {
 def build_scheduler() -> DPMSolverMultistepScheduler:
     """The sampler; the lower clip on lambda is what diffusers asks for with a cosine schedule."""
     return DPMSolverMultistepScheduler(
-        **SCHEDULER, lambda_min_clipped=-5.1, timestep_spacing="trailing"
+        **NOISE_SCHEDULE, lambda_min_clipped=-5.1, timestep_spacing="trailing"
     )
 
 
@@ -99,7 +99,7 @@ def noised(
     z: Float[Tensor, "batch channels height width"], t: Int[Tensor, " batch"]
 ) -> tuple[Tensor, Tensor]:
     """Noisy latents, and the velocity that is to be predicted."""
-    scheduler, noise = DDPMScheduler(**SCHEDULER), torch.randn_like(z)
+    scheduler, noise = DDPMScheduler(**NOISE_SCHEDULE), torch.randn_like(z)
     return scheduler.add_noise(z, noise, t), scheduler.get_velocity(z, noise, t)
 
 
@@ -135,7 +135,7 @@ class DenoiserSamples:
         pictures = draw(
             self.vae, self.text, self.tokenizer, unet, build_scheduler(), self.captions, seed=0
         )
-        grid = picture_grid(torch.stack([self.x_true, pictures], 1).flatten(0, 1), 12)
+        grid = pixel_grid(torch.stack([self.x_true, pictures], 1).flatten(0, 1), 12)
         save_png(Image.fromarray(grid), self.out / f"samples-{step:06d}.png")
         if step < self.steps:
             save_folder(unet, self.out / f"unet-{step:06d}")
@@ -173,7 +173,7 @@ def main(
     rng = np.random.default_rng((seed, 77))
     items = random_items(rng, bank_size)
     bank = latent_bank(vae, items)  # (N, 96, 4, 4)
-    captions = caption_bank(tokenizer, items, rng, CAPTIONS)  # (N, CAPTIONS, T)
+    captions = caption_bank(tokenizer, items, rng, CAPTIONS_PER_PICTURE)  # (N, C, T)
     text_states = caption_states(text, captions.flatten(0, 1)).unflatten(0, captions.shape[:2])
     empty_state = caption_states(text, tokenize(tokenizer, [""]))
     full = caption_states(text, tokenize(tokenizer, [caption(*i[:3]) for i in items[:512]])).float()

@@ -20,17 +20,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dte_lab.common.attention import short_attention
-from dte_lab.common.checkpoint import Checkpoint
+from dte_lab.common.checkpoint import CHECKPOINT, Checkpoint
 from dte_lab.common.errors import DTEError
 from dte_lab.common.files import write_atomically
-from dte_lab.common.resume import append_line
+from dte_lab.common.resume import LOG, append_line
 from dte_lab.common.schedule import average_of, ema_weight, trapezoid, update_ema
 from dte_lab.common.settings import check_number, check_one_of, check_whole
 from dte_lab.world.muon import MuonAdamW, hidden_matrices
 
-CHECKPOINT, LOG, CONFIG = "checkpoint.safetensors", "log.jsonl", "config.json"
+CONFIG = "config.json"
 EAGER_STEPS = 3  # before a GPU's step is captured, for what libraries set up at first use
-FREE_TO_CHANGE = {"steps", "warmup_steps", "log_every", "sample_every", "checkpoint_minutes"}
+TRAIN_FREE_TO_CHANGE = {"steps", "warmup_steps", "log_every", "sample_every", "checkpoint_minutes"}
 
 # Gives the loss of one batch and scalars to log; the backward pass runs inside its block.
 Loss = Callable[[nn.Module], AbstractContextManager[tuple[Tensor, dict[str, Tensor]]]]
@@ -101,7 +101,7 @@ def schedule(step: int, c: TrainConfig) -> float:
     return trapezoid(step, c.steps, c.warmup_steps, c.decay_fraction)
 
 
-def build_optimizer(model: nn.Module, c: TrainConfig, device: str = "cpu") -> MuonAdamW:
+def muon_optimizer(model: nn.Module, c: TrainConfig, device: str = "cpu") -> MuonAdamW:
     """Groups with their peak rates as `peak`: hidden matrices, other matrices, vectors."""
     hidden = hidden_matrices(model) if c.muon_learning_rate else []
     ids = {id(p) for p in hidden}
@@ -239,9 +239,9 @@ def train(
     line of the log, when the loss or its gradient was not finite.
     """
     model.to(device, memory_format=torch.channels_last).train()  # 1.3 x as fast on CPU
-    average, optimizer = average_of(model), build_optimizer(model, config, device)
+    average, optimizer = average_of(model), muon_optimizer(model, config, device)
     settings = {"train": config} | (settings or {})
-    checkpoint = Checkpoint(out / CHECKPOINT, "dte world train", settings, FREE_TO_CHANGE)
+    checkpoint = Checkpoint(out / CHECKPOINT, "dte world train", settings, TRAIN_FREE_TO_CHANGE)
     step = first = checkpoint.load(model, average, optimizer)
     write_atomically(out / CONFIG, json.dumps(asdict(config), indent=1).encode())
     one_step, log = TrainStep(model, average, optimizer, loss, config, device), MeanLog(out)

@@ -135,7 +135,7 @@ def is_blank(rgba: np.ndarray) -> bool:
     return (rgba[..., 3] > 25).mean() < LEAST_INK
 
 
-def fetch(package: str, version: str, integrity: str | None, folder: Path) -> Path:
+def fetch_package(package: str, version: str, integrity: str | None, folder: Path) -> Path:
     """The archive of a package of npm's registry, from `folder` if it is there already.
 
     Raises DTEError when it is not the one whose sha512 (in npm's form) is expected.
@@ -168,7 +168,7 @@ def main(cache: Path, sources: tuple[Source, ...] = SOURCES, listed: dict | None
     changed = 0
     for source in sources:
         entry = listed["packages"][source.package]
-        path = fetch(source.npm, entry["version"], entry["integrity"], cache / "npm")
+        path = fetch_package(source.npm, entry["version"], entry["integrity"], cache / "npm")
         with tarfile.open(path) as archive:
             icons = read_json(archive, "icons.json")
         for key, icon, name, digest in tqdm(entry["icons"], desc=source.package, mininterval=5):
@@ -211,14 +211,14 @@ def load(cache: Path) -> Wide:
 
 def make_list(versions: dict[str, str], folder: Path) -> dict:
     """The content of `assets/wide.json` for versions {package: version}, emojibase-data's too."""
-    emojibase = fetch(EMOJIBASE, versions[EMOJIBASE], None, folder)
+    emojibase = fetch_package(EMOJIBASE, versions[EMOJIBASE], None, folder)
     with tarfile.open(emojibase) as archive:
         codes = [read_json(archive, f"en/shortcodes/{name}.json") for name in SHORTCODES]
         emoji = Emoji(read_json(archive, "en/data.json"), codes)
     aliases = emoji.aliases()
     packages = {}
     for source in SOURCES:
-        path = fetch(source.npm, versions[source.package], None, folder)
+        path = fetch_package(source.npm, versions[source.package], None, folder)
         with tarfile.open(path) as archive:
             packages[source.package] = {
                 "version": versions[source.package],

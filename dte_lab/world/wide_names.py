@@ -11,8 +11,8 @@ import unicodedata
 from dte_lab.world.build import is_clock, plain_name
 from dte_lab.world.sprites import concepts, split_names
 
-NUMBERS = set("one two three four five six seven eight nine ten".split())
-VARIANTS = {"flat", "duo", "light"}  # of a drawing, at the end of an icon's name
+NUMBER_WORDS = set("one two three four five six seven eight nine ten".split())
+ICON_ENDINGS = {"flat", "duo", "light"}  # of a drawing, at the end of an icon's name
 PERSONAL = {1, 2, 9}  # groups of emojibase: people and their hands, skin tones, flags
 OLD_NAMES = {  # of Firefox OS Emoji, which keep to no list
     "americas globe": "globe showing americas",
@@ -49,7 +49,7 @@ def squashed(name: str) -> str:
 def icon_name(icon: str) -> str:
     """'donut-flat', 'donut-2' -> 'donut': an icon's name in plain words, its variant left out."""
     words = [word for word in icon.split("-") if not word.isdigit()]
-    while len(words) > 1 and words[-1] in NUMBERS | VARIANTS:
+    while len(words) > 1 and words[-1] in NUMBER_WORDS | ICON_ENDINGS:
         words.pop()
     return plain_name(" ".join(words)) or plain_name(icon)
 

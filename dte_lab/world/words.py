@@ -5,7 +5,7 @@ from dte_lab.world.scenes import SCENES
 from dte_lab.world.sprites import STYLES, split_names
 
 
-def known_words() -> list[str]:
+def caption_words() -> list[str]:
     """Words in the names of train concepts and in the grammar of captions, sorted.
 
     A backbone's folder holds them as `words.json`. Tags of concepts are left out: they stand in few

@@ -470,7 +470,7 @@ import numpy as np
 
 from dte_lab.encoder import mean_prediction
 from dte_lab.lora import inner_products
-from dte_lab.panels.hypernetwork import centred, cosines, similarity_figure
+from dte_lab.panels.hypernetwork import centred, cosine_figure, cosines
 
 SEEN = ["white", "blue", "grass", "night"]
 pictures = [render_image(name, "fluent", scene) for name in NAMES for scene in SEEN]
@@ -486,7 +486,7 @@ show(
 # %%
 raw, own = cosines(gram), cosines(centred(gram))
 show(
-    similarity_figure({"as predicted": raw, "without the common part": own}, NAMES),
+    cosine_figure({"as predicted": raw, "without the common part": own}, NAMES),
     f"Two maps of the cosine between {len(pictures)} changes, in runs of {len(SEEN)} scenes for "
     f"each of {len(NAMES)} things. Smallest of any pair: {raw.min():.2f} as predicted, "
     f"{own.min():.2f} without the common part.",
@@ -860,7 +860,9 @@ latents = pipe.initial_noise(0).to(device)
 
 def draw():
     return stock(
-        question, latents=latents, guidance_scale=pipe.backbone.guidance_scale,
+        question,
+        latents=latents,
+        guidance_scale=pipe.backbone.guidance_scale,
         num_inference_steps=25,
     ).images[0]
 
