@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from dte_lab import TuneConfig
+from dte_lab.cli import evaluation
 from dte_lab.cli.app import (
     check_prompts,
     contact_sheet,
@@ -288,6 +289,28 @@ def test_unknown_backbone_and_encoder(refused, photo, model, tmp_path):
     assert "no-such-model" in refused(*arguments, "--backbone", "no-such-model")
     error = refused(*arguments, "--backbone", model, "--encoder", tmp_path / "no-encoder")
     assert "no-encoder" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--method", "dte:12", "--method", "dtee:12"], "Unknown method 'dtee'"),
+        (["--method", "dte@warp=1:12"], "no option 'warp'"),
+        (["--method", "ti:2", "--method", "ti:3"], "ti is given twice"),
+        (["--experiment", "tables"], "Unknown experiment 'tables'"),
+        (["--split", "tests"], "Unknown split 'tests': use one of extra, test, train, val"),
+        (["--concepts", "5000"], "The split test has"),
+    ],
+)
+def test_evaluate_tells_mistakes_before_anything_is_loaded(
+    refused, monkeypatch, tmp_path, arguments, said
+):
+    def load_pipeline(*_):
+        raise AssertionError("a backbone is loaded for what cannot be run")
+
+    monkeypatch.setattr(evaluation, "load_pipeline", load_pipeline)
+    assert said in refused("evaluate", "--out", tmp_path / "out", *arguments)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "text", "truncated", "flipped"])

@@ -41,18 +41,22 @@ def evaluate(
     processes: Annotated[int, typer.Option(min=1, help="That share the concepts.")] = 1,
 ) -> None:
     """Compare the tuning encoder with what people use instead; goes on where it stopped."""
-    prepare_folder(out)
+    name = "quick" if quick else experiment
     load = partial(load_pipeline, backbone, encoder, device)
-    pipe = load()
     try:
-        from dte_lab.evaluation.edits import QUICK_SCENES
+        from dte_lab.evaluation.edits import QUICK_SCENES, items
         from dte_lab.evaluation.methods import Methods
-        from dte_lab.evaluation.run import EvaluationConfig, measure_methods
+        from dte_lab.evaluation.run import EvaluationConfig, measure_methods, parse_all
+        from dte_lab.evaluation.specifications import methods_of
 
-        specs = method or Methods(pipe).experiment("quick" if quick else experiment)
         config = EvaluationConfig(seeds=seeds, split=split, concepts=concepts)
         if quick:
             config = replace(config, concepts=6, scenes=QUICK_SCENES, num_inference_steps=10)
+        parse_all(method or methods_of(name))  # mistakes are told before anything is loaded,
+        items(config.concepts, config.split)  # and raise DTEError
+        prepare_folder(out)
+        pipe = load()
+        specs = method or Methods(pipe).experiment(name)
         measure_methods(out, pipe, specs, config, processes=processes, load=load)
     except ImportError as error:  # the outside judges
         raise DTEError(str(error)) from error

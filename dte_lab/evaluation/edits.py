@@ -51,9 +51,11 @@ class Edit:
 def items(count: int, split: str = "test") -> list[Item]:
     """`count` concepts of a split, evenly spread over its order, the three styles in rotation.
 
-    Raises DTEError when the split has fewer.
+    Raises DTEError when there is no such split, or it has fewer.
     """
-    names = split_names(split)
+    if not (names := split_names(split)):
+        splits = sorted({concept.split for concept in concepts().values()})
+        raise DTEError(f"Unknown split {split!r}: use one of {', '.join(splits)}.")
     if not 1 <= count <= len(names):
         raise DTEError(f"The split {split} has {len(names)} concepts: ask for 1 to {len(names)}.")
     chosen = [names[i * len(names) // count] for i in range(count)]

@@ -18,7 +18,7 @@ from dte_lab.contrastive import prompt_embedding
 from dte_lab.e4t import load_e4t
 from dte_lab.encoder import TuningEncoder, load_encoder, trained_encoder
 from dte_lab.evaluation.records import fingerprint
-from dte_lab.evaluation.specifications import EXPERIMENTS, Specification, idle_options, parse
+from dte_lab.evaluation.specifications import Specification, idle_options, methods_of, parse
 from dte_lab.lora import projection_shapes, truncate
 from dte_lab.pipeline import DTEPipeline
 
@@ -43,10 +43,8 @@ class Methods:
         Leaves out, with a warning, what needs an encoder that is not there or a rank that the
         encoder does not have. Raises DTEError for an unknown name.
         """
-        if name not in EXPERIMENTS:
-            raise DTEError(f"Unknown experiment {name!r}: use one of {', '.join(EXPERIMENTS)}.")
         specs = []
-        for text in EXPERIMENTS[name]:
+        for text in methods_of(name):
             try:
                 self.check(parse(text))
             except DTEError as error:

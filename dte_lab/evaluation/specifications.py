@@ -69,6 +69,13 @@ EXPERIMENTS = {
 }
 
 
+def methods_of(experiment: str) -> list[str]:
+    """The specifications of one of EXPERIMENTS. Raises DTEError for an unknown name."""
+    if experiment not in EXPERIMENTS:
+        raise DTEError(f"Unknown experiment {experiment!r}: use one of {', '.join(EXPERIMENTS)}.")
+    return EXPERIMENTS[experiment]
+
+
 @dataclass(frozen=True)
 class Specification:
     """A method to compare; `label` is its specification without the steps.
