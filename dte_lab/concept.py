@@ -4,15 +4,16 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
+from jaxtyping import Float, UInt8
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 from dte_lab.backbone import Backbone
 from dte_lab.common.errors import DTEError
 from dte_lab.common.files import write_atomically
 from dte_lab.config import MethodConfig
-from dte_lab.lora import check_offsets, projection_shapes
+from dte_lab.lora import Offsets, check_offsets, projection_shapes
 
 FORMAT = "dte-concept-2"
 
@@ -21,19 +22,18 @@ FORMAT = "dte-concept-2"
 class Concept:
     """v* and the low-rank offsets of one concept.
 
-    v_star: (1, d). offsets: {"layer.projection": (A (1, Din, r), B (1, r, Dout))}.
-    backbone: name of the backbone it belongs to. config: MethodConfig.
-    info: what happened: seconds, peak_memory_mb, losses, words_before, words_after, ...
-    pictures: (n, 3, H, W) uint8, the pictures it was made from at the backbone's resolution; what
-    `prediction_interval` needs to predict anew, so they are in the file as well.
+    offsets: {"layer.projection": (A (1, Din, r), B (1, r, Dout))}. backbone: the name of that which
+    it belongs to. info: what happened: seconds, peak_memory_mb, losses, words_before, ...
+    pictures: those it was made from, as the backbone sees them; what `prediction_interval` needs to
+    predict anew, so they are in the file as well.
     """
 
-    v_star: torch.Tensor
-    offsets: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    v_star: Float[Tensor, "1 dim"]
+    offsets: Offsets
     backbone: str
     config: MethodConfig = field(default_factory=MethodConfig)
     info: dict = field(default_factory=dict)
-    pictures: torch.Tensor | None = None
+    pictures: UInt8[Tensor, "pictures 3 height width"] | None = None
 
     @property
     def nearest_words(self) -> list[tuple[str, float]]:
@@ -65,7 +65,7 @@ class Concept:
     def load(cls, path: Path | str) -> "Concept":
         """Read a file that `save` wrote.
 
-        Raises FileNotFoundError when there is none and ValueError when it is damaged.
+        Raises FileNotFoundError when there is none and DTEError when it is damaged.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"There is no concept file at {path}.")

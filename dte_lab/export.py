@@ -11,6 +11,7 @@ such file can carry the dual path.
 from pathlib import Path
 
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
+from jaxtyping import Float, Shaped
 from safetensors.torch import save
 from torch import Tensor
 
@@ -47,7 +48,7 @@ def export(concept: Concept, out_dir: Path | str) -> list[Path]:
     return [Path(out_dir) / name for name in files]
 
 
-def peft_state_dict(offsets: Offsets) -> dict[str, Tensor]:
+def peft_state_dict(offsets: Offsets) -> dict[str, Float[Tensor, "out in"]]:
     """Offsets -> {"unet.MODULE.lora_A.weight": (r, Din), "unet.MODULE.lora_B.weight": (Dout, r)}.
 
     PEFT keeps both matrices transposed: W' = W + B A there is W + A B here.
@@ -60,6 +61,6 @@ def peft_state_dict(offsets: Offsets) -> dict[str, Tensor]:
     return state
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def _plain(tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
     tensor = tensor.detach().cpu().contiguous()
     return tensor.float() if tensor.is_floating_point() else tensor

@@ -9,6 +9,7 @@ all others.
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -21,8 +22,8 @@ from dte_lab.world.sprites import split_names
 PENALTY = 0.5  # chosen on val
 
 
-def name_embeddings(backbone: Backbone, names: list[str]) -> Tensor:
-    """The mean of the embeddings of each name's tokens: (n, d)."""
+def name_embeddings(backbone: Backbone, names: list[str]) -> Float[Tensor, "names dim"]:
+    """The mean of the embeddings of each name's tokens."""
     table = backbone.text_encoder.get_input_embeddings().weight.detach().float()
     ids = backbone.tokenizer(names, add_special_tokens=False).input_ids
     return torch.stack([table[row].mean(dim=0) for row in ids])

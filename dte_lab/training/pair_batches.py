@@ -7,6 +7,8 @@ import copy
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from dte_lab.tokens import PromptEncoder, PromptTokens
@@ -37,12 +39,12 @@ class PairBatches:
     def __init__(
         self, prompt_encoder: PromptEncoder, splits: tuple[str, ...] = ("train", "extra"),
         count: int | None = None, varied: float = VARIED, mixed: float = MIXED,
-    ):  # fmt: skip
+    ) -> None:  # fmt: skip
         device = prompt_encoder.text_encoder.device
         self.varied, self.mixed, self.device = varied, mixed, device
         names = self.names = ConceptPairs(splits, count=count).names
 
-        def on_device(array) -> Tensor:
+        def on_device(array: ArrayLike) -> Tensor:
             return torch.as_tensor(np.asarray(array), device=device)
 
         self.index = on_device([concepts()[name].index for name in names])
@@ -70,10 +72,10 @@ class PairBatches:
         prompts = [caption("S*", None, None), *styled, *short]
         self.ids, self.slots = prompt_encoder.tokenize(prompts)
 
-    def random(self, size: int, count: int) -> Tensor:
+    def random(self, size: int, count: int) -> Int[Tensor, " size"]:
         return torch.randint(count, (size,), device=self.device)
 
-    def chance(self, size: int, share: float) -> Tensor:
+    def chance(self, size: int, share: float) -> Bool[Tensor, " size"]:
         return torch.rand(size, device=self.device) < share
 
     def only(self, name: str) -> "PairBatches":
@@ -106,8 +108,15 @@ class PairBatches:
             "concept": left + n * (right + n * variant),
         }
 
-    def draw(self, name, other, style, variant, scene) -> Tensor:
-        """The pictures of so many pairs of halves, each (B,): (B, 3, 64, 64) in [-1, 1]."""
+    def draw(
+        self,
+        name: Int[Tensor, " batch"],
+        other: Int[Tensor, " batch"],
+        style: Int[Tensor, " batch"],
+        variant: Int[Tensor, " batch"],
+        scene: Int[Tensor, " batch"],
+    ) -> Float[Tensor, "batch 3 64 64"]:
+        """The pictures of so many pairs of halves, in [-1, 1]."""
         middle, which = SPRITE_PX // 2, self.random(len(name), BACKGROUNDS)
         left, right = self.sprites[name, style], self.sprites[other, style]
         rgba = torch.cat([left[:, :, :middle], right[:, :, middle:]], dim=2).float() / 255

@@ -9,6 +9,7 @@ these weights as it does all others.
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
+from jaxtyping import Float, Num
 from torch import Tensor
 
 from dte_lab.world.clip import CELLS, WORDS, cells
@@ -17,8 +18,10 @@ STRENGTH = 30.0  # factor of queries and of keys: most of the attention falls on
 HEADS = 2  # of four; the others start at random
 
 
-def ridge(x: Tensor, y: Tensor, penalty: float) -> Tensor:
-    """Weights (d, k) that give y (n, k) from x (n, d); the penalty is relative to x's power."""
+def ridge(
+    x: Float[Tensor, "examples dim"], y: Float[Tensor, "examples out"], penalty: float
+) -> Float[Tensor, "dim out"]:
+    """Weights that give y from x; the penalty is relative to x's power."""
     gram = x.T @ x
     return torch.linalg.solve(
         gram + penalty * gram.diag().mean() * torch.eye(len(gram), device=x.device), x.T @ y
@@ -37,11 +40,15 @@ def cell_blocks(unet: UNet2DConditionModel) -> list[BasicTransformerBlock]:
 
 @torch.no_grad()
 def align(
-    unet: UNet2DConditionModel, x_t: Tensor, t: Tensor, states: Tensor, latents: Tensor
+    unet: UNet2DConditionModel,
+    x_t: Float[Tensor, "examples channels 4 4"],
+    t: Num[Tensor, " examples"],
+    states: Float[Tensor, "examples tokens dim"],
+    latents: Float[Tensor, "examples channels 4 4"],
 ) -> None:
     """Set query, key, value and output weights of the cross-attentions of `cell_blocks`.
 
-    x_t (n, c, 4, 4), t (n,), text states (n, T, d) and true latents (n, c, 4, 4) are examples.
+    x_t at timesteps t, the texts' states and the true latents are examples.
     Features tell positions apart because a convolution sees where the padding is.
     """
     blocks, features = cell_blocks(unet), {}

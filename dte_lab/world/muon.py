@@ -6,8 +6,10 @@ precision.
 """
 
 import re
+from collections.abc import Iterable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 # Coefficients and number of the Newton-Schulz iterations, and momentum: as in torch.optim.Muon.
@@ -25,8 +27,10 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in named if p.ndim > 1 and p.requires_grad and inside.search(name)]
 
 
-def orthogonalise(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """About U V^T of each matrix (..., m, n) with decomposition U S V^T, found in `dtype`."""
+def orthogonalise(
+    matrices: Float[Tensor, "*batch rows columns"], dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "*batch rows columns"]:
+    """About U V^T of each matrix with decomposition U S V^T, found in `dtype`."""
     a, b, c = COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
@@ -43,7 +47,7 @@ class MuonAdamW(torch.optim.AdamW):
     Updates are scaled to the root mean square of AdamW's (arXiv 2502.16982), 0.2 times the rate.
     """
 
-    def __init__(self, params, dtype: torch.dtype = torch.float32, **options):
+    def __init__(self, params: Iterable, dtype: torch.dtype = torch.float32, **options) -> None:
         """dtype: of the orthogonalisation. options: of AdamW."""
         super().__init__(params, **options)
         self.dtype = dtype

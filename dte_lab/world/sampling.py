@@ -1,8 +1,11 @@
 """Draw captions with the base model alone, through diffusers' stock pipeline."""
 
 import torch
-from torch import Tensor
+from diffusers import SchedulerMixin, UNet2DConditionModel
+from jaxtyping import Float
+from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from dte_lab.backbone import stock_pipeline
 from dte_lab.world.clip import tokenize
@@ -13,12 +16,21 @@ STEPS = 25
 
 @torch.no_grad()
 def draw(
-    vae, text_encoder, tokenizer, unet, scheduler, captions: list[str], seed: int, batch: int = 50
-) -> Tensor:
-    """Pictures (B, 3, 64, 64) in [-1, 1] of B captions: 25 steps, guidance 3, fixed noise."""
+    vae: nn.Module,
+    text_encoder: CLIPTextModelWithProjection,
+    tokenizer: CLIPTokenizer,
+    unet: UNet2DConditionModel,
+    scheduler: SchedulerMixin,
+    captions: list[str],
+    seed: int,
+    batch: int = 50,
+) -> Float[Tensor, "captions 3 height width"]:
+    """A picture in [-1, 1] of each caption: 25 steps, guidance 3, fixed noise."""
     pipe = stock_pipeline(vae, text_encoder, tokenizer, unet, scheduler)
 
-    def states(texts: list[str]) -> Tensor:  # the pipeline would take the projected embedding
+    def states(
+        texts: list[str],
+    ) -> Float[Tensor, "texts tokens dim"]:  # the pipeline would take the projected embedding
         return text_encoder(tokenize(tokenizer, texts).to(unet.device)).last_hidden_state
 
     generator = torch.Generator().manual_seed(seed)
