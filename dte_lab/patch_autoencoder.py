@@ -12,18 +12,21 @@ from typing import NamedTuple
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from jaxtyping import Float
 from torch import Tensor, nn
 
 
 class Latents(NamedTuple):
     """What `encode` returns: the encoder is deterministic, so sample and mode are the same."""
 
-    value: Tensor  # (B, 96, 4, 4)
+    value: Float[Tensor, "batch channels height width"]  # (B, 96, 4, 4)
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "batch channels height width"]:
         return self.value
 
-    def mode(self) -> Tensor:
+    def mode(self) -> Float[Tensor, "batch channels height width"]:
         return self.value
 
 
@@ -32,7 +35,7 @@ class EncoderOutput(NamedTuple):
 
 
 class DecoderOutput(NamedTuple):
-    sample: Tensor  # (B, 3, 64, 64) in about [-1, 1]
+    sample: Float[Tensor, "batch 3 height width"]  # in about [-1, 1]
 
 
 class ResidualBlock(nn.Module):
@@ -46,7 +49,9 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch channels height width"]:
         h = self.conv1(nn.functional.silu(self.norm1(x)))
         return x + self.conv2(nn.functional.silu(self.norm2(h)))
 
@@ -101,23 +106,28 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
             _zero(nn.Conv2d(16, 3, 3, padding=1)),
         )
 
-    def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput | tuple[Latents]:
-        """(B, 3, 64, 64) in [-1, 1] -> latents (B, 96, 4, 4), not yet scaled."""
+    def encode(
+        self, x: Float[Tensor, "batch 3 height width"], return_dict: bool = True
+    ) -> EncoderOutput | tuple[Latents]:
+        """Pictures in [-1, 1], 64 pixels wide -> latents (B, 96, 4, 4), not yet scaled."""
         z = self.linear_encode(nn.functional.pixel_unshuffle(x, 8)) + self.encoder(x)
         z = nn.functional.pixel_unshuffle(z, self.config.cell)
         return EncoderOutput(Latents(z)) if return_dict else (Latents(z),)
 
     def decode(
-        self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
-    ) -> DecoderOutput | tuple[Tensor]:
+        self,
+        z: Float[Tensor, "batch channels height width"],
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput | tuple[Float[Tensor, "batch 3 pixels pixels"]]:
         """Latents (B, 96, 4, 4) -> (B, 3, 64, 64)."""
         z = nn.functional.pixel_shuffle(z, self.config.cell)  # (B, 24, 8, 8)
         x = nn.functional.pixel_shuffle(self.linear_decode(z), 8) + self.decoder(z)
         return DecoderOutput(x) if return_dict else (x,)
 
     @torch.no_grad()
-    def initialise_from_pca(self, x: Tensor) -> None:
-        """Set the linear path to PCA of the 8x8 patches of x (B, 3, 64, 64).
+    def initialise_from_pca(self, x: Float[Tensor, "pictures 3 height width"]) -> None:
+        """Set the linear path to PCA of the 8x8 patches of x.
 
         Components are divided by the square root of their standard deviation: half way between
         keeping pixel distances and whitening, so the denoiser sees coarse content first without

@@ -100,6 +100,17 @@ def test_no_files_import_each_other_in_a_circle():
     assert not wanted, f"in a circle, or above one: {sorted(wanted)}"
 
 
+def test_docstrings_name_the_error_that_is_raised():
+    """Ours is DTEError; a ValueError comes from Python, where lengths differ in a strict zip."""
+    found = set()
+    for path in (ROOT / "dte_lab").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                if "ValueError" in (ast.get_docstring(node) or ""):
+                    found.add(node.name)
+    assert found == {"picture_grid"}
+
+
 TWO_MEANINGS = {  # why a name may stand at the top of several files
     "__all__": "what a folder shows",
     "main": "each experiment and each part of the small world has one",

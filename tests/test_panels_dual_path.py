@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 from scipy.stats import f
 
+from dte_lab.common.errors import DTEError
 from dte_lab.evaluation.blending import BLENDS
 from dte_lab.panels import dual_path
 
@@ -96,7 +97,7 @@ def test_the_ellipse_holds_the_points_that_a_test_of_the_mean_accepts():
     t_squared = n * np.einsum("ik,ij,jk->k", edge, np.linalg.inv(np.cov(x, y)), edge)
     p_values = f.sf(t_squared * (n - 2) / (2 * (n - 1)), 2, n - 2)
     assert np.allclose(p_values, 0.05)
-    with pytest.raises(ValueError, match="3 concepts"):
+    with pytest.raises(DTEError, match="3 concepts"):
         dual_path.confidence_ellipse(x[:2], y[:2])
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dte_lab.common.errors import DTEError
 from dte_lab.patch_autoencoder import PatchAutoencoder
 from dte_lab.world import SCENES, STYLES, caption, concepts, render, split_names
 from dte_lab.world.build import plain_name, split_concepts
@@ -74,7 +75,7 @@ def test_render_is_pure_and_says_what_is_unknown():
     assert not np.array_equal(picture, render("red apple", "noto", "beach", 3))
     apple = "red apple"
     for wrong in (("no such", "noto", "red"), (apple, "oil", "red"), (apple, "noto", "?")):
-        with pytest.raises(ValueError, match="unknown"):
+        with pytest.raises(DTEError, match="Unknown"):
             render(*wrong)
 
 

@@ -118,7 +118,7 @@ def test_the_towers_loss(monkeypatch):
     }  # fmt: skip
     classes = {k: torch.randn(int(v.max()) + 1, d) for k, v in labels.items()}
     kinds = torch.tensor([7, 8, 7, 9])
-    monkeypatch.setattr(train_towers, "pooled_text", lambda text, ids: states[ids[:, 0]])
+    monkeypatch.setattr(train_towers, "end_states", lambda text, ids: states[ids[:, 0]])
     monkeypatch.setattr(train_towers, "augment", lambda x: x)
     image = Recorder(lambda x: SimpleNamespace(image_embeds=x[:, :, 0, :2].flatten(1)))
     model = train_towers.Towers(image, nn.Linear(d, 6, bias=False))

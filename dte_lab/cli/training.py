@@ -6,7 +6,7 @@ with the same folder, goes on where it stopped.
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -21,6 +21,9 @@ from dte_lab.cli.common import (
 )
 from dte_lab.common.errors import DTEError
 from dte_lab.world.sprites import SAMPLE_CONCEPTS
+
+if TYPE_CHECKING:
+    from dte_lab.backbone import Backbone
 
 world = typer.Typer(help="Build, train and evaluate the small world.", no_args_is_help=True)
 train = typer.Typer(help="Train a part of the small base model.", no_args_is_help=True)
@@ -97,7 +100,7 @@ def pretrain(
     pretrain(parts, encoder, dataset, config, out_dir=out, **shown)
 
 
-def training_pictures(backbone, data: str | None) -> tuple:
+def training_pictures(backbone: "Backbone", data: str | None) -> tuple:
     """The dataset of `pretrain`, and its options that depend on what the pictures are.
 
     Raises DTEError without `data` for a backbone that is no model of the small world.

@@ -8,15 +8,21 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from dte_lab.common.errors import DTEError
 from dte_lab.common.files import write_atomically
 from dte_lab.common.resume import as_json, check_settings, cut_back
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+    from transformers import PreTrainedModel
 
 State = dict[str, Tensor]
 CHECKPOINT = "checkpoint.safetensors"  # of a run, in its folder
@@ -32,14 +38,14 @@ class Checkpoint:
     def __init__(self, path: Path, kind: str, settings: dict, free: Collection[str] = ()) -> None:
         self.path, self.kind, self.settings, self.free = path, kind, settings, free
 
-    def save(self, model: nn.Module, average: nn.Module, optimizer, step: int) -> None:
+    def save(self, model: nn.Module, average: nn.Module, optimizer: Optimizer, step: int) -> None:
         """Write the whole state: last of all that a step writes, since it says: this is done."""
         parts = {"model": model.state_dict(), "ema": dict(average.named_parameters())}
         settings = json.dumps(as_json(self.settings))
         metadata = {"step": str(step), "kind": self.kind, "settings": settings}
         write_state(self.path, parts, optimizer, metadata)
 
-    def load(self, model: nn.Module, average: nn.Module, optimizer) -> int:
+    def load(self, model: nn.Module, average: nn.Module, optimizer: Optimizer) -> int:
         """Restore the state, and cut the logs beside it back to it; returns its step, 0 for none.
 
         Raises DTEError when the file is damaged, or holds another kind of run, one with other
@@ -50,7 +56,7 @@ class Checkpoint:
             cut_back(log, step)
         return step
 
-    def _restore(self, model: nn.Module, average: nn.Module, optimizer) -> int:
+    def _restore(self, model: nn.Module, average: nn.Module, optimizer: Optimizer) -> int:
         parts, metadata = read_state(self.path)
         if metadata.get("kind") != self.kind:
             raise DTEError(
@@ -73,7 +79,9 @@ class Checkpoint:
         return int(metadata["step"])
 
 
-def write_state(path: Path, parts: dict[str, State], optimizer, metadata: dict[str, str]) -> None:
+def write_state(
+    path: Path, parts: dict[str, State], optimizer: Optimizer, metadata: dict[str, str]
+) -> None:
     """Write parts {name: {key: tensor}}, the optimizer's state and metadata to `path`.
 
     The tensors are called "part.key", and "optimizer.index.key" with the parameter's index.
@@ -105,7 +113,7 @@ def read_state(path: Path) -> tuple[dict[str, State], dict[str, str]]:
 
 
 @torch.no_grad()
-def restore_optimizer(optimizer: torch.optim.Optimizer, state: State) -> None:
+def restore_optimizer(optimizer: Optimizer, state: State) -> None:
     """Load {"index.key": tensor} into an optimizer of the same parameters."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     restored = {}
@@ -118,7 +126,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: State) -> None:
     optimizer.load_state_dict({**optimizer.state_dict(), "state": restored})
 
 
-def save_folder(model, folder: Path) -> None:
+def save_folder(model: "ModelMixin | PreTrainedModel", folder: Path) -> None:
     """`model.save_pretrained` to a folder in which no file is ever half written.
 
     Raises OSError when it cannot be written.

@@ -3,6 +3,7 @@
 from copy import deepcopy
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 
@@ -25,7 +26,7 @@ def average_of(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def update_ema(average: nn.Module, model: nn.Module, weight: Tensor) -> None:
+def update_ema(average: nn.Module, model: nn.Module, weight: Float[Tensor, ""]) -> None:
     """average += weight (model - average), all parameters at once.
 
     By hand: EMAModel of diffusers and AveragedModel of torch look at a number of the host at each

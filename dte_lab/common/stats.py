@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 
@@ -47,7 +48,9 @@ def mean_and_error(
     return mean, np.array([mean - low, high - mean])
 
 
-def psnr(x: Tensor, y: Tensor) -> float:
+def psnr(
+    x: Float[Tensor, "pictures 3 height width"], y: Float[Tensor, "pictures 3 height width"]
+) -> float:
     """Mean over pictures of the peak signal-to-noise ratio in dB; pictures in [-1, 1]."""
     error = (x.clamp(-1, 1) - y).pow(2).flatten(1).mean(1)
     return float((10 * torch.log10(4 / error)).mean())

@@ -67,7 +67,7 @@ def blending(
     """Draw and measure BLENDS on `count` val concepts; write `out` and return its content.
 
     num_steps and seed: of tuning. sampling: with at least 2 seeds.
-    Raises ValueError when `out` holds a run with other settings.
+    Raises DTEError when `out` holds a run with other settings.
     """
     out, sampling = Path(out), sampling or Sampling()
     settings = {

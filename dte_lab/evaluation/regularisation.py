@@ -177,7 +177,7 @@ def regularisation(
 
     watched: of SAMPLE_CONCEPTS, for the sweep and the paths. runs: {regulariser: folder} of
     pre-training. judge: with `embed`, by default the SentenceJudge.
-    Raises ValueError when `out` holds a run with other settings.
+    Raises DTEError when `out` holds a run with other settings.
     """
     runs, tuning, pipes = runs or {}, tuning or TuneConfig(), {"shipped": pipe}
     for kind, run in runs.items() if len(runs) == len(COMPARED) else ():

@@ -75,8 +75,8 @@ def measure_methods(
     The anchors "oracle" and "other" are always measured. processes: so many share the concepts and
     the cores; each makes its `pipe` by `load()`, a function that can be pickled.
     Returns the summary of `report.summarise`.
-    Raises DTEError for a wrong specification and ValueError when out_dir holds a run with other
-    settings or with methods that are not among these.
+    Raises DTEError for a wrong specification, and when out_dir holds a run with other settings or
+    with methods that are not among these.
     """
     config, methods = config or EvaluationConfig(), Methods(pipe)
     parsed = parse_all(specs)
@@ -175,7 +175,7 @@ class Worker:
 def begin(out_dir: Path, settings: dict) -> list[Row]:
     """The rows of an earlier call with the same settings, or none; writes the settings.
 
-    Methods, steps and the weights of their encoders may have been added since. Raises ValueError
+    Methods, steps and the weights of their encoders may have been added since. Raises DTEError
     when the folder holds a run with other settings.
     """
     if (out_dir / "run.json").is_file():

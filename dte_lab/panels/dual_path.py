@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 from PIL import Image
 
+from dte_lab.common.errors import DTEError
 from dte_lab.common.plots import INK, MUTED, draw_picture
 from dte_lab.common.stats import interval, mean_and_error
 from dte_lab.panels.shared import (
@@ -171,13 +172,13 @@ def confidence_ellipse(
 ) -> tuple[tuple[float, float], float, float, float]:
     """Hotelling's region for the mean of n pairs: (centre, width, height, angle in degrees).
 
-    Raises ValueError for fewer than 3 values, from which no region follows.
+    Raises DTEError for fewer than 3 values, from which no region follows.
     """
     from scipy.stats import f
 
     n = len(x)
     if n < 3:
-        raise ValueError(f"A confidence ellipse needs 3 concepts or more, not {n}.")
+        raise DTEError(f"A confidence ellipse needs 3 concepts or more, not {n}.")
     variances, axes = np.linalg.eigh(np.cov(x, y) / n)
     radius = np.sqrt(2 * (n - 1) / (n - 2) * f.ppf(level, 2, n - 2))
     width, height = 2 * radius * np.sqrt(variances.clip(min=0))

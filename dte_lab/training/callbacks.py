@@ -113,7 +113,7 @@ class Save:
 
     def __init__(
         self, folder: Path, every: int, checkpoint: Checkpoint, encoder: TuningEncoder,
-        average: TuningEncoder, optimizer,
+        average: TuningEncoder, optimizer: torch.optim.Optimizer,
     ) -> None:  # fmt: skip
         self.folder, self.every, self.checkpoint = folder, every, checkpoint
         self.state = encoder, average, optimizer

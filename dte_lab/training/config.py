@@ -24,7 +24,7 @@ class PretrainConfig:
     own, which is what `personalize` does. `max_minutes` ends this call, with a checkpoint, to be
     continued by the next. `optimizer_8bit` takes AdamW8bit of bitsandbytes.
 
-    Raises ValueError for a value with which nothing can be trained.
+    Raises DTEError for a value with which nothing can be trained.
     """
 
     steps: int = 10_000

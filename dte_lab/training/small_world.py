@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from dte_lab.backbone import load_backbone
+from dte_lab.backbone import Backbone, load_backbone
 from dte_lab.common.checkpoint import CHECKPOINT, save_folder
 from dte_lab.common.files import write_atomically
 from dte_lab.config import EncoderConfig, MethodConfig
@@ -51,7 +52,7 @@ class EncoderTraining:
         torch.manual_seed(0)
         self.unseen = val(UNSEEN)
 
-    def draw(self, both: Tensor) -> Noise:
+    def draw(self, both: Float[Tensor, "both channels height width"]) -> Noise:
         """The `Noise` of a step, from the device's own random numbers."""
         noise, own_noise = torch.randn_like(both).chunk(2)
         T = len(self.frozen.backbone.alphas_cumprod)
@@ -86,7 +87,7 @@ class EncoderTraining:
         }
 
 
-def fresh_encoder(backbone, e4t: bool, seed: int, options: dict) -> TuningEncoder:
+def fresh_encoder(backbone: Backbone, e4t: bool, seed: int, options: dict) -> TuningEncoder:
     """options: of EncoderConfig and MethodConfig."""
     known = EncoderConfig.__dataclass_fields__
     settings = EncoderConfig(**{k: v for k, v in options.items() if k in known})

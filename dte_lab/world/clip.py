@@ -8,6 +8,7 @@ import json
 import string
 
 import torch
+from jaxtyping import Float, Int
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -86,10 +87,10 @@ def build_text_tower(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
     )
 
 
-def build_image_tower(x: Tensor) -> CLIPVisionModelWithProjection:
+def build_image_tower(x: Float[Tensor, "pictures 3 height width"]) -> CLIPVisionModelWithProjection:
     """Three layers of width 128 on patches of 8 px, the cells that sprites are aligned with.
 
-    The patch embedding starts as the whitening PCA of the patches of x (B, 3, 64, 64): otherwise
+    The patch embedding starts as the whitening PCA of the patches of x: otherwise
     their mean colours drown everything else, and the tower learns shapes very late.
     """
     tower = CLIPVisionModelWithProjection(
@@ -111,8 +112,8 @@ def build_image_tower(x: Tensor) -> CLIPVisionModelWithProjection:
     return tower
 
 
-def whitening(x: Tensor, count: int) -> Tensor:
-    """The `count` directions of most variance of x (N, d), scaled to variance 1: (count, d).
+def whitening(x: Float[Tensor, "rows dim"], count: int) -> Float[Tensor, "count dim"]:
+    """The `count` directions of most variance of x, scaled to variance 1.
 
     Directions with under 2 % of the largest standard deviation are scaled as if they had it.
     """
@@ -131,16 +132,20 @@ def build_image_processor() -> CLIPImageProcessor:
     )
 
 
-def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
-    """(B, T) ids of the tokenizer's longest length T, padded with the end token as in SD."""
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Int[Tensor, "texts tokens"]:
+    """Ids of the tokenizer's longest length, padded with the end token as in SD."""
     return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
-def cells(latents: Tensor) -> Tensor:
-    """Latents (B, c, 4, 4) as one vector per cell, row by row: (B, CELLS, c)."""
+def cells(
+    latents: Float[Tensor, "batch channels 4 4"],
+) -> Float[Tensor, "batch cells channels"]:
+    """Latents as one vector per cell, row by row."""
     return latents.flatten(2).transpose(1, 2)
 
 
-def from_cells(content: Tensor) -> Tensor:
-    """Undo `cells`: (B, CELLS, c) -> (B, c, 4, 4)."""
+def from_cells(
+    content: Float[Tensor, "batch cells channels"],
+) -> Float[Tensor, "batch channels 4 4"]:
+    """Undo `cells`."""
     return content.transpose(1, 2).unflatten(2, (4, 4))

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float16, Int, UInt8
+from jaxtyping import Float, Float16, Int, Shaped, UInt8
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPTokenizer
@@ -41,8 +41,8 @@ def random_item(rng: np.random.Generator, names: list[str]) -> Rendering:
 
 def random_batch(
     rng: np.random.Generator, size: int, split: str = "train"
-) -> tuple[Tensor, list[str], list[Rendering]]:
-    """Pictures (B, 3, 64, 64) in [-1, 1], captions, and what each shows."""
+) -> tuple[Float[Tensor, "batch 3 height width"], list[str], list[Rendering]]:
+    """Pictures in [-1, 1], captions, and what each shows."""
     items = random_items(rng, size, split)
     texts = [random_caption(*item[:3], rng, concepts()[item[0]].tags) for item in items]
     return rendered(items), texts, items
@@ -114,19 +114,21 @@ def caption_bank(
     return tokenize(tokenizer, texts).unflatten(0, (len(items), count))
 
 
-def random_rows(bank: Tensor, size: int) -> Int[Tensor, " size"]:
+def random_rows(bank: Shaped[Tensor, "rows ..."], size: int) -> Int[Tensor, " size"]:
     """Indices of random rows of a bank, on its device."""
     return torch.randint(len(bank), (size,), device=bank.device)
 
 
-def one_caption(captions: Tensor, rows: Int[Tensor, " batch"]) -> Tensor:
-    """A random one of the captions (N, count, ...), ids or states, of each of the rows (B,)."""
+def one_caption(
+    captions: Shaped[Tensor, "items count ..."], rows: Int[Tensor, " batch"]
+) -> Shaped[Tensor, "batch ..."]:
+    """A random one of the captions, ids or states, of each of the rows."""
     which = torch.randint(captions.shape[1], rows.shape, device=rows.device)
     return captions[rows, which]
 
 
-def indices(items: list[Rendering], names: list[str]) -> dict[str, Tensor]:
-    """Which of `names`, STYLES and SCENES the items show, (B,) each."""
+def indices(items: list[Rendering], names: list[str]) -> dict[str, Int[Tensor, " items"]]:
+    """Which of `names`, STYLES and SCENES the items show."""
     concept = {name: i for i, name in enumerate(names)}
     return {
         "concept": torch.tensor([concept[item[0]] for item in items]),

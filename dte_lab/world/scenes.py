@@ -7,8 +7,10 @@ Everything is float32 RGB in [0, 1] until the last line of `render`.
 """
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image
 
+from dte_lab.common.errors import DTEError
 from dte_lab.world.sprites import sprite
 
 SIZE = 64  # px, side of a picture
@@ -45,7 +47,7 @@ SCENES = (*COLOURS, *PLACES)
 _y, _x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) / (SIZE - 1)  # (64, 64), 0 at top left
 
 
-def _mix(a, b, weight: np.ndarray) -> np.ndarray:
+def _mix(a: ArrayLike, b: ArrayLike, weight: np.ndarray) -> np.ndarray:
     """Blend colours a and b by a (64, 64) weight -> (64, 64, 3)."""
     w = np.clip(weight, 0, 1)[..., None]
     return np.asarray(a, np.float32) * (1 - w) + np.asarray(b, np.float32) * w
@@ -60,7 +62,9 @@ def _disc(x: float, y: float, radius: float) -> np.ndarray:
     return _soft(radius - np.hypot(_x - x, _y - y))
 
 
-def _ground(sky: np.ndarray, near, far, horizon: np.ndarray | float) -> np.ndarray:
+def _ground(
+    sky: np.ndarray, near: ArrayLike, far: ArrayLike, horizon: np.ndarray | float
+) -> np.ndarray:
     """Put ground below a horizon (fraction of the height), brighter colour `far` at the back."""
     depth = np.clip((_y - horizon) / (1 - np.min(horizon)), 0, 1)
     w = _soft(_y - horizon)[..., None]
@@ -80,7 +84,7 @@ def _wave(rng: np.random.Generator, amplitude: float, cycles: float) -> np.ndarr
 
 
 def background(scene: str, rng: np.random.Generator) -> np.ndarray:
-    """(64, 64, 3) background of a scene. Raises ValueError for a scene that does not exist."""
+    """(64, 64, 3) background of a scene. Raises DTEError for a scene that does not exist."""
     if scene in COLOURS:
         base = np.array(COLOURS[scene], np.float32) * rng.uniform(0.95, 1.03)
         return _mix(base * 1.03, base * 0.95, _y)
@@ -132,7 +136,7 @@ def background(scene: str, rng: np.random.Generator) -> np.ndarray:
     if scene == "space":
         glow = np.exp(-8 * np.hypot(_x - rng.uniform(0, 1), _y - rng.uniform(0, 1)) ** 2)
         return _stars(_mix((0.02, 0.01, 0.05), (0.30, 0.08, 0.38), 0.9 * glow), rng, 14, 1.0)
-    raise ValueError(f"unknown scene {scene!r}; choose one of {', '.join(SCENES)}.")
+    raise DTEError(f"Unknown scene {scene!r}: use one of {', '.join(SCENES)}.")
 
 
 LIGHT = {  # what the light of a place does to the sprite: (multiply by, then mix with, how much)
@@ -157,7 +161,7 @@ def compose(rgba: np.ndarray, scene: str, behind: np.ndarray) -> np.ndarray:
 def render(concept: str, style: str, scene: str, seed: int = 0) -> np.ndarray:
     """The picture that the caption of (concept, style, scene) describes: (64, 64, 3) uint8.
 
-    Pure and quick (under 1 ms). Raises ValueError for an unknown concept, style or scene.
+    Pure and quick (under 1 ms). Raises DTEError for an unknown concept, style or scene.
     """
     behind = background(scene, np.random.default_rng(seed))
     return compose(sprite(concept, style, SPRITE_PX), scene, behind)

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dte_lab.common.errors import DTEError
+
 ASSETS = Path(__file__).parent / "assets"
 STYLES = ("noto", "twemoji", "fluent")
 SPRITE_SIZE = 64  # px in the atlas: the native size of the Noto and Twemoji packages
@@ -49,7 +51,7 @@ def split_names(split: str) -> list[str]:
 @cache
 def _atlas(style: str) -> Image.Image:
     if style not in STYLES:
-        raise ValueError(f"unknown style {style!r}; choose one of {', '.join(STYLES)}.")
+        raise DTEError(f"Unknown style {style!r}: use one of {', '.join(STYLES)}.")
     return Image.open(ASSETS / f"{style}.webp").convert("RGBA")
 
 
@@ -57,10 +59,10 @@ def _atlas(style: str) -> Image.Image:
 def sprite(name: str, style: str, size: int = 48) -> np.ndarray:
     """Sprite as (size, size, 4) float32 RGBA in [0, 1], colours premultiplied by alpha.
 
-    Raises ValueError for a concept or style that does not exist.
+    Raises DTEError for a concept or style that does not exist.
     """
     if name not in concepts():
-        raise ValueError(f"unknown concept {name!r}; see dte_lab.world.concepts().")
+        raise DTEError(f"Unknown concept {name!r}: use one of dte_lab.world.concepts().")
     row, column = divmod(concepts()[name].index, ATLAS_COLUMNS)
     left, top = column * SPRITE_SIZE, row * SPRITE_SIZE
     image = _atlas(style).crop((left, top, left + SPRITE_SIZE, top + SPRITE_SIZE))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
@@ -35,7 +35,9 @@ LATENT_NOISE = 0.08  # std of the noise on latents of unit variance: the denoise
 GRADIENT_WEIGHT = 0.5
 
 
-def reconstruction_loss(x: Tensor, y: Tensor) -> Tensor:
+def reconstruction_loss(
+    x: Float[Tensor, "batch 3 height width"], y: Float[Tensor, "batch 3 height width"]
+) -> Float[Tensor, ""]:
     """L1 of pixels plus L1 of their horizontal and vertical differences (keeps edges sharp)."""
     loss = nn.functional.l1_loss(x, y)
     for axis in (-1, -2):
@@ -43,13 +45,13 @@ def reconstruction_loss(x: Tensor, y: Tensor) -> Tensor:
     return loss
 
 
-def varied(x: Tensor) -> Tensor:
-    """Half of the pictures (B, 3, 64, 64) mirrored, half turned, half with colours exchanged.
+def varied(x: Float[Tensor, "batch 3 side side"]) -> Float[Tensor, "batch 3 side side"]:
+    """Half of the pictures mirrored, half turned, half with colours exchanged.
 
     Unseen things need an autoencoder that knows more than the training things.
     """
 
-    def half() -> Tensor:
+    def half() -> Bool[Tensor, "batch 1 1 1"]:
         return torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
 
     x = torch.where(half(), x.flip(3), x)
@@ -58,8 +60,8 @@ def varied(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def scale_latents(model: PatchAutoencoder, x: Tensor) -> None:
-    """Set the scaling factor so that the latents of x (B, 3, 64, 64) have unit variance."""
+def scale_latents(model: PatchAutoencoder, x: Float[Tensor, "pictures 3 height width"]) -> None:
+    """Set the scaling factor so that the latents of x have unit variance."""
     model.register_to_config(scaling_factor=1 / model.encode(x).latent_dist.mode().std().item())
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
@@ -39,8 +39,8 @@ CAPTIONS = 8  # ways to say what an item of the bank shows
 CANONICAL_SEED = 0  # one rendering per (thing, style, scene), or the target would blur several
 
 
-def kinds_of(names: list[str]) -> Tensor:
-    """The kind of thing (subgroup, as a number) that each of n names is: (n,)."""
+def kinds_of(names: list[str]) -> Int[Tensor, " names"]:
+    """The kind of thing (subgroup, as a number) that each of the names is."""
     kinds = all_kinds()
     return torch.tensor([kinds.index(concepts()[name].subgroup) for name in names])
 
@@ -76,20 +76,24 @@ class CanonicalPictures:
         _, s, v = torch.linalg.svd(some - self.mean, full_matrices=False)
         self.basis = v[:TARGET] / (s[:TARGET] / len(some) ** 0.5).sqrt()[:, None]  # (256, 1536)
 
-    def look_up(self, shown: Tensor) -> Tensor:
-        """Scaled latents (B, 96, 4, 4), in single precision, of concepts, styles, scenes (B, 3)."""
+    def look_up(self, shown: Int[Tensor, "batch 3"]) -> Float[Tensor, "batch channels 4 4"]:
+        """Scaled latents, in single precision, of concepts, styles and scenes."""
         return self.bank[tuple(shown.T)].float().unflatten(1, (-1, 4, 4))
 
-    def components(self, latents: Tensor) -> Tensor:
-        """Latents (B, 96, 4, 4) -> (B, 256)."""
+    def components(
+        self, latents: Float[Tensor, "batch channels 4 4"]
+    ) -> Float[Tensor, "batch components"]:
+        """Of latents: 256 numbers."""
         return (latents.flatten(1) - self.mean) @ self.basis.T
 
-    def pictures(self, latents: Tensor) -> Tensor:
-        """(B, 96, 4, 4) -> (B, 3, 64, 64)."""
+    def pictures(
+        self, latents: Float[Tensor, "batch channels 4 4"]
+    ) -> Float[Tensor, "batch 3 64 64"]:
+        """Of latents, in about [-1, 1]."""
         return self.vae.decode(latents / self.vae.config.scaling_factor).sample
 
-    def codes(self) -> Tensor:
-        """What each thing looks like in all styles, scenes averaged out: (concepts, CODE)."""
+    def codes(self) -> Float[Tensor, "concepts code"]:
+        """What each thing looks like in all styles, scenes averaged out: CODE numbers."""
         z = self.bank.float()
         z = (z - z.mean((0, 1))).mean(2).flatten(1)
         u, s, _ = torch.linalg.svd(z - z.mean(0), full_matrices=False)
@@ -147,8 +151,14 @@ class TextPainter(nn.Module):
         self.picture = nn.Linear(text.config.hidden_size, TARGET)
         self.kind = nn.Linear(text.config.hidden_size, kinds)
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T) ids -> cells (B, 16, 96), components (B, 256) and kinds (B, K).
+    def forward(
+        self, input_ids: Int[Tensor, "batch tokens"]
+    ) -> tuple[
+        Float[Tensor, "batch cells channels"],
+        Float[Tensor, "batch components"],
+        Float[Tensor, "batch kinds"],
+    ]:
+        """Ids -> cells (B, 16, 96), components (B, 256) and kinds (B, K).
 
         The last two are read from the first end token, whose state CLIP projects.
         """
@@ -157,8 +167,12 @@ class TextPainter(nn.Module):
         return self.cell(states[:, WORDS:]), self.picture(pooled), self.kind(pooled)
 
 
-def first_end_state(states: Tensor, input_ids: Tensor, eos_token_id: int) -> Tensor:
-    """Of states (B, T, d), that of the first end token, which CLIP projects: (B, d)."""
+def first_end_state(
+    states: Float[Tensor, "batch tokens dim"],
+    input_ids: Int[Tensor, "batch tokens"],
+    eos_token_id: int,
+) -> Float[Tensor, "batch dim"]:
+    """Of states, that of the first end token, which CLIP projects."""
     first = (input_ids == eos_token_id).int().argmax(dim=1)
     return states[torch.arange(len(states), device=states.device), first]
 
@@ -185,7 +199,7 @@ class TextTraining:
 
     def losses(
         self, model: TextPainter, ids: Int[Tensor, "batch tokens"], labels: Int[Tensor, "batch 3"]
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Float[Tensor, ""]]:
         painted, components, kind = model(ids)
         latents = self.pictures.look_up(labels)
         truth = self.pictures.components(latents)
@@ -223,7 +237,7 @@ def train_text(
     rng = np.random.default_rng((options.seed, 78))
     items = random_items(rng, options.bank_size)
 
-    def labels(items: list[Rendering]) -> Tensor:
+    def labels(items: list[Rendering]) -> Int[Tensor, "items 3"]:
         return torch.stack(list(indices(items, pictures.names).values()), dim=1).to(device)
 
     test_items = random_items(np.random.default_rng(10_000), 512)

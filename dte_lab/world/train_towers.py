@@ -36,15 +36,19 @@ class Towers(nn.Module):
         self.image, self.projection = image, projection
         self.log_scale = nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32))
 
-    def logits(self, image: Tensor, pooled_text: Tensor) -> Tensor:
-        """Image embeddings (B, 128) and text states (N, 192) -> scaled cosines (B, N)."""
-        text = nn.functional.normalize(self.projection(pooled_text), dim=-1)
+    def logits(
+        self, image: Float[Tensor, "batch projected"], pooled: Float[Tensor, "texts dim"]
+    ) -> Float[Tensor, "batch texts"]:
+        """Image embeddings and text states -> scaled cosines."""
+        text = nn.functional.normalize(self.projection(pooled), dim=-1)
         scale = self.log_scale.clamp(max=np.log(100)).exp()
         return scale * nn.functional.normalize(image, dim=-1) @ text.T
 
 
-def augment(x: Tensor) -> Tensor:
-    """Shift pictures (B, 3, H, W) by up to 3 px and scale their colours by up to 15 %.
+def augment(
+    x: Float[Tensor, "batch 3 height width"],
+) -> Float[Tensor, "batch 3 height width"]:
+    """Shift pictures by up to 3 px and scale their colours by up to 15 %.
 
     For the picture tower alone, which is to know things that it has not seen.
     """
@@ -82,7 +86,7 @@ class TowersTraining:
     def loss(self, model: Towers) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         rows = random_rows(self.pictures, self.batch_size)
         image = model.image(augment(from_bytes(self.pictures[rows]))).image_embeds
-        texts = pooled_text(self.text, one_caption(self.captions, rows))
+        texts = end_states(self.text, one_caption(self.captions, rows))
         logits = model.logits(image, texts)  # (B, B)
         own = torch.arange(len(logits), device=logits.device)
         cross_entropy = nn.functional.cross_entropy
@@ -105,7 +109,7 @@ class TowersTraining:
 
 
 @torch.no_grad()
-def pooled_text(
+def end_states(
     text: CLIPTextModelWithProjection, ids: Int[Tensor, "batch tokens"]
 ) -> Float[Tensor, "batch dim"]:
     """The state of the first end token, which CLIP projects."""
@@ -121,7 +125,7 @@ def class_states(
         "style": [f"a {style} picture of a thing" for style in STYLES],
         "scene": [caption("thing", None, scene) for scene in SCENES],
     }
-    return {k: pooled_text(text, tokenize(tokenizer, t).to(text.device)) for k, t in texts.items()}
+    return {k: end_states(text, tokenize(tokenizer, t).to(text.device)) for k, t in texts.items()}
 
 
 def train_towers(
@@ -139,7 +143,7 @@ def train_towers(
     model = Towers(image, text.text_projection.requires_grad_(True))
     # The states of all captions are nearly parallel; whitened, they start apart from each other.
     with torch.no_grad():
-        some = pooled_text(text, captions[:2048, 0])
+        some = end_states(text, captions[:2048, 0])
         model.projection.weight.copy_(whitening(some, len(model.projection.weight)))
     x_test, _, test_items = random_batch(np.random.default_rng(10_000), 400)
     training = TowersTraining(

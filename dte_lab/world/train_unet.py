@@ -97,7 +97,9 @@ def random_timesteps(count: int, device: torch.device | str) -> Int[Tensor, " co
 
 def noised(
     z: Float[Tensor, "batch channels height width"], t: Int[Tensor, " batch"]
-) -> tuple[Tensor, Tensor]:
+) -> tuple[
+    Float[Tensor, "batch channels height width"], Float[Tensor, "batch channels height width"]
+]:
     """Noisy latents, and the velocity that is to be predicted."""
     scheduler, noise = DDPMScheduler(**NOISE_SCHEDULE), torch.randn_like(z)
     return scheduler.add_noise(z, noise, t), scheduler.get_velocity(z, noise, t)

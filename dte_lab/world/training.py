@@ -40,7 +40,7 @@ Loss = Callable[[nn.Module], AbstractContextManager[tuple[Tensor, dict[str, Tens
 class TrainConfig:
     """Recipe of one run; everything here is ours, not the paper's (which trains no base model).
 
-    Raises ValueError for a value with which nothing can be trained.
+    Raises DTEError for a value with which nothing can be trained.
     """
 
     steps: int
