@@ -1,6 +1,7 @@
 """The baselines optimise what they say, from where they say, and are drawn by the same sampler."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,8 +20,10 @@ from dte_lab.baselines import (
 from dte_lab.common.random import stream
 from dte_lab.config import single_path
 from dte_lab.e4t import E4TEncoder, load_e4t
+from dte_lab.evaluation.measures import diffusion_loss
 from dte_lab.objective import diffusion_target, objective
 from dte_lab.training.pretrain import PretrainConfig, pretrain
+from dte_lab.world.data import rendered
 
 CONFIG = BaselineConfig(batch_size=2, prior_pictures=2)
 
@@ -114,6 +117,26 @@ def seen(monkeypatch):
 
     monkeypatch.setattr("dte_lab.baselines.objective", watched)
     return steps
+
+
+def test_prior_preservation_keeps_the_class(small_pipe):
+    """What the base model knew of other dogs: without the prior, tuning on a dog spoils it."""
+    dog = rendered([("dog", "fluent", "grass", 0)])
+    dogs = rendered([("dog", "noto", "white", 7), ("dog", "twemoji", "snow", 7)])
+    config = BaselineConfig(batch_size=4, prior_pictures=4)
+    word, embedding = class_word(small_pipe, dog)
+    assert word == "dog"
+
+    def loss(concept):
+        of_the_class = replace(concept, v_star=embedding)
+        return diffusion_loss(small_pipe, of_the_class, dogs, ["a picture of S*"] * 2, count=16)
+
+    for seed in range(3):
+        spoilt = []
+        for prior in (False, True):
+            concepts = dreambooth_lora(small_pipe, dog, [0, 6], seed, config, prior=prior)
+            spoilt.append(loss(concepts[6]) - loss(concepts[0]))
+        assert 0 < spoilt[1] < 0.6 * spoilt[0], spoilt
 
 
 def test_lora_sees_the_rare_word_and_its_class_the_prior_the_class_alone(pipe, pixels, seen):
