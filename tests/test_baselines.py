@@ -119,6 +119,14 @@ def seen(monkeypatch):
     return steps
 
 
+def test_a_single_path_has_no_hard_path_and_nothing_that_changes_while_sampling():
+    method = MethodConfig(
+        alpha_blend=(0.1, 0.2), offsets_on="hard", granularity="block", regulariser="l2",
+        prediction_interval=3, unconditional_offsets=False, temperature=0.3,
+    )  # fmt: skip
+    assert single_path(method) == MethodConfig(1.0, "soft", "attention", "none", temperature=0.3)
+
+
 def test_prior_preservation_keeps_the_class(small_pipe):
     """What the base model knew of other dogs: without the prior, tuning on a dog spoils it."""
     dog = rendered([("dog", "fluent", "grass", 0)])

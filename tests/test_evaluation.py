@@ -42,6 +42,8 @@ def test_every_test_concept_is_asked_twelve_edits_that_its_picture_does_not_show
     chosen = items(60)
     assert len({item.name for item in chosen}) == 60
     assert [item.style for item in chosen[:3]] == list(STYLES)
+    assert len({(item.style, item.scene) for item in chosen[:9]}) == 9
+    assert items(20)[19].name == chosen[57].name  # spread over the split's order
     for item in chosen:
         asked = edits(item)
         assert len(asked) == len({edit.name for edit in asked}) == 12
@@ -304,6 +306,19 @@ def test_weights_of_every_encoder_of_a_run_are_in_its_settings(harness, tmp_path
 
 def test_processes_share_the_jobs_and_keep_their_order():
     assert list(in_processes(abs, [-3, 2, -1], processes=2, chunk=1)) == [3, 2, 1]
+
+
+def threads_of(job):
+    return torch.get_num_threads()
+
+
+def test_processes_share_the_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        assert list(in_processes(threads_of, [0, 1], processes=2, chunk=1)) == [2, 2]
+    finally:
+        torch.set_num_threads(before)
 
 
 def synthetic():

@@ -85,6 +85,13 @@ def test_pictures_are_no_held_out_combinations_and_ids_tell_concepts_apart(batch
     assert set(halves.flatten().tolist()) <= known and ids.max() >= total**2
 
 
+def test_half_of_the_concepts_are_mixed_and_three_quarters_varied(batches):
+    torch.manual_seed(0)
+    ids, total = batches(2000)["concept"], len(concepts())
+    assert ((ids >= total**2).double().mean() - 0.75).abs() < 0.05
+    assert ((ids % total != ids // total % total).double().mean() - 0.5).abs() < 0.05
+
+
 @pytest.fixture
 def quick(backbone, monkeypatch):
     """The encoder's training without its costly start, measured on a pair each of four things."""

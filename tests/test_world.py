@@ -158,6 +158,7 @@ def test_pairs_are_pure_and_prompts_hold_the_placeholder():
         assert torch.equal(item["target"], again["target"]) and item["prompt"] == again["prompt"]
         if item["prompt"] == "a picture of S*":
             assert torch.equal(item["image"], item["target"])
+    assert not torch.equal(ConceptPairs(seed=1)[0]["image"], pairs[0]["image"])
     kinds = Counter("picture of S*" if pairs[i]["prompt"].endswith("S*") else "edit"
                     for i in range(300))  # fmt: skip
     assert 0.15 < kinds["picture of S*"] / 300 < 0.35

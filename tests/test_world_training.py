@@ -1,10 +1,12 @@
 """The whole recipe of the base model in two steps a part: train, pack, load, draw, personalize."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dte_lab import DTEPipeline
 from dte_lab.backbone import load_backbone
@@ -136,13 +138,38 @@ def test_fitted_token_head_knows_the_words_of_pictures(tiny_backbone, tiny_confi
     assert all((a @ b).abs().max() == 0 for a, b in prediction.offsets.values())
 
 
+def test_a_seed_chooses_the_pictures_that_the_token_head_is_fitted_to(tiny_backbone, tiny_config):
+    heads = [TuningEncoder.from_backbone(tiny_backbone, tiny_config) for _ in range(2)]
+    for seed, encoder in enumerate(heads):
+        fit_token_head(encoder, tiny_backbone, pictures=32, seed=seed)
+    first, second = (encoder.token_head.read.weight for encoder in heads)
+    assert not torch.allclose(first, second, rtol=0.01)
+
+
+def test_the_token_head_narrows_patches_to_where_they_differ_most(tiny_backbone, tiny_config):
+    encoder = TuningEncoder.from_backbone(tiny_backbone, replace(tiny_config, patch_channels=4))
+    fit_token_head(encoder, tiny_backbone, pictures=32)
+    pixels = rendered(random_items(np.random.default_rng(0), 32))
+    patches = encoder.image_features(tiny_backbone, pixels).patches
+    channels = F.group_norm(patches, 1).transpose(0, 1).flatten(1)
+    channels = channels - channels.mean(1, keepdim=True)
+    most = torch.linalg.svdvals(channels.double())[:4].square().sum()
+    kept = (encoder.token_head.narrow.weight.flatten(1) @ channels).square().sum()
+    torch.testing.assert_close(kept.double(), most, rtol=1e-4, atol=0)
+
+
+def centred(x):
+    return (x - x.mean((0, 1))).flatten(0, 1)
+
+
 def test_aligned_heads_look_at_their_cell_and_read_it():
     torch.manual_seed(0)
     unet = train_unet.build_unet().eval()
-    latents = torch.randn(64, 96, 4, 4)
+    shown = torch.randn(64, 96, 4, 4)
+    latents = shown + 2 * torch.randn(96, 1, 1)  # of a mean that no caption tells
     basis = torch.linalg.qr(torch.randn(192, 192))[0]
     states = torch.randn(64, MAX_LENGTH, 192)  # words are noise; a cell says which and what it is
-    states[:, WORDS:] = 4 * basis[:16] + cells(latents) @ basis[16:112]
+    states[:, WORDS:] = 4 * basis[:16] + cells(shown) @ basis[16:112]
     x_t, t = torch.randn_like(latents), torch.randint(1000, (64,))
     align(unet, x_t, t, states, latents)
     for block in cell_blocks(unet):
@@ -162,7 +189,12 @@ def test_aligned_heads_look_at_their_cell_and_read_it():
         share = scores.softmax(-1)[..., WORDS:].diagonal(dim1=2, dim2=3)
         assert share.mean() > 0.3  # of 32 tokens
         for head, part in ((0, slice(0, 48)), (1, slice(48, 96))):
-            truth = cells(latents)[..., part].flatten()
-            read = value[:, WORDS:, head].flatten()
-            assert torch.corrcoef(torch.stack([read, truth]))[0, 1] > 0.98
+            truth = centred(cells(latents)[..., part])
+            read = centred(value[:, WORDS:, head])
+            assert torch.corrcoef(torch.stack([read.flatten(), truth.flatten()]))[0, 1] > 0.98
+            least_squares = torch.linalg.lstsq(centred(states[:, WORDS:]), truth, driver="gelsd")
+            rows = slice(48 * head, 48 * head + 48)
+            torch.testing.assert_close(
+                attention.to_v.weight[rows].T, least_squares.solution, rtol=0, atol=3e-3
+            )
         assert not attention.to_out[0].weight[:, :96].any()

@@ -97,7 +97,7 @@ class PairBatches:
         style = self.random(size, len(STYLES)).where(restyled, style)
         target = self.draw(name, other, style, variant, scene)
         target = image.where(same[:, None, None, None], target)
-        short = self.chance(size, SHORT_PROMPT) & ~restyled
+        short = self.chance(size, SHORT_PROMPT)
         asked = (1 + style).where(restyled, 4 * short)  # which style, none, or the short form
         prompt = ~same * (1 + len(SCENES) * asked + scene)
         left, right, n = self.index[name], self.index[other], len(concepts())

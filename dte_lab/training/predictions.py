@@ -40,9 +40,7 @@ class Predictions:
     @torch.no_grad()
     def write(self, encoder: TuningEncoder, step: int) -> None:
         """Append the predictions of the encoder as it is now; step 0 begins the file anew."""
-        was_training = encoder.training
-        v_star = mean_prediction(encoder.eval()(*self.features), self.rows).v_star  # (B, d)
-        encoder.train(was_training)
+        v_star = mean_prediction(encoder(*self.features), self.rows).v_star  # (B, d)
         if step == 0:
             self.path.unlink(missing_ok=True)
         append_line(
