@@ -51,6 +51,18 @@ def test_image_features_do_not_depend_on_the_batch():
     assert torch.allclose(features[1:2], judge.features(x[1:2]), atol=1e-4)
 
 
+@needs_images
+def test_image_judge_scales_pixels_as_its_authors_do(monkeypatch):
+    """(byte - 127) / 128, of pictures in which resizing leaves nothing brighter than white."""
+    judge, seen = ImageJudge(size=32), []
+    empty = torch.zeros(1, 1280, 1, 1)
+    monkeypatch.setattr(judge.network, "extract_features", lambda x: seen.append(x) or empty)
+    squares = torch.eye(2).repeat(2, 2).repeat_interleave(4, 0).repeat_interleave(4, 1) * 2 - 1
+    judge.features(squares.expand(1, 3, 16, 16))
+    assert seen[0].shape == (1, 3, 32, 32)
+    assert (seen[0].max(), seen[0].min()) == (1, -127 / 128)
+
+
 @needs_sentences
 def test_sentence_judge_gives_the_published_similarities():
     """The example of the documentation of sentence-transformers, which uses this model."""

@@ -14,8 +14,18 @@ from dte_lab.patch_autoencoder import PatchAutoencoder
 from dte_lab.world import SCENES, STYLES, caption, concepts, render, split_names
 from dte_lab.world.build import plain_name, split_concepts
 from dte_lab.world.captions import held_out, noun_phrase, random_caption
-from dte_lab.world.clip import WORDS, build_tokenizer, cells, from_cells
-from dte_lab.world.data import pixel_grid, random_batch, random_item, to_tensor
+from dte_lab.world.clip import WORDS, build_tokenizer, cells, from_cells, tokenize
+from dte_lab.world.data import (
+    caption_bank,
+    latent_bank,
+    one_caption,
+    pixel_grid,
+    random_batch,
+    random_item,
+    random_items,
+    rendered,
+    to_tensor,
+)
 from dte_lab.world.muon import orthogonalise
 from dte_lab.world.pairs import (
     OTHER_SCENE,
@@ -124,6 +134,25 @@ def test_random_captions_name_the_concept_and_leave_parts_out(tokenizer):
     assert all("red apple" in t for t in texts)
     for words, low, high in (("noto", 0.7, 0.9), ("on the beach", 0.88, 0.98), ("fruit", 0.1, 0.2)):
         assert low < np.mean([words in t for t in texts]) < high, words
+
+
+def test_a_bank_holds_latents_and_captions_of_its_own_items(tokenizer):
+    items = random_items(np.random.default_rng(0), 6)
+    vae = PatchAutoencoder(width=16, fine_width=16, scaling_factor=0.25)
+    latents = vae.encode(rendered(items)).latent_dist.mode() * 0.25
+    torch.testing.assert_close(latent_bank(vae, items), latents.detach().half())
+    full = caption_bank(tokenizer, items, np.random.default_rng(0), 3, full=1)
+    for captions, item in zip(full, items, strict=True):
+        assert (captions == tokenize(tokenizer, [caption(*item[:3])])).all()
+    some = caption_bank(tokenizer, items, np.random.default_rng(0), 40)
+    assert 0 < (some == full[:, :1]).all(-1).double().mean() < 0.9
+
+
+def test_captions_are_random_ones_of_their_rows():
+    captions = torch.arange(12).reshape(3, 4)
+    rows = torch.tensor([2, 0]).repeat(50)
+    drawn = one_caption(captions, rows)
+    assert (drawn // 4 == rows).all() and len(set(drawn.tolist())) == 8
 
 
 def test_tokenizer_has_one_token_per_train_word_and_no_unseen_word(tokenizer):
