@@ -161,8 +161,11 @@ class Backbone:
     ) -> Float[Tensor, "batch 3 height width"]:
         """Scaled latents -> pictures, clipped to [-1, 1]."""
         latents = latents.to(self.device, self.dtype) / self.vae.config.scaling_factor
+        # One by one, where the decoder is what needs most memory.
+        size = len(latents) if self.draws_small_world else 1
         with self.loaded(self.vae) as vae:
-            return vae.decode(latents).sample.clamp(-1, 1)
+            pictures = torch.cat([vae.decode(z).sample for z in latents.split(size)])
+        return pictures.clamp(-1, 1)
 
     def clip_pixels(
         self, images: Float[Tensor, "batch 3 height width"]
@@ -231,8 +234,6 @@ def load_backbone(
         parts = load_parts(name, dtype, revision, local_files_only)
     check_parts(str(name), parts)
     backbone = Backbone(name=str(name), **parts, offload=offload)
-    if isinstance(backbone.vae, AutoencoderKL):
-        backbone.vae.enable_slicing()  # picture by picture: the decoder is what needs most memory
     if gradient_checkpointing:
         backbone.unet.enable_gradient_checkpointing()
     if torch.device(device).type == "cpu":  # where 3x3 convolutions become almost twice as fast

@@ -20,7 +20,7 @@ from dte_lab.tokens import PromptEncoder
 from dte_lab.training import small_world
 from dte_lab.training.batches import prepare
 from dte_lab.training.config import PretrainConfig
-from dte_lab.training.pretrain import train_step
+from dte_lab.training.pretrain import loading, train_step
 from dte_lab.training.step import Frozen, Noise, Processes, make_batch, training_step
 
 PROMPTS = ["a picture of S*", "S* on the beach", "the red S* at night"]
@@ -247,3 +247,38 @@ def test_frozen_parts_get_no_gradient(frozen, encoder, pictures):
     assert isinstance(prediction, EncoderPrediction)
     assert all(p.grad is None for m in frozen.backbone.modules for p in m.parameters())
     assert all(p.grad is not None for p in encoder.parameters())
+
+
+def test_a_picture_that_is_its_own_target_is_encoded_once(tiny_backbone, pictures, monkeypatch):
+    counts, encode = [], tiny_backbone.encode_images
+
+    def counted(pixels):
+        counts.append(len(pixels))
+        return encode(pixels)
+
+    monkeypatch.setattr(tiny_backbone, "encode_images", counted)
+    alone = {name: value for name, value in pictures.items() if name != "target"}
+    once = make_batch(tiny_backbone, alone, lambda both: NOISE)
+    twice = make_batch(tiny_backbone, alone | {"target": alone["image"]}, lambda both: NOISE)
+    assert counts == [3, 6]
+    for name in ("latents", "feature_latents", "images"):
+        torch.testing.assert_close(getattr(once, name), getattr(twice, name))
+
+
+def test_the_autoencoder_encodes_a_batch_and_decodes_one_by_one(tiny_backbone, monkeypatch):
+    sizes = []
+    for name in ("encoder", "decoder"):
+        getattr(tiny_backbone.vae, name).register_forward_pre_hook(
+            lambda module, args: sizes.append(len(args[0]))
+        )
+    z = tiny_backbone.encode_images(normal(3, 3, 16, 16, seed=1))
+    pictures = tiny_backbone.decode_latents(z)
+    assert sizes == [3, 1, 1, 1] and pictures.shape == (3, 3, 16, 16)
+
+
+def test_a_gpu_has_workers_and_pinned_memory(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 12)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert loading(PretrainConfig(), gpu) == {"num_workers": 8, "pin_memory": True}
+    assert loading(PretrainConfig(num_workers=3), gpu)["num_workers"] == 3
+    assert loading(PretrainConfig(), cpu) == {"num_workers": 0, "pin_memory": False}

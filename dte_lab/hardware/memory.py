@@ -185,7 +185,6 @@ def _sd15(setting: Setting, memory: TracedMemory) -> CountedBackbone:
     parts = random_parts("cpu", DTYPES[setting.dtype], setting.resolution)
     backbone = CountedBackbone(name="sd15", **parts)
     backbone.memory = memory
-    backbone.vae.enable_slicing()
     return backbone
 
 

@@ -22,7 +22,8 @@ class PretrainConfig:
     `shared_timestep_probability` the UNet features of a sample come from the noisy target at the
     loss's timestep, as in the paper; otherwise from the noisy concept picture at a timestep of its
     own, which is what `personalize` does. `max_minutes` ends this call, with a checkpoint, to be
-    continued by the next. `optimizer_8bit` takes AdamW8bit of bitsandbytes.
+    continued by the next. `num_workers` read pictures, None as many as suit the machine.
+    `optimizer_8bit` takes AdamW8bit of bitsandbytes.
 
     Raises DTEError for a value with which nothing can be trained.
     """
@@ -39,7 +40,7 @@ class PretrainConfig:
     seed: int = 0
     mixed_precision: str = "no"
     optimizer_8bit: bool = False
-    num_workers: int = 0
+    num_workers: int | None = None
     log_every: int = 20
     checkpoint_every: int = 250
     sample_every: int = 500
@@ -51,8 +52,10 @@ class PretrainConfig:
             "steps", "batch_size", "log_every", "checkpoint_every", "sample_every", "predict_every",
         ):  # fmt: skip
             check_whole(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "seed", "num_workers"):
+        for name in ("warmup_steps", "seed"):
             check_whole(name, getattr(self, name), 0)
+        if self.num_workers is not None:
+            check_whole("num_workers", self.num_workers, 0)
         for name in ("learning_rate", "weight_decay"):
             check_number(name, getattr(self, name), 0)
         for name in ("decay_fraction", "ema_decay", "shared_timestep_probability"):

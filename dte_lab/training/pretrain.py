@@ -10,6 +10,7 @@ other's v* as negatives, so that the same settings give the same losses whatever
 What a step computes is step.py's, and what is written after it callbacks.py's.
 """
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ from dte_lab.training.config import (
 from dte_lab.training.optimizer import build_optimizer
 from dte_lab.training.step import EncoderBatch, Frozen, Processes, training_step
 
+MOST_WORKERS = 8  # of a process, for reading pictures
+
 
 def pretrain(
     backbone: Backbone,
@@ -57,9 +60,9 @@ def pretrain(
 ) -> TuningEncoder:
     """Train `encoder` in place; continues from `out_dir` when that holds a checkpoint.
 
-    dataset: map-style torch Dataset; item i is a pure function of i, a dict of image (3, H, W) and
-    target (3, H, W) in [-1, 1], prompt (str with "S*") and concept (int id), and perhaps `skipped`,
-    the name of a picture in whose place another stands, or "".
+    dataset: map-style torch Dataset; item i is a pure function of i, a dict of image (3, H, W) in
+    [-1, 1], prompt (str with "S*") and concept (int id), and perhaps target (3, H, W), where that
+    is another picture, and `skipped`, the name of one in whose place another stands, or "".
     Writes to out_dir: log.jsonl, checkpoint.safetensors (the whole state), encoder/ (EMA weights,
     for `load_encoder`), samples/ (grids of eval_images with their predictions) and, of
     probe_images, predictions.jsonl (see predictions.py).
@@ -79,7 +82,7 @@ def pretrain(
         run, config, out_dir, bar, eval_images, eval_prompts, probe_images, callback
     )
     batches = StepBatches(len(dataset), config, run.first, run.processes)
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=config.num_workers)
+    loader = DataLoader(dataset, batch_sampler=batches, **loading(config, run.accelerator.device))
     for step, pictures in enumerate(loader, run.first):
         rate = learning_rate(step, config)
         for group in run.optimizer.param_groups:
@@ -224,6 +227,20 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad()
     return losses, prediction, grad_norm
+
+
+def loading(config: PretrainConfig, device: torch.device) -> dict[str, int | bool]:
+    """Options of the DataLoader.
+
+    A GPU gets its pictures from workers, by default so many as there are cores, of `MOST_WORKERS`
+    at most, and from pinned memory; on a CPU workers would take from the training.
+    """
+    gpu = device.type == "cuda"
+    cores = min(MOST_WORKERS, os.cpu_count() or 1) if gpu else 0
+    return {
+        "num_workers": cores if config.num_workers is None else config.num_workers,
+        "pin_memory": gpu,
+    }
 
 
 def check_finite(

@@ -123,11 +123,15 @@ def make_batch(
 ) -> EncoderBatch:
     """The step's batch.
 
-    pictures: image and target (B, 3, H, W) in [-1, 1], prompt and concept as in `Batch`.
+    pictures: image (B, 3, H, W) in [-1, 1], prompt and concept as in `Batch`; target, like image,
+    where it is another picture.
     draw: gives the `Noise` for latents (2B, C, h, w), those of the targets first.
     """
-    pixels = torch.cat([pictures["target"], pictures["image"]])
-    both = backbone.encode_images(pixels).float()  # (2B, C, h, w)
+    if "target" in pictures:
+        pixels = torch.cat([pictures["target"], pictures["image"]])
+        both = backbone.encode_images(pixels).float()  # (2B, C, h, w)
+    else:  # encoded once: more than half of a step's arithmetic would go into the second time
+        both = backbone.encode_images(pictures["image"]).float().repeat(2, 1, 1, 1)
     latents, own_latents = both.chunk(2)
     noise, t, own_noise, own_t, shared = draw(both)
     feature_latents = torch.where(
