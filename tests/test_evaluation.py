@@ -1,7 +1,9 @@
 """The harness asks what it says, goes on where it stopped, and its rows say what was made."""
 
 import json
+import operator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -304,19 +306,12 @@ def test_weights_of_every_encoder_of_a_run_are_in_its_settings(harness, tmp_path
     assert methods.settings()["weights"][key] != weights[key]
 
 
-def test_processes_share_the_jobs_and_keep_their_order():
-    assert list(in_processes(abs, [-3, 2, -1], processes=2, chunk=1)) == [3, 2, 1]
-
-
-def threads_of(job):
-    return torch.get_num_threads()
-
-
-def test_processes_share_the_threads():
+def test_processes_share_jobs_and_threads_and_keep_the_order():
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
-        assert list(in_processes(threads_of, [0, 1], processes=2, chunk=1)) == [2, 2]
+        jobs = [partial(abs, -3), torch.get_num_threads, partial(abs, 1)]
+        assert list(in_processes(operator.call, jobs, processes=2, chunk=1)) == [3, 2, 1]
     finally:
         torch.set_num_threads(before)
 

@@ -18,6 +18,7 @@ from dte_lab.tokens import PromptEncoder
 from dte_lab.training.batches import StepBatches, prepare
 from dte_lab.training.callbacks import statistics
 from dte_lab.training.config import PretrainConfig, learning_rate
+from dte_lab.training.optimizer import build_optimizer
 from dte_lab.training.predictions import read_predictions
 from dte_lab.training.pretrain import pretrain
 from dte_lab.training.step import Processes
@@ -181,6 +182,21 @@ def test_training_moves_every_parameter_and_the_ema_follows(tiny_backbone, tiny_
         assert torch.equal(x, y), name
     kinds = {type(p).__name__ for p in tiny_backbone.unet.attn_processors.values()}
     assert kinds == {"AttnProcessor2_0"}
+
+
+def test_two_steps_of_the_optimizer_by_hand():
+    x, gradients = torch.tensor([1.0, -2.0]), torch.tensor([[0.5, -1.0], [2.0, 0.1]])
+    p = torch.nn.Parameter(x.clone())
+    optimizer = build_optimizer([p], weight_decay=0.3)
+    optimizer.param_groups[0]["lr"] = 0.1
+    m = v = torch.zeros(2)
+    for i, gradient in enumerate(gradients, start=1):
+        p.grad = gradient
+        optimizer.step()
+        m, v = 0.9 * m + 0.1 * gradient, 0.99 * v + 0.01 * gradient**2
+        step = m / (1 - 0.9**i) / (v / (1 - 0.99**i)).sqrt()
+        x = (1 - 0.1 * 0.3) * x - 0.1 * step
+    torch.testing.assert_close(p.detach(), x)
 
 
 def test_the_first_step_against_adamw_and_the_average(tiny_backbone, tiny_config, tmp_path):

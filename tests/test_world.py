@@ -1,5 +1,6 @@
 """The small world: what a caption promises, the picture shows; splits and training are exact."""
 
+import copy
 import time
 from collections import Counter, OrderedDict
 from contextlib import contextmanager, nullcontext
@@ -7,11 +8,12 @@ from contextlib import contextmanager, nullcontext
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from dte_lab.common.errors import DTEError
 from dte_lab.patch_autoencoder import PatchAutoencoder
-from dte_lab.world import SCENES, STYLES, caption, concepts, render, split_names
+from dte_lab.world import SCENES, STYLES, caption, concepts, render, sampling, split_names
 from dte_lab.world.build import plain_name, split_concepts
 from dte_lab.world.captions import held_out, noun_phrase, random_caption
 from dte_lab.world.clip import WORDS, build_tokenizer, cells, from_cells, tokenize
@@ -26,7 +28,7 @@ from dte_lab.world.data import (
     rendered,
     to_tensor,
 )
-from dte_lab.world.muon import orthogonalise
+from dte_lab.world.muon import MuonAdamW, orthogonalise
 from dte_lab.world.pairs import (
     OTHER_SCENE,
     SAME_PICTURE,
@@ -256,6 +258,37 @@ def test_pca_start_is_as_good_as_pca_and_round_trips(tmp_path):
     assert torch.equal(again.encode(x).latent_dist.mode(), vae.encode(x).latent_dist.mode())
 
 
+def test_pca_start_is_half_way_to_whitening():
+    """A component's variance is then what its standard deviation was."""
+    x, _, _ = random_batch(np.random.default_rng(0), 128)
+    vae = PatchAutoencoder(width=16, fine_width=16)
+    vae.initialise_from_pca(x)
+    patches = F.unfold(x, 8, stride=8).transpose(1, 2).flatten(0, 1)
+    variances = torch.linalg.eigvalsh(torch.cov(patches.T)).flip(0)[:24]
+    with torch.no_grad():
+        z = F.pixel_shuffle(vae.encode(x).latent_dist.mode(), 2)  # (B, 24, 8, 8)
+    torch.testing.assert_close(
+        z.transpose(0, 1).flatten(1).var(1), variances.sqrt(), rtol=0.01, atol=1e-4
+    )
+
+
+def test_linear_and_convolutional_path_add_up_in_both_directions():
+    vae = PatchAutoencoder(width=16, fine_width=16)
+    with torch.no_grad():
+        for p in vae.parameters():  # the convolutional path starts at zero
+            p.normal_(0, 0.1)
+        x = torch.randn(2, 3, 64, 64)
+        weight, bias = vae.linear_encode.weight.view(24, 3, 8, 8), vae.linear_encode.bias
+        z = F.conv2d(x, weight, bias, stride=8) + vae.encoder(x)  # (B, 24, 8, 8)
+        latents = vae.encode(x).latent_dist.mode()
+        torch.testing.assert_close(F.pixel_shuffle(latents, 2), z, rtol=1e-4, atol=1e-4)
+        weight = vae.linear_decode.weight.view(192, 24).T.reshape(24, 3, 8, 8)
+        linear = F.conv_transpose2d(z, weight, stride=8)
+        linear += vae.linear_decode.bias.view(3, 8, 8).repeat(1, 8, 8)
+        y = linear + vae.decoder(z)
+        torch.testing.assert_close(vae.decode(latents).sample, y, rtol=1e-4, atol=1e-4)
+
+
 def test_cells_are_positions_of_the_latent_row_by_row():
     latents = torch.randn(3, 64, 4, 4)
     cut = cells(latents)
@@ -360,6 +393,45 @@ def test_muon_moves_hidden_matrices_and_adamw_the_rest():
         # A first step of AdamW is the rate everywhere; Muon's is 0.2 times its rate on average.
         muon = name.startswith("blocks") and name.endswith("weight")
         assert step == pytest.approx(0.2 * 1e-2 if muon else 1e-3, rel=0.3), name
+
+
+def test_two_steps_of_muon_by_hand():
+    """Momentum 0.95 with a look ahead (Nesterov), decay apart from the gradient."""
+    generator = torch.Generator().manual_seed(0)
+    start, *gradients = torch.randn(3, 4, 9, generator=generator)
+    p = torch.nn.Parameter(start.clone())
+    optimizer = MuonAdamW([{"params": [p], "muon": True}], lr=0.1, weight_decay=0.5)
+    momentum, expected = torch.zeros(4, 9), start
+    for gradient in gradients:
+        p.grad = gradient.clone()
+        optimizer.step()
+        momentum = 0.95 * momentum + 0.05 * gradient
+        ahead = orthogonalise(0.05 * gradient + 0.95 * momentum)
+        expected = (1 - 0.1 * 0.5) * expected - 0.1 * 0.2 * 9**0.5 * ahead
+    torch.testing.assert_close(p.detach(), expected)
+
+
+def test_the_base_model_alone_is_drawn_with_guidance_by_the_empty_caption(
+    tiny_backbone, monkeypatch
+):
+    b, captions = tiny_backbone, ["a red apple", "the cat at night"]
+    monkeypatch.setattr(sampling, "STEPS", 2)
+    drawn = sampling.draw(b.vae, b.text_encoder, b.tokenizer, b.unet, b.scheduler, captions, seed=3)
+
+    scheduler = copy.deepcopy(b.scheduler)
+    scheduler.set_timesteps(2)
+    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    z = z * scheduler.init_noise_sigma
+    empty, states = (
+        b.text_encoder(tokenize(b.tokenizer, texts)).last_hidden_state for texts in ([""], captions)
+    )
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.scale_model_input(z, t)
+            without, told = (b.unet(x, t, s.expand(2, -1, -1)).sample for s in (empty, states))
+            z = scheduler.step(without + 3 * (told - without), t, z).prev_sample
+        pictures = b.vae.decode(z / b.vae.config.scaling_factor).sample
+    torch.testing.assert_close(drawn, pictures.clamp(-1, 1), atol=1e-4, rtol=0)
 
 
 def test_training_stops_on_a_gradient_that_is_not_finite(tmp_path):

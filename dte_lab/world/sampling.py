@@ -28,9 +28,8 @@ def draw(
     """A picture in [-1, 1] of each caption: 25 steps, guidance 3, fixed noise."""
     pipe = stock_pipeline(vae, text_encoder, tokenizer, unet, scheduler)
 
-    def states(
-        texts: list[str],
-    ) -> Float[Tensor, "texts tokens dim"]:  # the pipeline would take the projected embedding
+    def states(texts: list[str]) -> Float[Tensor, "texts tokens dim"]:
+        # the pipeline would take the projected embedding
         return text_encoder(tokenize(tokenizer, texts).to(unet.device)).last_hidden_state
 
     generator = torch.Generator().manual_seed(seed)
