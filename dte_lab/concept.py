@@ -12,6 +12,7 @@ from torch import Tensor
 from dte_lab.backbone import Backbone
 from dte_lab.common.errors import DTEError
 from dte_lab.common.files import write_atomically
+from dte_lab.common.origin import digest, origin_text
 from dte_lab.config import MethodConfig
 from dte_lab.lora import Offsets, check_offsets, projection_shapes
 
@@ -45,6 +46,12 @@ class Concept:
         """Wall-clock time that `personalize` took."""
         return self.info.get("seconds", 0.0)
 
+    @property
+    def origin(self) -> str:
+        """Digits that tell which pictures it was made from; without them, which numbers it has."""
+        known = self.info.get("origin")
+        return known or digest([self.v_star.detach().float().cpu().numpy().tobytes()])
+
     def save(self, path: Path | str) -> None:
         """Write a safetensors file, atomically. Raises OSError when the folder is not writable."""
         tensors = {"v_star": self.v_star}
@@ -55,6 +62,7 @@ class Concept:
             "backbone": self.backbone,
             "config": json.dumps(asdict(self.config)),
             "info": json.dumps(self.info),
+            **origin_text({"concept": self.origin}),
         }
         tensors = {key: t.detach().float().cpu().contiguous() for key, t in tensors.items()}
         if self.pictures is not None:

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from dte_lab.backbone import Backbone, load_backbone, new_scheduler
 from dte_lab.common.errors import DTEError
 from dte_lab.common.images import read_image, to_bytes, to_pil, to_square_tensor
+from dte_lab.common.origin import pictures_digest
 from dte_lab.common.random import stream
 from dte_lab.concept import Concept
 from dte_lab.config import MethodConfig
@@ -95,6 +96,7 @@ class DTEPipeline:
         images = image if isinstance(image, (list, tuple)) else [image]
         if not images:
             raise DTEError("personalize needs at least one picture of the concept.")
+        images = [read_image(picture) for picture in images]
         pixels = self.pixels(images)
         backbone, encoder, method = self.backbone, self.encoder, method or self.encoder.method
         config = replace(config or TuneConfig(), num_steps=num_steps)
@@ -111,6 +113,7 @@ class DTEPipeline:
         tuned = result.prediction
         v_star = prompt_embedding(tuned.v_star, self.prompt_encoder.table, method)
         info = {
+            "origin": pictures_digest(images),
             "num_steps": num_steps,
             "tuned": config.trainable,
             "seed": seed,

@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dte_lab import TuneConfig
+from dte_lab import Concept, TuneConfig
 from dte_lab.cli import evaluation
 from dte_lab.cli.app import (
     check_prompts,
-    contact_sheet,
     distinct,
     main,
-    picture_names,
-    save_pictures,
 )
+from dte_lab.cli.drawings import contact_sheet, picture_names, picture_origins, save_pictures
 from dte_lab.common.errors import DTEError
+from dte_lab.common.images import read_image
+from dte_lab.common.origin import check_free, origin_of, pictures_digest
 
 PROMPTS = ["--prompt", "S* on the beach", "--prompt", "S* at night"]
 FAST = ["--num-inference-steps", "2"]
@@ -345,7 +345,7 @@ def test_failed_write_keeps_what_was_there(refused, photo, model, tmp_path, monk
     with pytest.raises(SystemExit) as caught:
         main(
             ["personalize", str(photo), *PROMPTS, "--out", str(tmp_path), "--steps", "0", *FAST]
-            + ["--backbone", str(model)]
+            + ["--backbone", str(model), "--overwrite"]
         )
     assert caught.value.code == 2
     assert old.read_bytes() == b"an older picture"
@@ -480,17 +480,54 @@ def test_picture_names_are_safe_and_distinct():
     names = [name for row in picture_names(prompts, [0, -1]) for name in row]
     assert len(set(names)) == len(names) == 12
     assert names[:2] == ["on-the-beach_seed0.png", "on-the-beach_seed-1.png"]
-    assert all(Path(name).name == name and len(name) < 80 for name in names)
+    assert all(Path(name).name == name and len(name.encode()) < 140 for name in names)
+    assert names[8:10] == ["é-夜_seed0.png", "é-夜_seed-1.png"]  # no other prompt's
     numbered = [name for (name,) in picture_names(["S* a", "a S*", "S* a 2"], [0])]
     assert numbered == ["a_seed0.png", "a-2_seed0.png", "a-2-2_seed0.png"]
 
 
 def test_pictures_are_saved_under_the_name_of_their_prompt_and_seed(tmp_path):
     drawn = [[Image.new("RGB", (1, 1), (p, s, 0)) for s in (5, 6, 7)] for p in (1, 2)]
-    names = save_pictures(drawn, ["S* at night", "S* at sea"], [5, 6, 7], tmp_path)
+    prompts = ["S* at night", "S* at sea"]
+    names = save_pictures(drawn, picture_origins(prompts, [5, 6, 7], tmp_path, "abc"))
     assert names == [f"at-{where}_seed{s}.png" for where in ("night", "sea") for s in (5, 6, 7)]
     colours = [Image.open(tmp_path / name).getpixel((0, 0)) for name in names]
     assert colours == [(p, s, 0) for p in (1, 2) for s in (5, 6, 7)]
+    assert origin_of(tmp_path / names[4]) == {"concept": "abc", "prompt": "S* at sea"}
+
+
+def test_nothing_is_written_over_what_was_made_of_something_else(refused, finished, tmp_path):
+    out, _ = finished
+    concept = out / "concept.safetensors"
+    same = [path.read_bytes() for path in sorted(out.iterdir())]
+    other = tmp_path / "other.png"
+    Image.new("RGB", (20, 20), "red").save(other)
+    arguments = [*PROMPTS, "--out", out, "--backbone", tmp_path / "missing"]
+    assert "was made of another picture or prompt" in refused("personalize", other, *arguments)
+    for prompt in ("S* on the beach!", "on the beach S*"):  # the same name, but not the same
+        line = refused("generate", concept, "--prompt", prompt, "--out", out)
+        assert "on-the-beach_seed0.png is there already" in line and "--overwrite" in line
+    mine = tmp_path / "at-night_seed0.png"
+    Image.new("RGB", (20, 20), "blue").save(mine)
+    for name in (mine.name, "contact_sheet.png"):
+        mine = mine.rename(tmp_path / name)
+        line = refused("personalize", mine, *PROMPTS, "--out", tmp_path, "--overwrite")
+        assert f"{name} is read and would be written over" in line
+        assert Image.open(mine).getpixel((0, 0)) == (0, 0, 255)
+    assert same == [path.read_bytes() for path in sorted(out.iterdir())]
+    # What was made of the same may be made again.
+    drawings = picture_origins(["S* on the beach"], [0], out, Concept.load(concept).origin)
+    check_free(drawings, overwrite=False)
+    check_free({out / "at-night_seed0.png": {}}, overwrite=True)
+
+
+def test_the_origin_of_a_concept_is_its_pictures(photo, finished):
+    picture = read_image(photo)
+    found = Concept.load(finished[0] / "concept.safetensors")
+    assert found.origin == pictures_digest([picture]) != pictures_digest([picture] * 2)
+    assert pictures_digest([picture]) != pictures_digest([picture.transpose(Image.FLIP_TOP_BOTTOM)])
+    by_numbers = Concept(found.v_star, {}, "x").origin
+    assert by_numbers != found.origin and by_numbers != Concept(found.v_star + 1, {}, "x").origin
 
 
 def test_repeated_values_are_dropped():

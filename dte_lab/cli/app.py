@@ -11,16 +11,13 @@ pictures and the output folder are checked before any slow work. DTE_DEBUG=1 sho
 """
 
 import os
-import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from PIL import Image
 
 from dte_lab import __version__, placeholder_token
 from dte_lab.cli import evaluation, hardware, training
@@ -31,19 +28,21 @@ from dte_lab.cli.common import (
     Encoder,
     Offload,
     Out,
+    Overwrite,
     TuningBatch,
     given,
     load_pipeline,
     prepare_folder,
 )
+from dte_lab.cli.drawings import DrawingOptions, contact_sheet, picture_origins, save_pictures
 from dte_lab.common.errors import DTEError
-from dte_lab.common.images import read_image, save_png, square
+from dte_lab.common.files import keep_inputs
+from dte_lab.common.images import read_image, square
+from dte_lab.common.origin import check_free, origin_text, pictures_digest
 from dte_lab.common.quiet import quiet_libraries
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from dte_lab import Concept, DTEPipeline
+    from dte_lab import Concept
 
 app = typer.Typer(
     help="Personalize a text-to-image model from one picture.",
@@ -68,6 +67,7 @@ Guidance = Annotated[
     float | None, typer.Option("--guidance-scale", min=0, help="1.5; about 7.5 for sd15.")
 ]
 InferenceSteps = Annotated[int, typer.Option("--num-inference-steps", min=1, max=1000)]
+CONCEPT, SHEET = "concept.safetensors", "contact_sheet.png"
 
 
 @app.callback(invoke_without_command=True)
@@ -97,12 +97,18 @@ def personalize(
     batch_size: TuningBatch = None,
     gradient_checkpointing: Checkpointing = False,
     offload: Offload = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Learn the concept of one picture, or of a few, and draw it in new settings."""
     start = time.perf_counter()
     prompt, seed = distinct(prompt), distinct(seed)
     check_prompts(prompt)
     pictures = [read_image(path) for path in images]
+    origin = pictures_digest(pictures)
+    drawings = picture_origins(prompt, seed, out, origin)
+    outputs = drawings | dict.fromkeys((out / SHEET, out / CONCEPT), {"concept": origin})
+    keep_inputs(outputs, images)
+    check_free(outputs, overwrite)
     prepare_folder(out)
     pipe = load_pipeline(
         backbone, encoder, device, gradient_checkpointing=gradient_checkpointing, offload=offload
@@ -115,17 +121,18 @@ def personalize(
     if steps:
         results["tuned"] = pipe.personalize(pictures, steps, seed[0], config=config)
     concept = results["tuned" if steps else "predicted only"]
-    concept.save(out / "concept.safetensors")  # first, since it is the costly part
+    concept.save(out / CONCEPT)  # first, since it is the costly part
 
     drawing = DrawingOptions(prompt, seed, guidance_scale, num_inference_steps, alpha)
     drawn = {name: drawing.draw(pipe, result) for name, result in results.items()}
-    names = save_pictures(list(drawn.values())[-1], prompt, seed, out)
+    names = save_pictures(list(drawn.values())[-1], drawings)
     inputs = [square(picture, pipe.backbone.resolution) for picture in pictures]
     from dte_lab.common.plots import save_figure
 
-    save_figure(contact_sheet(inputs, drawn, prompt, seed), out / "contact_sheet.png", dpi=140)
+    sheet = contact_sheet(inputs, drawn, prompt, seed)
+    save_figure(sheet, out / SHEET, dpi=140, metadata=origin_text({"concept": origin}))
     tell(results, steps, time.perf_counter() - start)
-    typer.echo(f"wrote {', '.join([*names, 'contact_sheet.png', 'concept.safetensors'])} to {out}")
+    typer.echo(f"wrote {', '.join([*names, SHEET, CONCEPT])} to {out}")
 
 
 @app.command()
@@ -143,6 +150,7 @@ def generate(
     alpha: Alpha = None,
     device: Device = None,
     offload: Offload = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Draw a concept that `dte personalize` saved in further settings."""
     prompt, seed = distinct(prompt), distinct(seed)
@@ -151,32 +159,13 @@ def generate(
     from dte_lab import Concept
 
     loaded = Concept.load(concept)
+    drawings = picture_origins(prompt, seed, out, loaded.origin)
+    check_free(drawings, overwrite)
     prepare_folder(out)
     pipe = load_pipeline(backbone or loaded.backbone, encoder, device, offload=offload)
     drawing = DrawingOptions(prompt, seed, guidance_scale, num_inference_steps, alpha)
-    names = save_pictures(drawing.draw(pipe, loaded), prompt, seed, out)
+    names = save_pictures(drawing.draw(pipe, loaded), drawings)
     typer.echo(f"wrote {', '.join(names)} to {out}")
-
-
-class DrawingOptions(NamedTuple):
-    """What to draw, and how; None is the default of DTEPipeline.generate."""
-
-    prompts: list[str]
-    seeds: list[int]
-    guidance_scale: float | None
-    num_inference_steps: int
-    alpha: float | None
-
-    def draw(self, pipe: "DTEPipeline", concept: "Concept") -> list[list[Image.Image]]:
-        """One picture per prompt and seed."""
-        return pipe.generate(
-            concept,
-            self.prompts,
-            seeds=self.seeds,
-            **given(guidance_scale=self.guidance_scale),
-            num_inference_steps=self.num_inference_steps,
-            alpha_blend=self.alpha,
-        )
 
 
 def tell(results: Mapping[str, "Concept"], steps: int, seconds: float) -> None:
@@ -206,51 +195,6 @@ def check_prompts(prompts: Sequence[str]) -> None:
                 f"the prompt {prompt!r} does not contain {placeholder_token}, which stands for the "
                 f'concept; write for example "{placeholder_token} on the beach".'
             )
-
-
-def picture_names(prompts: Sequence[str], seeds: Sequence[int]) -> list[list[str]]:
-    """File names per prompt and seed, such as on-the-beach_seed0.png for "S* on the beach".
-
-    Prompts that would get the same name are numbered.
-    """
-    taken, names = set(), []
-    for prompt in prompts:
-        slug = re.sub(r"[^a-z0-9]+", "-", prompt.replace(placeholder_token, " ").lower())
-        slug = slug.strip("-")[:60].rstrip("-") or "concept"
-        name = next(n for n in chain([slug], (f"{slug}-{i}" for i in count(2))) if n not in taken)
-        taken.add(name)
-        names.append([f"{name}_seed{seed}.png" for seed in seeds])
-    return names
-
-
-def save_pictures(
-    drawn: Sequence[Sequence[Image.Image]], prompts: Sequence[str], seeds: Sequence[int], out: Path
-) -> list[str]:
-    """Write one PNG per prompt and seed; return their names."""
-    names = picture_names(prompts, seeds)
-    for row, row_names in zip(drawn, names, strict=True):
-        for picture, name in zip(row, row_names, strict=True):
-            save_png(picture, out / name)
-    return [name for row_names in names for name in row_names]
-
-
-def contact_sheet(
-    pictures: Sequence[Image.Image],
-    drawn: Mapping[str, Sequence[Sequence[Image.Image]]],
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-) -> "Figure":
-    """One row per prompt: an input picture, then for each result one picture per seed."""
-    from dte_lab.common.plots import picture_grid
-
-    rows = [
-        [pictures[r % len(pictures)], *(p for result in drawn.values() for p in result[r])]
-        for r in range(len(prompts))
-    ]
-    columns = ["input"]
-    for name in drawn:
-        columns += [name if len(seeds) == 1 else f"{name}\nseed {seed}" for seed in seeds]
-    return picture_grid(rows, columns, prompts)
 
 
 app.command()(training.pretrain)

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from dte_lab import DTEPipeline
 
 Out = Annotated[Path, typer.Option("--out", help="Folder for what is written.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what another picture or prompt has left there.")
+]
 AnyBackbone = Annotated[
     str, typer.Option("--backbone", help="small, sd15, or a folder in the Stable Diffusion layout.")
 ]

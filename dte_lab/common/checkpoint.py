@@ -7,7 +7,6 @@ own `save_state` writes pickles, and several files one after the other.
 import json
 from collections.abc import Collection
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dte_lab.common.errors import DTEError
-from dte_lab.common.files import write_atomically
+from dte_lab.common.files import naming, temporary_beside, write_atomically
 from dte_lab.common.resume import as_json, check_settings, cut_back
 
 if TYPE_CHECKING:
@@ -133,9 +132,10 @@ def save_folder(model: "ModelMixin | PreTrainedModel", folder: Path) -> None:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        with naming(folder), temporary_beside(folder) as temporary:
+            temporary.mkdir()
             model.save_pretrained(temporary)
-            for file in sorted(Path(temporary).iterdir()):
+            for file in sorted(temporary.iterdir()):
                 write_atomically(folder / file.name, file.read_bytes())
     except SafetensorError as error:  # such as a full disk
         raise OSError(f"{folder} cannot be written ({error}).") from error

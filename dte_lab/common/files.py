@@ -1,25 +1,98 @@
-"""Atomic writing: a file is either the old one or the whole new one, never half of it."""
+"""Atomic writing: a file is either the old one or the whole new one, never half of it.
+
+A process that is killed while it writes leaves a temporary file, `.NAME.dte-PROCESS.tmp`; the next
+one that writes into the same folder removes it.
+"""
 
 import os
-import tempfile
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+
+from dte_lab.common.errors import DTEError
+
+LONGEST = 200  # letters of a name that a temporary name takes over; most systems allow 255 bytes
 
 
 def write_atomically(path: Path | str, data: bytes) -> None:
     """Write `data` to a temporary name beside `path`, flush it to disk and rename it.
 
-    Raises OSError when the folder cannot be written; an existing file is then left as it was.
+    A new file gets the rights that the user's umask allows, an existing one keeps its own. Raises
+    OSError, which names `path`, when it cannot be written; an existing file is then left as it was.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_beside(path) as temporary:
+            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if path.exists():
+                os.chmod(temporary, path.stat().st_mode & 0o777)
+            os.replace(temporary, path)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError inside names `path`, whatever file or none it names itself."""
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+@contextmanager
+def temporary_beside(path: Path) -> Iterator[Path]:
+    """A name for a file or folder beside `path`, where nothing is left at the end."""
+    remove_leftovers(path.parent.resolve())
+    name = path.name.encode()[:LONGEST].decode(errors="ignore")
+    temporary = path.parent / f".{name}.dte-{os.getpid()}.tmp"
+    _remove(temporary)
+    try:
+        yield temporary
+    finally:
+        _remove(temporary)
+
+
+@cache
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that no longer run were writing into a folder; once a process."""
+    for path in folder.iterdir():
+        found = re.fullmatch(r"\..*\.dte-(\d+)\.tmp", path.name)
+        if found and not _runs(int(found[1])):
+            _remove(path)
+
+
+def _runs(process: int) -> bool:
+    """Whether a process is there; on Windows, where asking would end it, always true."""
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def keep_inputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Raise DTEError when one of the outputs would be written over one of the inputs."""
+    given = {path.resolve() for path in inputs if path.exists()}
+    for path in outputs:
+        if path.resolve() in given:
+            raise DTEError(
+                f"{path} is read and would be written over: choose another folder for --out."
+            )

@@ -6,13 +6,14 @@ Everything here ends in an 8-bit RGB picture, upright and opaque. What cannot be
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 from dte_lab.common.errors import DTEError
 from dte_lab.common.files import write_atomically
@@ -73,13 +74,17 @@ def to_square_tensor(image: Image.Image, resolution: int) -> "Float[Tensor, '3 s
     return torch.from_numpy(array).permute(2, 0, 1).contiguous()  # (3, H, W)
 
 
-def save_png(image: Image.Image, path: str | Path) -> None:
+def save_png(image: Image.Image, path: str | Path, texts: Mapping[str, str] | None = None) -> None:
     """Write a PNG that is either whole or not there; an existing file survives a failed write.
 
+    texts: ASCII, for text chunks by their keywords.
     Raises OSError when the folder cannot be written.
     """
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
+    chunks = PngInfo()
+    for key, text in (texts or {}).items():
+        chunks.add_text(key, text)
+    image.save(buffer, format="PNG", optimize=True, pnginfo=chunks)
     write_atomically(path, buffer.getvalue())
 
 

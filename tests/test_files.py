@@ -1,0 +1,81 @@
+"""What is written is whole or not there, has the rights that are asked for, and loses nothing."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dte_lab.common import files
+from dte_lab.common.errors import DTEError
+from dte_lab.common.files import keep_inputs, remove_leftovers, write_atomically
+
+
+@pytest.fixture
+def umask(request):
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002], indirect=True)
+def test_a_new_file_has_the_rights_that_the_umask_allows(tmp_path, umask):
+    write_atomically(tmp_path / "new", b"1")
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664])
+def test_an_existing_file_keeps_its_rights(tmp_path, mode):
+    path = tmp_path / "old"
+    path.write_bytes(b"1")
+    path.chmod(mode)
+    write_atomically(path, b"22")
+    assert path.read_bytes() == b"22" and path.stat().st_mode & 0o777 == mode
+
+
+@pytest.mark.parametrize("name", ["n" * 250, "图" * 80])
+def test_a_name_may_be_as_long_as_the_system_allows(tmp_path, name):
+    write_atomically(tmp_path / name, b"1")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("call", ["open", "fsync", "replace"])
+def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path, monkeypatch, call):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, call, full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_atomically(path, b"new")
+    assert caught.value.filename == str(path) and caught.value.errno == errno.ENOSPC
+    monkeypatch.undo()
+    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_next_process_removes_what_a_killed_one_was_writing(tmp_path):
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    left = tmp_path / f".a.bin.dte-{killed.pid}.tmp"
+    left.write_bytes(b"half")
+    (tmp_path / f".model.dte-{killed.pid}.tmp").mkdir()
+    (tmp_path / f".model.dte-{killed.pid}.tmp" / "part").write_bytes(b"half")
+    kept = {f".b.dte-{os.getppid()}.tmp", ".c.dte-x.tmp", f"d.dte-{killed.pid}.tmp", ".e.1.tmp"}
+    for name in kept:
+        (tmp_path / name).write_bytes(b"1")
+    remove_leftovers.cache_clear()
+    write_atomically(tmp_path / "z", b"1")
+    assert {path.name for path in tmp_path.iterdir()} == kept | {"z"}
+
+
+def test_an_output_is_no_input(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).touch()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    keep_inputs([tmp_path / "b", tmp_path / "new"], [tmp_path / "a", tmp_path / "missing"])
+    for given in ("a", "link"):
+        with pytest.raises(DTEError, match="a is read and would be written over"):
+            keep_inputs([tmp_path / "b", tmp_path / "a"], [tmp_path / given])
