@@ -48,7 +48,7 @@ class EncoderConfig:
     zero_shot_temperature: float = 0.1
     feature_timesteps: tuple[float, ...] = (0.2, 0.4, 0.6)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("feature_timesteps", "unet_layers"):  # JSON knows lists only
             if isinstance(getattr(self, name), list):
                 setattr(self, name, tuple(getattr(self, name)))
@@ -112,7 +112,7 @@ class MethodConfig:
     prediction_interval: int = 0
     unconditional_offsets: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.alpha_blend, list):  # JSON knows lists only
             self.alpha_blend = tuple(self.alpha_blend)
         pair = self.alpha_blend if isinstance(self.alpha_blend, tuple) else (self.alpha_blend,) * 2

@@ -118,7 +118,7 @@ def _to_grid(
 class ResBlock(nn.Module):
     """Two 3x3 convolutions with a skip connection."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(8, width)
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
@@ -144,7 +144,7 @@ class FeatureFusion(nn.Module):
 
     def __init__(
         self, clip_dim: int, embed_dim: int, unet_dim: int, width: int, grid: int, depth: int
-    ):
+    ) -> None:
         super().__init__()
         self.grid = grid
         self.clip_norm = nn.GroupNorm(1, clip_dim)

@@ -28,7 +28,9 @@ class TokenHead(nn.Module):
     so that it can be fitted at once, as world/first_words.py does. ("ours")
     """
 
-    def __init__(self, width: int, token_dim: int, clip_dim: int, grid: int, patch_channels: int):
+    def __init__(
+        self, width: int, token_dim: int, clip_dim: int, grid: int, patch_channels: int
+    ) -> None:
         super().__init__()
         self.grid = grid
         self.hidden = nn.Linear(width, width)
@@ -57,7 +59,7 @@ class TokenHead(nn.Module):
 class CrossBlock(nn.Module):
     """Queries read from tokens, then an MLP; pre-norm."""
 
-    def __init__(self, width: int, num_heads: int):
+    def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
         self.attn = nn.MultiheadAttention(width, num_heads, batch_first=True)
@@ -88,7 +90,7 @@ class Trunk(nn.Module):
     groups: {name of a head: Group}; together they number the queries from 0.
     """
 
-    def __init__(self, groups: dict[str, Group], width: int, num_heads: int, depth: int):
+    def __init__(self, groups: dict[str, Group], width: int, num_heads: int, depth: int) -> None:
         super().__init__()
         self.groups = groups
         count = sum(len(group.numbers) for group in groups.values())
@@ -138,7 +140,7 @@ class LoRAHypernetwork(Trunk):
     def __init__(
         self, projections: dict[str, tuple[int, int]], rank: int, width: int, num_heads: int,
         depth: int, offset_scale: float,
-    ):  # fmt: skip
+    ) -> None:  # fmt: skip
         keys = sorted(projections)  # a reloaded configuration comes in another order
         groups = {}
         for i, key in enumerate(keys):  # matrix 2i is the A of key i, matrix 2i+1 its B
@@ -169,7 +171,7 @@ class FullHypernetwork(Trunk):
     def __init__(
         self, projections: dict[str, tuple[int, int]], width: int, num_heads: int, depth: int,
         offset_scale: float,
-    ):  # fmt: skip
+    ) -> None:  # fmt: skip
         keys, groups = sorted(projections), {}
         for i, key in enumerate(keys):
             d_in, d_out = projections[key]

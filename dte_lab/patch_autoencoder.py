@@ -41,7 +41,7 @@ class DecoderOutput(NamedTuple):
 class ResidualBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), second convolution starting at zero."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.GroupNorm(8, channels), nn.GroupNorm(8, channels)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
@@ -75,7 +75,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         scaling_factor: float = 1.0,
         # Only its length is read, by diffusers: pixels per latent = 2 ** (length - 1) = 16.
         block_out_channels: tuple[int, ...] = (64, 64, 192, 192, 192),
-    ):
+    ) -> None:
         super().__init__()
         patch = 3 * 8 * 8
         self.linear_encode = nn.Conv2d(patch, patch_channels, 1)

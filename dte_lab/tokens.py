@@ -38,7 +38,7 @@ class TokenTable:
         typical_entry: root mean square of their entries, a float.
     """
 
-    def __init__(self, backbone: Backbone):
+    def __init__(self, backbone: Backbone) -> None:
         vocabulary = backbone.tokenizer.get_vocab()
         special = set(backbone.tokenizer.all_special_tokens)
         usable = sorted(
@@ -137,7 +137,7 @@ class PromptEncoder:
     flow from the UNet to v*; tokenizer and text encoder stay as they are.
     """
 
-    def __init__(self, backbone: Backbone, table: TokenTable | None = None):
+    def __init__(self, backbone: Backbone, table: TokenTable | None = None) -> None:
         self.tokenizer = backbone.tokenizer
         self.text_encoder = backbone.text_encoder
         self.table = table or TokenTable(backbone)

@@ -36,7 +36,7 @@ class ZeroShotStart:
         backbone: Backbone,
         settings: EncoderConfig | None = None,
         method: MethodConfig | None = None,
-    ):
+    ) -> None:
         self.settings, self.method = settings or EncoderConfig(), method or MethodConfig()
         width = backbone.text_encoder.config.hidden_size
         self.bank = torch.zeros(0, width, device=backbone.device)  # no concepts to keep away from

@@ -100,6 +100,19 @@ def test_no_files_import_each_other_in_a_circle():
     assert not wanted, f"in a circle, or above one: {sorted(wanted)}"
 
 
+def test_every_argument_and_result_is_annotated():
+    """But for the checks of exercises, which take whatever a reader may have written."""
+    for path in (ROOT / "dte_lab").rglob("*.py"):
+        if path.parent.name == "checks":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                bare = [a.arg for a in arguments if a.annotation is None]
+                where = f"{path.relative_to(ROOT)}, {node.name}"
+                assert not set(bare) - {"self", "cls"} and node.returns, f"{where}: {bare}"
+
+
 def test_docstrings_name_the_error_that_is_raised():
     """Ours is DTEError; a ValueError comes from Python, where lengths differ in a strict zip."""
     found = set()

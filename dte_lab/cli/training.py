@@ -23,6 +23,8 @@ from dte_lab.common.errors import DTEError
 from dte_lab.world.sprites import SAMPLE_CONCEPTS
 
 if TYPE_CHECKING:
+    import torch
+
     from dte_lab.backbone import Backbone
 
 world = typer.Typer(help="Build, train and evaluate the small world.", no_args_is_help=True)
@@ -268,7 +270,7 @@ def checked(device: str | None) -> str:
     return checked_device(device)
 
 
-def checked_precision(name: str):
+def checked_precision(name: str) -> "torch.dtype":
     """The torch.dtype of frozen parts; DTEError for a word that is none of --mixed-precision."""
     import torch
 

@@ -67,7 +67,7 @@ class ConceptPairs(Dataset):
         count: int | None = None,
         varied: float = VARIED,
         mixed: float = MIXED,
-    ):
+    ) -> None:
         names = [name for split in splits for name in split_names(split)]
         count = len(names) if count is None else count
         self.names = [names[i * len(names) // count] for i in range(count)]

@@ -59,7 +59,7 @@ class CanonicalPictures:
     """
 
     @torch.no_grad()
-    def __init__(self, vae: PatchAutoencoder):
+    def __init__(self, vae: PatchAutoencoder) -> None:
         self.names, self.vae = split_names("train"), vae
         items = [
             (name, style, scene, CANONICAL_SEED)
@@ -143,7 +143,7 @@ def start_from_pictures(
 class TextPainter(nn.Module):
     """A text tower, and linear readers of its end states that are thrown away afterwards."""
 
-    def __init__(self, text: CLIPTextModelWithProjection, channels: int, kinds: int):
+    def __init__(self, text: CLIPTextModelWithProjection, channels: int, kinds: int) -> None:
         """channels: of a latent."""
         super().__init__()
         self.text = text

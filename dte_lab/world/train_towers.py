@@ -31,7 +31,7 @@ from dte_lab.world.training import PartOptions, TrainConfig, train
 class Towers(nn.Module):
     """Picture tower, projection of the frozen text tower, and a temperature (arXiv 2103.00020)."""
 
-    def __init__(self, image: CLIPVisionModelWithProjection, projection: nn.Linear):
+    def __init__(self, image: CLIPVisionModelWithProjection, projection: nn.Linear) -> None:
         super().__init__()
         self.image, self.projection = image, projection
         self.log_scale = nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32))

@@ -60,7 +60,7 @@ class HeldOut:
     aliases: {another name of the thing, squashed: name in the small world}.
     """
 
-    def __init__(self, aliases: dict[str, str]):
+    def __init__(self, aliases: dict[str, str]) -> None:
         self.aliases = aliases
         self.names = [n for split in ("val", "test") for n in split_names(split)]
         self.words = {name: words_of(name) for name in self.names}
@@ -93,7 +93,7 @@ class Emoji:
     entries: `en/data.json` of emojibase-data. shortcodes: its files of shortcodes.
     """
 
-    def __init__(self, entries: list[dict], shortcodes: list[dict]):
+    def __init__(self, entries: list[dict], shortcodes: list[dict]) -> None:
         self.of = {}  # squashed name -> entry; the labels come first
         for entry in entries:
             self.of.setdefault(squashed(entry["label"]), entry)
