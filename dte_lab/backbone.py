@@ -36,15 +36,15 @@ from transformers import (
 from dte_lab.backbone_parts import WEIGHTS, backbone_folder, check_parts, load_parts
 from dte_lab.common.errors import DTEError
 from dte_lab.patch_autoencoder import PatchAutoencoder
+from dte_lab.recommended import SMALL_WORLD, STABLE_DIFFUSION, Recommended
 from dte_lab.sd15 import random_parts
 
 __all__ = [
-    "WEIGHTS", "Backbone", "add_noise", "backbone_folder", "load_backbone", "signal_variance",
-    "stock_pipeline",
+    "DTYPES", "WEIGHTS", "Backbone", "add_noise", "backbone_folder", "load_backbone",
+    "signal_variance", "stock_pipeline",
 ]  # fmt: skip
 
-# Ours, chosen on val concepts: at 3 colours saturate, and those of the thing leak into the scene.
-SMALL_WORLD_GUIDANCE_SCALE = 1.5
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass
@@ -94,9 +94,14 @@ class Backbone:
         return isinstance(self.vae, PatchAutoencoder)
 
     @property
+    def recommended(self) -> Recommended:
+        """What is taken where nothing else is asked for."""
+        return SMALL_WORLD if self.draws_small_world else STABLE_DIFFUSION
+
+    @property
     def guidance_scale(self) -> float:
-        """Of classifier-free guidance where none is asked for; 7.5 is usual with such models."""
-        return SMALL_WORLD_GUIDANCE_SCALE if self.draws_small_world else 7.5
+        """Of classifier-free guidance where none is asked for."""
+        return self.recommended.guidance_scale
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -15,6 +15,7 @@ from dte_lab.common.files import write_atomically
 from dte_lab.common.origin import digest, origin_text
 from dte_lab.config import MethodConfig
 from dte_lab.lora import Offsets, check_offsets, projection_shapes
+from dte_lab.recommended import Recommended
 
 FORMAT = "dte-concept-2"
 
@@ -26,7 +27,8 @@ class Concept:
     offsets: {"layer.projection": (A (1, Din, r), B (1, r, Dout))}. backbone: the name of that which
     it belongs to. info: what happened: seconds, peak_memory_mb, losses, words_before, ...
     pictures: those it was made from, as the backbone sees them; what `prediction_interval` needs to
-    predict anew, so they are in the file as well.
+    predict anew, so they are in the file as well. settings: what it was tuned with, and the
+    guidance to draw it with; None for the backbone's own.
     """
 
     v_star: Float[Tensor, "1 dim"]
@@ -35,6 +37,7 @@ class Concept:
     config: MethodConfig = field(default_factory=MethodConfig)
     info: dict = field(default_factory=dict)
     pictures: UInt8[Tensor, "pictures 3 height width"] | None = None
+    settings: Recommended | None = None
 
     @property
     def nearest_words(self) -> list[tuple[str, float]]:
@@ -64,6 +67,8 @@ class Concept:
             "info": json.dumps(self.info),
             **origin_text({"concept": self.origin}),
         }
+        if self.settings is not None:
+            metadata["settings"] = json.dumps(asdict(self.settings))
         tensors = {key: t.detach().float().cpu().contiguous() for key, t in tensors.items()}
         if self.pictures is not None:
             tensors["pictures"] = self.pictures.cpu().contiguous()
@@ -89,6 +94,7 @@ class Concept:
             }
             if not all(t.isfinite().all() for t in tensors.values()):
                 raise ValueError("it holds values that are not finite")
+            settings = metadata.get("settings")
             return cls(
                 tensors["v_star"],
                 offsets,
@@ -96,6 +102,7 @@ class Concept:
                 MethodConfig(**json.loads(metadata["config"])),
                 json.loads(metadata["info"]),
                 tensors.get("pictures"),
+                None if settings is None else Recommended(**json.loads(settings)),
             )
         except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
             raise DTEError(

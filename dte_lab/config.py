@@ -5,10 +5,12 @@ is what each run may choose: how v* is regularised, how paths are blended, how p
 """
 
 from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from dte_lab.common.errors import DTEError
 from dte_lab.common.settings import check_number, check_one_of, check_whole
 from dte_lab.dual_path import GRANULARITIES, OFFSETS_ON
+from dte_lab.recommended import Recommended
 
 REGULARISERS = ("contrastive", "none", "norm", "l2", "nearest", "hinge", "gaussian")  # of v*
 
@@ -80,6 +82,12 @@ class EncoderConfig:
             isinstance(layers, tuple) and layers and all(isinstance(x, str) for x in layers)
         ):
             raise DTEError(f"unet_layers are names of layers, or None, not {layers!r}.")
+
+    @classmethod
+    def of(cls, recommended: Recommended, **changes: Any) -> Self:
+        """The settings of a fresh encoder for a backbone that recommends this, with changes."""
+        names = ("zero_shot_words", "zero_shot_temperature")
+        return cls(**{name: getattr(recommended, name) for name in names} | changes)
 
 
 @dataclass

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dte_lab.backbone import WEIGHTS, Backbone, add_noise
-from dte_lab.clip_words import word_clip_embeddings, word_of_pictures
+from dte_lab.clip_words import mix_words, word_clip_embeddings, word_of_pictures
 from dte_lab.common.errors import DTEError
 from dte_lab.common.random import stream
 from dte_lab.common.weights import load_weights
@@ -91,7 +90,8 @@ class TuningEncoder(ModelMixin, ConfigMixin):
         table = table or TokenTable(backbone)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            settings, method = settings or EncoderConfig(), method or MethodConfig()
+            settings = settings or EncoderConfig.of(backbone.recommended)
+            method = method or MethodConfig()
             dimensions = encoder_dimensions(backbone, table, settings)
             encoder = cls(**dimensions, settings=asdict(settings), method=asdict(method))
         encoder.word_clip.copy_(word_clip_embeddings(backbone, table))
@@ -142,7 +142,8 @@ class TuningEncoder(ModelMixin, ConfigMixin):
     ) -> EncoderPrediction:
         """One prediction per row of the features, see features.py."""
         tokens = self.fusion(image_features, unet_features, timesteps)  # (B, grid^2, width)
-        similarity = image_features.embeds @ self.word_clip.T  # (B, n), cosines to the words
+        with torch.autocast(tokens.device.type, enabled=False):  # in bf16 the best would tie
+            similarity = image_features.embeds @ self.word_clip.T  # (B, n), cosines to the words
         guess = self.mix_words(similarity)  # (B, d)
         residual = self.residual_unit * self.token_head(tokens, image_features.patches)  # (B, d)
         v_star = self.zero_shot_weight * guess + residual  # (B, d)
@@ -160,16 +161,9 @@ class TuningEncoder(ModelMixin, ConfigMixin):
         return self.mix_words(embeds @ self.word_clip.T)
 
     def mix_words(self, similarity: Float[Tensor, "batch words"]) -> Float[Tensor, "batch dim"]:
-        """Mixture of the `zero_shot_words` most similar words.
-
-        A mixture of vectors is shorter than they are; its norm is set to their mean norm.
-        """
-        k = min(self.settings.zero_shot_words, len(self.word_clip))
-        similarity, rows = similarity.topk(k, dim=-1)  # (B, k)
-        weight = (similarity / self.settings.zero_shot_temperature).softmax(dim=-1)[..., None]
-        words = self.word_embeddings[rows]  # (B, k, d)
-        norm = (weight * words.norm(dim=-1, keepdim=True)).sum(dim=1)  # (B, 1)
-        return F.normalize((weight * words).sum(dim=1), dim=-1) * norm
+        """Mixture of the `zero_shot_words` most similar words."""
+        k, temperature = self.settings.zero_shot_words, self.settings.zero_shot_temperature
+        return mix_words(similarity, self.word_embeddings, k, temperature)
 
     @torch.no_grad()
     def enqueue(self, v_star: Float[Tensor, "batch dim"], concepts: Int[Tensor, " batch"]) -> None:

@@ -18,7 +18,7 @@ from PIL.Image import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dte_lab.backbone import Backbone, load_backbone, new_scheduler
+from dte_lab.backbone import DTYPES, Backbone, load_backbone, new_scheduler
 from dte_lab.common.errors import DTEError
 from dte_lab.common.images import read_image, to_bytes, to_pil, to_square_tensor
 from dte_lab.common.origin import pictures_digest
@@ -28,6 +28,7 @@ from dte_lab.config import MethodConfig
 from dte_lab.contrastive import prompt_embedding
 from dte_lab.dual_path import dual_path
 from dte_lab.encoder import EncoderPrediction, Predictor, load_encoder
+from dte_lab.memory_needs import Setting, check_room, out_of_memory_advised
 from dte_lab.sampling import Conditioning, StepPredictor, guided_sampling
 from dte_lab.tokens import PromptEncoder
 from dte_lab.tuning import TuneConfig, tune
@@ -58,8 +59,13 @@ class DTEPipeline:
         encoder: as `load_encoder` takes it; by default the folder `encoder` of the backbone. Where
         there is none, as for "sd15", tuning starts from the nearest word, see zero_shot.py.
         dtype and options: see `load_backbone`.
-        Raises DTEError when one is missing or they do not fit together.
+        Raises DTEError when one is missing or they do not fit together, and when a GPU is too small
+        for Stable Diffusion 1.5 to draw a single picture.
         """
+        if backbone == "sd15":
+            name = next((n for n, d in DTYPES.items() if d == dtype), "fp16")
+            asked = Setting(batch=1, dtype=name, offload=options.get("offload", False))
+            check_room(asked, "sampling", device)
         folder = encoder or ("small" if backbone == "small" else Path(backbone) / "encoder")
         backbone = load_backbone(backbone, device, dtype, **options)
         if encoder is None and folder != "small" and not folder.is_dir():
@@ -72,10 +78,22 @@ class DTEPipeline:
         self.prompt_encoder = PromptEncoder(self.backbone)
         return self
 
+    @property
+    def recommended_steps(self) -> int:
+        """Of tuning, where no number is asked for."""
+        recommended = self.backbone.recommended
+        if self.has_trained_encoder:
+            return recommended.num_steps
+        return recommended.num_steps_without_encoder
+
+    @property
+    def has_trained_encoder(self) -> bool:
+        return not isinstance(self.encoder, ZeroShotStart)
+
     def personalize(
         self,
         image: PictureSource | Sequence[PictureSource],
-        num_steps: int = 12,
+        num_steps: int | None = None,
         seed: int = 0,
         callback: Callable[[dict], object] | None = None,
         progress: bool = True,
@@ -86,11 +104,14 @@ class DTEPipeline:
         """Predict v* and the offsets from pictures of one concept, then tune them.
 
         image: a path, a PIL image, or a list of them. num_steps: 0 (prediction only), 12 as in the
-        paper, or any other number. callback: see `tune`. config: its num_steps is overridden.
+        paper, or any other number; None for what the backbone recommends, 12 with a trained
+        encoder. callback: see `tune`. config: by default as the backbone recommends; its num_steps
+        is overridden.
         method: by default the one that the encoder was trained with; the pictures stay in the
         concept, and in its file, only where its `prediction_interval` needs them. prediction: what
         to tune in place of the encoder's own.
-        Raises DTEError for pictures that cannot be read, see images.py.
+        Raises DTEError for pictures that cannot be read, see images.py, and, with what would fit,
+        when the memory is used up.
         """
         start = time.perf_counter()
         images = image if isinstance(image, (list, tuple)) else [image]
@@ -99,17 +120,19 @@ class DTEPipeline:
         images = [read_image(picture) for picture in images]
         pixels = self.pixels(images)
         backbone, encoder, method = self.backbone, self.encoder, method or self.encoder.method
-        config = replace(config or TuneConfig(), num_steps=num_steps)
+        num_steps = self.recommended_steps if num_steps is None else num_steps
+        config = replace(config or TuneConfig.of(backbone.recommended), num_steps=num_steps)
         if backbone.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(backbone.device)
 
-        if prediction is None:
-            prediction = encoder.predict(backbone, pixels, seed, self.prompt_encoder)
-        result = tune(
-            backbone, self.prompt_encoder, prediction, pixels, method, config,
-            bank=(encoder.bank, encoder.bank_concepts), seed=seed, callback=callback,
-            progress=progress, encoder=encoder,
-        )  # fmt: skip
+        with out_of_memory_advised(backbone, "tuning", config.batch_size):
+            if prediction is None:
+                prediction = encoder.predict(backbone, pixels, seed, self.prompt_encoder)
+            result = tune(
+                backbone, self.prompt_encoder, prediction, pixels, method, config,
+                bank=(encoder.bank, encoder.bank_concepts), seed=seed, callback=callback,
+                progress=progress, encoder=encoder,
+            )  # fmt: skip
         tuned = result.prediction
         v_star = prompt_embedding(tuned.v_star, self.prompt_encoder.table, method)
         info = {
@@ -125,7 +148,8 @@ class DTEPipeline:
             "peak_memory_mb": peak_memory_mb(backbone.device),
         }
         pictures = to_bytes(pixels) if method.prediction_interval else None
-        return Concept(v_star, tuned.offsets, backbone.name, method, info, pictures)
+        settings = config.kept_in(backbone.recommended)
+        return Concept(v_star, tuned.offsets, backbone.name, method, info, pictures, settings)
 
     @torch.no_grad()
     def generate(
@@ -143,12 +167,14 @@ class DTEPipeline:
     ) -> list[list[Image]]:
         """Sample every prompt with every seed: a list per prompt of a list per seed of pictures.
 
-        prompts: each with "S*". guidance_scale: above 1 for guidance, None takes the backbone's.
-        alpha_blend and prediction_interval: see MethodConfig; None takes the concept's.
-        batch_size: pictures per UNet call, before guidance doubles them. The initial noise depends
-        on the seed alone, so a picture does not depend on what else is in its batch.
+        prompts: each with "S*". guidance_scale: above 1 for guidance; None takes the concept's, or
+        the backbone's where it keeps none. alpha_blend and prediction_interval: see MethodConfig;
+        None takes the concept's. batch_size: pictures per UNet call, before guidance doubles them.
+        The initial noise depends on the seed alone, so a picture does not depend on what else is in
+        its batch.
         Raises DTEError for a prompt without "S*", for a concept of another backbone, and for a
-        `prediction_interval` with a concept that holds no pictures.
+        `prediction_interval` with a concept that holds no pictures, and, with what would fit, when
+        the memory is used up.
         """
         backbone, encode = self.backbone, self.prompt_encoder
         prompts, seeds = [prompts] if isinstance(prompts, str) else list(prompts), list(seeds)
@@ -156,11 +182,11 @@ class DTEPipeline:
         given = {"alpha_blend": alpha_blend, "prediction_interval": prediction_interval}
         given = {name: value for name, value in given.items() if value is not None}
         concept = replace(concept, config=(config := replace(concept.config, **given)))
-        scale = backbone.guidance_scale if guidance_scale is None else guidance_scale
+        settings = concept.settings or backbone.recommended
+        scale = settings.guidance_scale if guidance_scale is None else guidance_scale
         encode.tokenize(prompts)  # complain before any work is done
-        predict = None
-        if config.prediction_interval:
-            predict = StepPredictor(backbone, self.encoder, encode, concept)
+        anew = config.prediction_interval
+        predict = StepPredictor(backbone, self.encoder, encode, concept) if anew else None
 
         scheduler = new_scheduler(backbone.scheduler)
         T, images = len(backbone.alphas_cumprod), []
@@ -168,6 +194,7 @@ class DTEPipeline:
         batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
         steps = len(batches) * num_inference_steps
         with (
+            out_of_memory_advised(backbone, "sampling", batch_size),
             tqdm(total=steps, desc="sampling", disable=not progress) as bar,
             dual_path(
                 backbone.unet, {}, offsets_on=config.offsets_on, granularity=config.granularity

@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -21,14 +22,15 @@ from dte_lab.common.errors import DTEError
 
 log = logging.getLogger(__name__)
 
+CLIP_WORDS = Path(__file__).parent / "clip_words.json"  # by tools/clip_words.py
+
 
 class TokenTable:
     """The whole words of the vocabulary, with their input embeddings.
 
-    Usable are tokens that end a word ("</w>"), are alphabetic and have at least 3 letters; of
-    Stable Diffusion's 49,408 tokens that leaves the ones a person can read. Where the backbone's
-    folder has a `words.json`, a list of words, only those of them are: a word that training hardly
-    met has an embedding that means nothing. ("ours")
+    Usable are tokens that end a word ("</w>") and consist of 3 or more ASCII letters: what a byte-
+    level vocabulary writes for an emoji are letters, too. Of those, only what `known_words` lists,
+    where it lists any. ("ours")
 
     Attributes:
         words: list of n strings.
@@ -46,7 +48,9 @@ class TokenTable:
             for token, i in vocabulary.items()
             if token.endswith("</w>") and token not in special
         )
-        usable = [(i, word) for i, word in usable if word.isalpha() and len(word) >= 3]
+        usable = [
+            (i, word) for i, word in usable if word.isascii() and word.isalpha() and len(word) >= 3
+        ]
         if (known := known_words(backbone)) is not None:
             usable = [(i, word) for i, word in usable if word in known]
         if not usable:
@@ -107,13 +111,18 @@ class TokenTable:
 
 
 def known_words(backbone: Backbone) -> set[str] | None:
-    """The set of words in the `words.json` of the backbone's folder; None where there is none.
+    """The words that mean something to a backbone; None where nobody knows them.
 
-    Raises DTEError when the file holds something else than a list of words.
+    They are in the `words.json` of its folder: an embedding that training hardly met means nothing.
+    Where there is none and the vocabulary is CLIP's, they are its 12,003 nouns (clip_words.json):
+    the rest are mostly pieces of words, such as "tification".
+    Raises DTEError when a file holds something else than a list of words.
     """
     path = backbone_folder(backbone.name) / "words.json"
     if not path.is_file():
-        return None
+        words = json.loads(CLIP_WORDS.read_text())
+        vocabulary = backbone.tokenizer.get_vocab()
+        return set(words) if all(f"{word}</w>" in vocabulary for word in words) else None
     try:
         words = json.loads(path.read_text())
     except ValueError:

@@ -8,7 +8,8 @@ objective.)
 import copy
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -31,10 +32,13 @@ from dte_lab.encoder import (
 from dte_lab.features import ImageFeatures
 from dte_lab.lora import is_whole
 from dte_lab.objective import Batch, objective
+from dte_lab.recommended import Recommended
 from dte_lab.tokens import PromptEncoder
 
 TRAINABLE = ("predictions", "heads", "encoder")
-LOSS_SCALE = 2.0**10  # in fp16, where small gradients vanish; halved where large ones overflow
+LOSS_SCALE = 2.0**16  # in fp16, where small gradients vanish; halved where large ones overflow
+
+SHARED = ("batch_size", "token_learning_rate", "offset_learning_rate", "constant_steps")
 
 
 @dataclass
@@ -44,7 +48,9 @@ class TuneConfig:
     `trainable`: the predictions themselves, the encoder's two heads, or the whole encoder.
     `batch_size` noise levels per step, spread evenly over the timesteps. `token_learning_rate` is
     in units of a word's typical embedding entry, `encoder_learning_rate` is that of heads and
-    encoder. `prompts` are taken in turn.
+    encoder. After `constant_steps` the rates fall linearly, to reach zero at `num_steps`; None
+    keeps them, so that a run passes through the results of all shorter ones. `prompts` are taken in
+    turn.
 
     Raises DTEError for a value that means nothing.
     """
@@ -55,6 +61,7 @@ class TuneConfig:
     token_learning_rate: float = 0.1
     offset_learning_rate: float = 6e-3
     encoder_learning_rate: float = 1e-3
+    constant_steps: int | None = None
     prompts: tuple[str, ...] = ("a picture of S*",)
 
     def __post_init__(self) -> None:
@@ -64,11 +71,30 @@ class TuneConfig:
         for name in ("token", "offset", "encoder"):
             name += "_learning_rate"
             check_number(name, getattr(self, name), 0)
+        if self.constant_steps is not None:
+            check_whole("constant_steps", self.constant_steps, 0)
         if isinstance(self.prompts, list):  # JSON knows lists only
             self.prompts = tuple(self.prompts)
         texts = isinstance(self.prompts, tuple) and all(isinstance(p, str) for p in self.prompts)
         if not texts or not self.prompts:
             raise DTEError(f"prompts are one or more texts in a tuple, not {self.prompts!r}.")
+
+    @classmethod
+    def of(cls, recommended: Recommended, **changes: Any) -> Self:
+        """The settings that a backbone recommends, with changes."""
+        return cls(**{name: getattr(recommended, name) for name in SHARED} | changes)
+
+    def kept_in(self, recommended: Recommended) -> Recommended:
+        """The settings of a backbone with these in their place, as a concept keeps them."""
+        here = {name: getattr(self, name) for name in SHARED}
+        steps = {"num_steps": self.num_steps, "num_steps_without_encoder": self.num_steps}
+        return replace(recommended, **here, **steps)
+
+    def rate_at(self, step: int) -> float:
+        """The factor of the rates at a step from 0."""
+        if self.constant_steps is None or step < self.constant_steps:
+            return 1.0
+        return (self.num_steps - step) / (self.num_steps - self.constant_steps)
 
 
 @dataclass
@@ -123,11 +149,11 @@ def tune(
 
     Raises DTEError when heads or encoder shall be tuned and there is no encoder.
     """
-    config = config or TuneConfig()
-    if config.num_steps == 0:
+    if (config := config or TuneConfig()).num_steps == 0:
         return TuneResult(_copy(prediction), [], False)
     tuned = _parameters(backbone, prompt_encoder, prediction, images, config, seed, encoder)
     optimizer, good, half = tuned.optimizer(), tuned.copies(), backbone.dtype == torch.float16
+    rates = [group["lr"] for group in optimizer.param_groups]
     scaler = torch.amp.GradScaler(backbone.device.type, LOSS_SCALE, enabled=half)
     latents = backbone.encode_images(images).float()  # (n, C, h, w)
     losses, finite, generator = [], True, stream(seed, "tuning")
@@ -146,6 +172,8 @@ def tune(
             break
         losses.append({name: value.item() for name, value in terms.items()})
         seen = None if callback is None else _copy(state)  # before the step changes it
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * config.rate_at(step)
         if not overflow:
             optimizer.step()
         scaler.update()

@@ -6,26 +6,29 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dte_lab import Concept, TuneConfig
 from dte_lab.cli import evaluation
-from dte_lab.cli.app import (
-    check_prompts,
-    distinct,
-    main,
-)
+from dte_lab.cli.app import check_prompts, distinct, main
 from dte_lab.cli.drawings import contact_sheet, picture_names, picture_origins, save_pictures
 from dte_lab.common.errors import DTEError
 from dte_lab.common.images import read_image
 from dte_lab.common.origin import check_free, origin_of, pictures_digest
+from dte_lab.recommended import SMALL_WORLD
 
 PROMPTS = ["--prompt", "S* on the beach", "--prompt", "S* at night"]
+USED_UP = (
+    "error: the memory is used up: a smaller batch, --gradient-checkpointing or --offload, where "
+    "the command has them, take less; dte memory says how much."
+)
 FAST = ["--num-inference-steps", "2"]
 
 
@@ -142,7 +145,8 @@ class StandIn:
     """A pipeline that remembers what it was asked, and draws one colour per call, prompt, seed."""
 
     def __init__(self):
-        self.asked, self.backbone = [], SimpleNamespace(resolution=16)
+        self.asked, self.recommended_steps, self.has_trained_encoder = [], 12, True
+        self.backbone = SimpleNamespace(resolution=16, recommended=SMALL_WORLD)
         self.prompt_encoder = SimpleNamespace(tokenize=lambda prompts: None)
 
     def personalize(self, pictures, num_steps, seed, config=None):
@@ -150,9 +154,11 @@ class StandIn:
         info = {"words_after": [[f"word{num_steps}", 0.5]], "seconds": 3.0, "peak_memory_mb": 2048}
 
         def save(path):
+            self.saved = self.made.settings
             Path(path).write_text(f"{num_steps} steps")
 
-        return SimpleNamespace(info=info, num_steps=num_steps, save=save)
+        self.made = SimpleNamespace(info=info, num_steps=num_steps, save=save, settings=SMALL_WORLD)
+        return self.made
 
     def generate(self, concept, prompts, **options):
         self.asked.append(("generate", concept.num_steps, options))
@@ -180,14 +186,20 @@ def test_personalize_hands_on_every_option(stand_in, dte, photo, tmp_path):
     options = ["--steps", "5", "--seed", "4", "--seed", "9", "--seed", "4", "--batch-size", "3"]
     options += ["--guidance-scale", "0", "--num-inference-steps", "7", "--alpha", "0"]
     options += ["--backbone", "B", "--encoder", "E", "--device", "cpu", "--offload"]
+    options += ["--learning-rate", "0.002", "--dtype", "bf16", "--negative-prompt", "blue"]
     code, out, err = dte("personalize", photo, photo, *PROMPTS, "--out", tmp_path, *options)
     assert code == 0, err
     flags = {"gradient_checkpointing": False, "offload": True}
-    assert loaded == [("B", Path("E"), "cpu", flags)]
-    sampling = {"seeds": [4, 9], "guidance_scale": 0, "num_inference_steps": 7, "alpha_blend": 0}
+    assert loaded == [("B", Path("E"), "cpu", "bf16", 3, flags)]
+    sampling = {
+        "seeds": [4, 9], "guidance_scale": 0, "num_inference_steps": 7, "alpha_blend": 0,
+        "negative_prompt": "blue", "batch_size": 3,
+    }  # fmt: skip
     first, second, *drawn = pipe.asked
     assert first == ("personalize", 2, 0, 4, None)
-    assert second[:4] == ("personalize", 2, 5, 4) and second[4].batch_size == 3
+    assert second[:4] == ("personalize", 2, 5, 4)
+    assert second[4] == TuneConfig.of(SMALL_WORLD, batch_size=3, offset_learning_rate=0.002)
+    assert pipe.saved == replace(SMALL_WORLD, guidance_scale=0)
     assert drawn == [("generate", 0, sampling), ("generate", 5, sampling)]
     # What is kept is what was tuned, each picture under its own name.
     assert (tmp_path / "concept.safetensors").read_text() == "5 steps"
@@ -206,11 +218,26 @@ def test_what_is_not_given_keeps_the_default_of_the_pipeline(stand_in, dte, phot
     pipe, loaded = stand_in
     assert dte("personalize", photo, "--prompt", "S*", "--out", tmp_path)[0] == 0
     flags = {"gradient_checkpointing": False, "offload": False}
-    assert loaded == [("small", None, None, flags)]
+    assert loaded == [("small", None, None, None, 0, flags)]
     assert [asked[2] for asked in pipe.asked[:2]] == [0, 12]
-    assert pipe.asked[1][4].batch_size == TuneConfig().batch_size
+    assert pipe.asked[1][4] == TuneConfig.of(SMALL_WORLD) and pipe.saved == SMALL_WORLD
     assert "guidance_scale" not in pipe.asked[2][2]
     assert pipe.asked[2][2]["alpha_blend"] is None
+
+
+def test_without_an_encoder_no_prediction_is_drawn(stand_in, dte, photo, tmp_path):
+    pipe, _ = stand_in
+    pipe.recommended_steps, pipe.has_trained_encoder = 30, False
+    assert dte("personalize", photo, "--prompt", "S*", "--out", tmp_path)[0] == 0
+    assert [asked[:2] for asked in pipe.asked] == [("personalize", 1), ("generate", 30)]
+    pipe.asked.clear()
+    assert dte("personalize", photo, "--prompt", "S*", "--steps", "0", "--out", tmp_path)[0] == 0
+    assert [asked[:2] for asked in pipe.asked] == [("personalize", 1), ("generate", 0)]
+
+
+def test_an_unknown_dtype_is_refused(refused, photo, tmp_path):
+    said = refused("personalize", photo, "--prompt", "S*", "--out", tmp_path, "--dtype", "int8")
+    assert said.endswith("error: --dtype is one of fp16, bf16, fp32, not 'int8'.")
 
 
 def test_generate_draws_the_same_picture_again(finished, model, tmp_path, dte):
@@ -449,6 +476,9 @@ def test_faults_of_the_program_keep_their_traceback(monkeypatch, kind):
         (DTEError("say it\n otherwise."), "error: say it otherwise."),
         (OSError("no tokenizer there"), "error: no tokenizer there"),
         (PermissionError(13, "Permission denied", "a.png"), "error: a.png: Permission denied."),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), USED_UP),
+        (RuntimeError("CUDA error: out of memory"), USED_UP),
+        (MemoryError(), USED_UP),
     ],
 )
 def test_what_the_user_can_put_right_is_one_line(monkeypatch, refused, error, line):

@@ -1,6 +1,7 @@
 import copy
 import warnings
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from dte_lab import MethodConfig, PromptEncoder, TuneConfig, tune
 from dte_lab.common.random import stream
 from dte_lab.encoder import EncoderPrediction
 from dte_lab.objective import objective
+from dte_lab.recommended import STABLE_DIFFUSION
 from dte_lab.tuning import draw_batch
 
 
@@ -145,7 +147,7 @@ def test_no_timestep_lies_beyond_the_last(tiny_backbone, monkeypatch):
         ("num_steps", -1), ("num_steps", 1.5), ("trainable", "everything"), ("batch_size", 0),
         ("token_learning_rate", -1e-3), ("offset_learning_rate", float("nan")),
         ("encoder_learning_rate", "fast"), ("prompts", ()), ("prompts", "a picture of S*"),
-        ("prompts", (1,)),
+        ("prompts", (1,)), ("constant_steps", -1), ("constant_steps", 2.5),
     ],
 )  # fmt: skip
 def test_settings_are_checked(name, value):
@@ -162,7 +164,7 @@ def half_backbone(tiny_backbone):
     return backbone
 
 
-@pytest.mark.parametrize("overflows", [[1], range(12)])
+@pytest.mark.parametrize("overflows", [[1], range(20)])
 def test_an_overflow_in_half_precision_skips_the_step(half_backbone, setting, overflows):
     """The gradient of some steps is infinite; with all of them it is no overflow."""
     _, encode, prediction, pixels, method = setting
@@ -183,21 +185,21 @@ def test_an_overflow_in_half_precision_skips_the_step(half_backbone, setting, ov
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             result = tune(
-                half_backbone, encode, prediction, pixels, method, callback=states.append,
-                progress=False,
+                half_backbone, encode, prediction, pixels, method, TuneConfig(num_steps=20),
+                callback=states.append, progress=False,
             )  # fmt: skip
     finally:
         handle.remove()
     assert all(x.isfinite().all() for x in tensors(result.prediction))
     v = [state["v_star"] for state in states] + [result.prediction.v_star]
     if len(overflows) == 1:
-        assert not result.stopped_early and len(result.losses) == 12
+        assert not result.stopped_early and len(result.losses) == 20
         moved = [not torch.equal(x, y) for x, y in zip(v, v[1:], strict=False)]
-        assert moved == [True, False] + [True] * 10
+        assert moved == [True, False] + [True] * 18
         assert scales[0] > 1.2 * scales[2]  # halved
     else:
-        assert result.stopped_early and len(result.losses) == 10  # 1024 = 2 ** 10
-        assert any("stopped at step 10" in str(each.message) for each in caught)
+        assert result.stopped_early and len(result.losses) == 16  # 65536 = 2 ** 16
+        assert any("stopped at step 16" in str(each.message) for each in caught)
         assert torch.equal(v[-1], prediction.v_star.float())
 
 
@@ -294,3 +296,50 @@ def test_nan_keeps_the_last_good_state(setting, monkeypatch, bad_step, where):
         assert not torch.equal(result.prediction.v_star, states[-1]["v_star"])
     kinds = {type(p).__name__ for p in backbone.unet.attn_processors.values()}
     assert kinds == {"AttnProcessor2_0"}
+
+
+def test_after_the_constant_steps_the_rates_fall_to_zero(setting, monkeypatch):
+    """Of both groups alike; up to 25 steps nothing changes."""
+    rates = []
+
+    class Watched(torch.optim.AdamW):
+        def step(self):
+            rates.append([group["lr"] for group in self.param_groups])
+            super().step()
+
+    monkeypatch.setattr("dte_lab.tuning.torch.optim.AdamW", Watched)
+    unit = setting[1].table.typical_entry
+    config = TuneConfig.of(STABLE_DIFFUSION, num_steps=30, batch_size=1, offset_learning_rate=2e-3)
+    tune(*setting, config, progress=False)
+    factors = [1.0] * 25 + [1.0, 0.8, 0.6, 0.4, 0.2]
+    expected = [[0.1 * unit * f, 2e-3 * f] for f in factors]
+    torch.testing.assert_close(torch.tensor(rates), torch.tensor(expected))
+    falling, constant = (
+        tune(*setting, TuneConfig(num_steps=5, batch_size=2, constant_steps=n), progress=False)
+        for n in (25, None)
+    )
+    for x, y in zip(tensors(falling.prediction), tensors(constant.prediction), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_settings_of_a_backbone_and_of_a_concept():
+    config = TuneConfig.of(STABLE_DIFFUSION, num_steps=9, token_learning_rate=0.05)
+    assert (config.batch_size, config.offset_learning_rate, config.constant_steps) == (4, 6e-3, 25)
+    kept = config.kept_in(STABLE_DIFFUSION)
+    assert kept == replace(
+        STABLE_DIFFUSION, num_steps=9, num_steps_without_encoder=9, token_learning_rate=0.05
+    )
+    assert replace(TuneConfig.of(kept), num_steps=9) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("guidance_scale", -1), ("num_steps", 1.5), ("num_steps_without_encoder", -1),
+        ("batch_size", 0), ("zero_shot_words", 0), ("zero_shot_temperature", 0),
+        ("token_learning_rate", "fast"), ("offset_learning_rate", -1), ("constant_steps", -1),
+    ],
+)  # fmt: skip
+def test_recommended_settings_are_checked(name, value):
+    with pytest.raises(ValueError, match=name):
+        replace(STABLE_DIFFUSION, **{name: value})

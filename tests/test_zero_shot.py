@@ -1,12 +1,22 @@
 """The start without an encoder: every public path works or says in one sentence why it cannot."""
 
+import dataclasses
+import math
 from dataclasses import fields
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from dte_lab import DTEPipeline, EncoderConfig, TuneConfig, TuningEncoder, load_encoder
+from dte_lab import (
+    DTEPipeline,
+    EncoderConfig,
+    TokenTable,
+    TuneConfig,
+    TuningEncoder,
+    clip_words,
+    load_encoder,
+)
 from dte_lab.baselines import (
     BaselineConfig,
     class_word,
@@ -28,7 +38,8 @@ FAST = {"num_inference_steps": 2, "progress": False}
 
 @pytest.fixture(scope="module")
 def pipe(tiny_backbone):
-    return DTEPipeline(tiny_backbone, ZeroShotStart(tiny_backbone, EncoderConfig(rank=3)))
+    settings = EncoderConfig.of(tiny_backbone.recommended, rank=3)
+    return DTEPipeline(tiny_backbone, ZeroShotStart(tiny_backbone, settings))
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +48,8 @@ def concept(pipe, picture):
 
 
 @torch.no_grad()
-def row_of(pipe, pixels):
-    """The word most like the pictures on average, text by text with full padding."""
+def cosines(pipe, pixels):
+    """Mean cosine of the pictures to each word, text by text with full padding."""
     backbone, sums = pipe.backbone, []
     clip = backbone.image_encoder(backbone.clip_pixels(pixels)).image_embeds
     for word in pipe.prompt_encoder.table.words:
@@ -46,15 +57,45 @@ def row_of(pipe, pixels):
             f"a picture of a {word}", padding="max_length", return_tensors="pt"
         )
         embeds = backbone.text_encoder(input_ids=text.input_ids).text_embeds
-        sums.append(F.cosine_similarity(clip, embeds).sum().item())
-    return max(range(len(sums)), key=sums.__getitem__)
+        sums.append(F.cosine_similarity(clip, embeds).mean().item())
+    return sums
 
 
-def test_the_word_is_clips_and_the_offsets_change_nothing(pipe, tiny_backbone, tiny_pixels):
+def row_of(pipe, pixels):
+    """The word most like the pictures on average."""
+    found = cosines(pipe, pixels)
+    return max(range(len(found)), key=found.__getitem__)
+
+
+@pytest.mark.parametrize(("count", "temperature"), [(8, 0.01), (3, 0.2)])
+def test_the_start_is_a_mixture_of_clips_words(
+    pipe, tiny_backbone, tiny_pixels, count, temperature
+):
+    """As loud as they are on average. Eight at CLIP's own temperature, 0.01, are the default."""
+    found, rows = cosines(pipe, tiny_pixels), pipe.prompt_encoder.table.embeddings
+    best = sorted(range(len(found)), key=lambda i: -found[i])[:count]
+    weights = [math.exp((found[i] - found[best[0]]) / temperature) for i in best]
+    weights = [w / sum(weights) for w in weights]
+    assert 0.2 < max(weights) < 0.999  # the words are told apart, and it is more than one
+    mixed = sum(w * rows[i] for w, i in zip(weights, best, strict=True))
+    norm = sum(w * rows[i].norm() for w, i in zip(weights, best, strict=True))
+    settings = EncoderConfig(zero_shot_words=count, zero_shot_temperature=temperature)
+    encoder = pipe.encoder if count == 8 else ZeroShotStart(tiny_backbone, settings)
+    start = encoder.predict(tiny_backbone, tiny_pixels, 0, pipe.prompt_encoder)
+    torch.testing.assert_close(start.v_star[0], mixed / mixed.norm() * norm, rtol=1e-3, atol=1e-5)
+
+
+def test_the_small_world_keeps_its_own_mixture(small_pipe):
+    for made in (ZeroShotStart(small_pipe.backbone), small_pipe.encoder):
+        assert made.settings.zero_shot_words == 32
+        assert made.settings.zero_shot_temperature == 0.1
+
+
+def test_the_class_word_is_clips_and_the_offsets_change_nothing(pipe, tiny_backbone, tiny_pixels):
     first = pipe.encoder.predict(tiny_backbone, tiny_pixels, 0, pipe.prompt_encoder)
     row = row_of(pipe, tiny_pixels)
     word = pipe.prompt_encoder.table.embeddings[row][None]
-    assert torch.equal(first.v_star, word) and torch.equal(first.class_word, word)
+    assert torch.equal(first.class_word, word)
     shapes = projection_shapes(tiny_backbone.unet)
     assert set(first.offsets) == set(shapes)
     for key, (a, b) in first.offsets.items():
@@ -179,3 +220,45 @@ def test_the_word_of_several_pictures_is_that_of_their_mean():
     pictures = torch.tensor([[0.9, 0.4, 0.1], [0.1, 0.5, 0.8], [0.0, 0.8, 0.1]])
     assert word_of_pictures(pictures, words) == 1  # of none of the first two alone
     assert [word_of_pictures(picture[None], words) for picture in pictures] == [0, 2, 1]
+
+
+@pytest.fixture
+def hub_model(tiny_backbone, monkeypatch, tmp_path):
+    """The tiny model as if it were the hub's, with a cache of its own, and what was encoded."""
+    encoded = []
+    monkeypatch.setattr(clip_words.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(clip_words, "known_words", lambda backbone: {"apple"})
+    handle = tiny_backbone.text_encoder.register_forward_hook(lambda *_: encoded.append(1))
+    yield dataclasses.replace(tiny_backbone, name="sd15"), encoded
+    handle.remove()
+
+
+def test_embeddings_of_the_hubs_words_are_kept(hub_model, tiny_backbone, tmp_path):
+    backbone, encoded = hub_model
+    table = TokenTable(tiny_backbone)
+    first = clip_words.word_clip_embeddings(backbone, table)
+    assert encoded
+    (file,) = (tmp_path / "dte_lab").glob("words-*.safetensors")
+    encoded.clear()
+    assert torch.equal(clip_words.word_clip_embeddings(backbone, table), first) and not encoded
+    file.write_bytes(b"half a file")
+    assert torch.equal(clip_words.word_clip_embeddings(backbone, table), first) and encoded
+    table.words[0] = "another"  # other words, another file
+    clip_words.word_clip_embeddings(backbone, table)
+    assert len(list((tmp_path / "dte_lab").iterdir())) == 2
+    encoded.clear()
+    clip_words.word_clip_embeddings(tiny_backbone, table)  # of no hub: nothing is kept
+    assert encoded and len(list((tmp_path / "dte_lab").iterdir())) == 2
+
+
+def test_half_precision_does_not_reorder_the_words(tiny_backbone, tiny_encoder, tiny_pixels):
+    """Under autocast cosines would be rounded to 8 bits, in which the best words tie."""
+    features = tiny_encoder.static_features(tiny_backbone, tiny_pixels)
+    guesses = []
+    tiny_encoder.mix_words = lambda similarity: (
+        guesses.append(similarity) or type(tiny_encoder).mix_words(tiny_encoder, similarity)
+    )
+    tiny_encoder(*features)
+    with torch.autocast("cpu", torch.bfloat16):
+        tiny_encoder(*features)
+    assert guesses[1].dtype == torch.float32 and torch.equal(*guesses)

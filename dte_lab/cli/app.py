@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,6 +26,8 @@ from dte_lab.cli.common import (
     AnyBackbone,
     Checkpointing,
     Device,
+    DrawingBatch,
+    DType,
     Encoder,
     Offload,
     Out,
@@ -35,7 +38,7 @@ from dte_lab.cli.common import (
     prepare_folder,
 )
 from dte_lab.cli.drawings import DrawingOptions, contact_sheet, picture_origins, save_pictures
-from dte_lab.common.errors import DTEError
+from dte_lab.common.errors import DTEError, is_out_of_memory
 from dte_lab.common.files import keep_inputs
 from dte_lab.common.images import read_image, square
 from dte_lab.common.origin import check_free, origin_text, pictures_digest
@@ -64,8 +67,10 @@ Alpha = Annotated[
     typer.Option("--alpha", min=0, max=1, help="Blend of the dual path: 1 soft only, 0 hard only."),
 ]
 Guidance = Annotated[
-    float | None, typer.Option("--guidance-scale", min=0, help="1.5; about 7.5 for sd15.")
+    float | None,
+    typer.Option("--guidance-scale", min=0, help="By default the model's: small 1.5, others 7.5."),
 ]
+Negative = Annotated[str, typer.Option("--negative-prompt", help="What not to draw.")]
 InferenceSteps = Annotated[int, typer.Option("--num-inference-steps", min=1, max=1000)]
 CONCEPT, SHEET = "concept.safetensors", "contact_sheet.png"
 
@@ -86,14 +91,22 @@ def personalize(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Pictures of one concept.")],
     prompt: Prompts,
     out: Out,
-    steps: Annotated[int, typer.Option(min=0, help="Tuning steps, 0 for none.")] = 12,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=0, help="Tuning steps, 0 for none; 12, for sd15 without an encoder 30."),
+    ] = None,
     seed: Seeds = (0,),
     backbone: AnyBackbone = "small",
     encoder: Encoder = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(min=0, help="Of the offsets; 0.006. Falls after 25 steps.")
+    ] = None,
     guidance_scale: Guidance = None,
+    negative_prompt: Negative = "",
     num_inference_steps: InferenceSteps = 25,
     alpha: Alpha = None,
     device: Device = None,
+    dtype: DType = None,
     batch_size: TuningBatch = None,
     gradient_checkpointing: Checkpointing = False,
     offload: Offload = False,
@@ -111,19 +124,27 @@ def personalize(
     check_free(outputs, overwrite)
     prepare_folder(out)
     pipe = load_pipeline(
-        backbone, encoder, device, gradient_checkpointing=gradient_checkpointing, offload=offload
-    )
+        backbone, encoder, device, dtype, None if steps == 0 else batch_size or 0,
+        gradient_checkpointing=gradient_checkpointing, offload=offload,
+    )  # fmt: skip
     pipe.prompt_encoder.tokenize(prompt)  # a prompt may be too long for the text encoder
     from dte_lab import TuneConfig
 
-    config = TuneConfig(**given(batch_size=batch_size))
-    results = {"predicted only": pipe.personalize(pictures, num_steps=0, seed=seed[0])}
+    steps = pipe.recommended_steps if steps is None else steps
+    given_rates = given(batch_size=batch_size, offset_learning_rate=learning_rate)
+    config, results = TuneConfig.of(pipe.backbone.recommended, **given_rates), {}
+    if pipe.has_trained_encoder or not steps:
+        results["predicted only"] = pipe.personalize(pictures, num_steps=0, seed=seed[0])
     if steps:
         results["tuned"] = pipe.personalize(pictures, steps, seed[0], config=config)
     concept = results["tuned" if steps else "predicted only"]
+    if guidance_scale is not None:
+        concept.settings = replace(concept.settings, guidance_scale=guidance_scale)
     concept.save(out / CONCEPT)  # first, since it is the costly part
 
-    drawing = DrawingOptions(prompt, seed, guidance_scale, num_inference_steps, alpha)
+    drawing = DrawingOptions(
+        prompt, seed, guidance_scale, negative_prompt, num_inference_steps, alpha, batch_size
+    )
     drawn = {name: drawing.draw(pipe, result) for name, result in results.items()}
     names = save_pictures(list(drawn.values())[-1], drawings)
     inputs = [square(picture, pipe.backbone.resolution) for picture in pictures]
@@ -146,9 +167,12 @@ def generate(
     ] = None,
     encoder: Encoder = None,
     guidance_scale: Guidance = None,
+    negative_prompt: Negative = "",
     num_inference_steps: InferenceSteps = 25,
     alpha: Alpha = None,
     device: Device = None,
+    dtype: DType = None,
+    batch_size: DrawingBatch = None,
     offload: Offload = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -162,8 +186,10 @@ def generate(
     drawings = picture_origins(prompt, seed, out, loaded.origin)
     check_free(drawings, overwrite)
     prepare_folder(out)
-    pipe = load_pipeline(backbone or loaded.backbone, encoder, device, offload=offload)
-    drawing = DrawingOptions(prompt, seed, guidance_scale, num_inference_steps, alpha)
+    pipe = load_pipeline(backbone or loaded.backbone, encoder, device, dtype, offload=offload)
+    drawing = DrawingOptions(
+        prompt, seed, guidance_scale, negative_prompt, num_inference_steps, alpha, batch_size
+    )
     names = save_pictures(drawing.draw(pipe, loaded), drawings)
     typer.echo(f"wrote {', '.join(names)} to {out}")
 
@@ -215,6 +241,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = app(arguments, prog_name="dte", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = fail("interrupted.", 130)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        code = fail(
+            "the memory is used up: a smaller batch, --gradient-checkpointing or --offload, where "
+            "the command has them, take less; dte memory says how much."
+        )
     except OSError as error:
         known = error.strerror and error.filename
         code = fail(f"{error.filename}: {error.strerror}." if known else error)

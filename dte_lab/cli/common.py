@@ -33,7 +33,15 @@ Device = Annotated[
     ),
 ]
 TuningBatch = Annotated[
-    int | None, typer.Option("--batch-size", min=1, help="Noise levels per tuning step.")
+    int | None,
+    typer.Option("--batch-size", min=1, help="Noise levels per step, and pictures drawn at once."),
+]
+DrawingBatch = Annotated[
+    int | None, typer.Option("--batch-size", min=1, help="Pictures drawn at once.")
+]
+DType = Annotated[
+    str | None,
+    typer.Option("--dtype", help="fp16, bf16 or fp32; fp16 for sd15 on a GPU, fp32 elsewhere."),
 ]
 Rank = Annotated[int | None, typer.Option("--rank", min=1, max=16, help="Rank of the offsets.")]
 Checkpointing = Annotated[
@@ -68,21 +76,37 @@ def prepare_folder(out: Path) -> None:
 
 
 def load_pipeline(
-    backbone: str, encoder: Path | None, device: str | None = None, **options: bool
-) -> "DTEPipeline":
-    """DTEPipeline for a backbone, said on stderr. options: of DTEPipeline.from_pretrained."""
+    backbone: str, encoder: Path | None, device: str | None = None, dtype: str | None = None,
+    tuning_batch: int | None = None, **options: bool,
+) -> "DTEPipeline":  # fmt: skip
+    """DTEPipeline for a backbone, said on stderr. options: of DTEPipeline.from_pretrained.
+
+    tuning_batch: noise levels per step, where it is to be tuned; 0 for the recommended number.
+    Raises DTEError, before anything is loaded, when the GPU is too small for Stable Diffusion 1.5.
+    """
     typer.echo(f"loading the backbone {backbone} ...", err=True)
     quiet_libraries()
     from dte_lab import DTEPipeline
+    from dte_lab.backbone import DTYPES
+    from dte_lab.common.settings import check_one_of
     from dte_lab.hardware.device import checked_device
+    from dte_lab.memory_needs import Setting, check_room
+    from dte_lab.recommended import STABLE_DIFFUSION
     from dte_lab.zero_shot import ZeroShotStart
 
+    if dtype is not None:
+        check_one_of("--dtype", dtype, tuple(DTYPES))
     device = checked_device(device)
-    pipe = DTEPipeline.from_pretrained(backbone, encoder=encoder, device=device, **options)
+    if backbone == "sd15" and tuning_batch is not None:
+        batch = tuning_batch or STABLE_DIFFUSION.batch_size
+        check_room(Setting(batch=batch, dtype=dtype or "fp16", **options), "tuning", device)
+    pipe = DTEPipeline.from_pretrained(
+        backbone, encoder=encoder, device=device, dtype=DTYPES.get(dtype), **options
+    )
     if isinstance(pipe.encoder, ZeroShotStart):
         typer.echo(
-            f"no encoder for {backbone}: v* starts from the nearest word, and tuning has to learn "
-            "the rest; plan for some hundred --steps.",
+            f"no encoder for {backbone}: v* starts from the nearest words, and tuning has to learn "
+            "the rest; 25 to 50 --steps are right, and some hundred overfit.",
             err=True,
         )
     return pipe

@@ -27,8 +27,10 @@ class DrawingOptions(NamedTuple):
     prompts: list[str]
     seeds: list[int]
     guidance_scale: float | None
+    negative_prompt: str
     num_inference_steps: int
     alpha: float | None
+    batch_size: int | None
 
     def draw(self, pipe: "DTEPipeline", concept: "Concept") -> list[list[Image.Image]]:
         """One picture per prompt and seed."""
@@ -36,7 +38,8 @@ class DrawingOptions(NamedTuple):
             concept,
             self.prompts,
             seeds=self.seeds,
-            **given(guidance_scale=self.guidance_scale),
+            **given(guidance_scale=self.guidance_scale, batch_size=self.batch_size),
+            negative_prompt=self.negative_prompt,
             num_inference_steps=self.num_inference_steps,
             alpha_blend=self.alpha,
         )

@@ -90,7 +90,7 @@ def pretrain(
     config = PretrainConfig(
         mixed_precision=mixed_precision, optimizer_8bit=optimizer_8bit, **options
     )
-    settings = EncoderConfig(**given(rank=rank)), MethodConfig(**given(regulariser=regulariser))
+    method = MethodConfig(**given(regulariser=regulariser))
     parts = load_backbone(
         backbone,
         checked_device(device),
@@ -98,7 +98,8 @@ def pretrain(
         gradient_checkpointing=gradient_checkpointing,
     )
     dataset, shown = training_pictures(parts, data)
-    encoder = TuningEncoder.from_backbone(parts, *settings)
+    settings = EncoderConfig.of(parts.recommended, **given(rank=rank))
+    encoder = TuningEncoder.from_backbone(parts, settings, method)
     pretrain(parts, encoder, dataset, config, out_dir=out, **shown)
 
 

@@ -1,4 +1,4 @@
-"""The one error of ours that a user can put right."""
+"""The one error of ours that a user can put right, and one of torch that they can."""
 
 
 class DTEError(ValueError):
@@ -6,3 +6,10 @@ class DTEError(ValueError):
 
     The command prints it without a traceback. Any other exception is a fault of the program.
     """
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's memory or the machine's is used up: torch has several errors for that."""
+    text = str(error).lower()
+    told = any(words in text for words in ("out of memory", "can't allocate memory"))
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and told)

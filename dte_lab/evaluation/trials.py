@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dte_lab.backbone import SMALL_WORLD_GUIDANCE_SCALE
 from dte_lab.concept import Concept
 from dte_lab.evaluation.edits import Edit, Item, truth
 from dte_lab.evaluation.measures import Measures, prompts_of
@@ -17,6 +16,7 @@ from dte_lab.evaluation.records import Row
 from dte_lab.evaluation.specifications import Specification
 from dte_lab.hardware.device import PeakMemory
 from dte_lab.pipeline import DTEPipeline
+from dte_lab.recommended import SMALL_WORLD
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Sampling:
 
     seeds: int = 2
     num_inference_steps: int = 15
-    guidance_scale: float = SMALL_WORLD_GUIDANCE_SCALE
+    guidance_scale: float = SMALL_WORLD.guidance_scale
 
 
 @dataclass

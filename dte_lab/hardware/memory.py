@@ -8,56 +8,32 @@ workspaces and gaps in the allocator's blocks.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 from weakref import finalize
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dte_lab import placeholder_token
-from dte_lab.backbone import Backbone
+from dte_lab.backbone import DTYPES, Backbone
 from dte_lab.common.errors import DTEError
 from dte_lab.config import EncoderConfig, MethodConfig
 from dte_lab.dual_path import dual_path
 from dte_lab.encoder import EncoderPrediction, TuningEncoder, encoder_dimensions
+from dte_lab.memory_needs import Setting
 from dte_lab.sd15 import random_parts
 from dte_lab.tokens import PromptEncoder
 from dte_lab.training.batches import prepare
 from dte_lab.training.config import PretrainConfig
 from dte_lab.training.optimizer import build_optimizer
-from dte_lab.training.pretrain import train_step
-from dte_lab.training.step import Frozen
+from dte_lab.training.step import Frozen, training_step
 from dte_lab.tuning import TuneConfig, tune
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 BLOCK = 512  # bytes that CUDA's allocator rounds up to
-
-
-@dataclass
-class Setting:
-    """What memory depends on; `batch` is noise levels in tuning, pictures elsewhere."""
-
-    backbone: str = "sd15"
-    resolution: int = 512
-    batch: int = 4
-    dtype: str = "fp16"
-    rank: int = 4
-    gradient_checkpointing: bool = False
-    offload: bool = False
-
-    def __str__(self) -> str:
-        options = [
-            n.replace("_", " ") for n in ("gradient_checkpointing", "offload") if asdict(self)[n]
-        ]
-        return ", ".join(
-            [self.backbone, f"{self.resolution} pixels", f"batch {self.batch}", self.dtype,
-             f"rank {self.rank}", *options]
-        )  # fmt: skip
 
 
 class TracedMemory(TorchDispatchMode):
@@ -152,7 +128,10 @@ def predict(
         backbone = _sd15(setting, memory)
         if setting.gradient_checkpointing:
             backbone.unet.enable_gradient_checkpointing()
-        encode, settings = PromptEncoder(backbone), EncoderConfig(rank=setting.rank)
+        encode, settings = (
+            PromptEncoder(backbone),
+            EncoderConfig.of(backbone.recommended, rank=setting.rank),
+        )
         dimensions = encoder_dimensions(backbone, encode.table, settings)
         encoder = TuningEncoder(**dimensions, settings=asdict(settings))
         encoder.bind(backbone, encode.table)
@@ -192,7 +171,7 @@ def _pretrain(
     backbone: Backbone, encode: PromptEncoder, encoder: TuningEncoder, pictures: Tensor
 ) -> None:
     """A step after the first, when the optimizer has its state."""
-    accelerator, config = Accelerator(cpu=True), PretrainConfig(batch_size=len(pictures))
+    config = PretrainConfig(batch_size=len(pictures))
     parameters = list(encoder.train().requires_grad_(True).parameters())
     average = [p.detach().clone() for p in parameters]  # EMA
     optimizer = build_optimizer(parameters, config.weight_decay)
@@ -207,7 +186,14 @@ def _pretrain(
         "concept": torch.arange(len(pictures)),
     }
     frozen = Frozen.of(backbone, encoder, encode)
-    train_step(accelerator, encoder, optimizer, frozen, prepare(backbone, batch, config, 0))
+    prepared = prepare(backbone, batch, config, 0)
+    # What pretrain's `train_step` does, without accelerate: its state is the process's, and would
+    # be set to CPU for whoever trains on a GPU here.
+    with training_step(encoder, frozen, prepared) as (losses, _):
+        losses["loss"].backward()
+    nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
     encoder.eval().requires_grad_(False)
     del average
 
