@@ -1,15 +1,16 @@
 """The first cell of the notebooks on a runtime such as Colab: it installs what is missing."""
 
 import ast
-import importlib
-import importlib.util
+import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from types import SimpleNamespace
 
 import pytest
 
-from tools import install, notebooks
+from tools import first_cell, install
 
 RUNTIME = {"torch": "2.9.0+cu126", "numpy": "2.0.2", "typer": "0.15.0", "tqdm": "4.67.1"}
 NEEDS = ["torch>=2.6", "numpy>=1.26", "typer>=0.12", "nbformat>=5.10", "jupyterlab>=4.2"]
@@ -38,7 +39,7 @@ def test_pip_gets_the_constraints_and_the_package_without_dependencies(monkeypat
         calls.append((command[5:], texts))
 
     distributions = [
-        SimpleNamespace(metadata={"Name": name}, version=version)
+        SimpleNamespace(metadata={"Name": name, "Version": version})
         for name, version in RUNTIME.items()
     ]
     monkeypatch.setattr(install.importlib.metadata, "distributions", lambda: distributions)
@@ -52,50 +53,109 @@ def test_pip_gets_the_constraints_and_the_package_without_dependencies(monkeypat
     assert second == ["--no-deps", str(install.ROOT)]
 
 
+def test_what_python_would_import_counts(monkeypatch):
+    """Colab has Debian's copies behind its own, and leftovers of removed packages have no name."""
+    distributions = [
+        SimpleNamespace(metadata={"Name": "Six", "Version": "1.17.0"}),
+        SimpleNamespace(metadata=None),
+        SimpleNamespace(metadata={"Name": None, "Version": "1"}),
+        SimpleNamespace(metadata={"Name": "six", "Version": "1.16.0"}),
+    ]
+    monkeypatch.setattr(install.importlib.metadata, "distributions", lambda: distributions)
+    assert install.installed_versions() == {"six": "1.17.0"}
+
+
+def git(folder, *arguments):
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", *who, *arguments], cwd=folder, check=True, capture_output=True)
+
+
 @pytest.fixture
-def cell(monkeypatch, tmp_path):
-    """run(address, folder) -> the commands of the first cell, where dte_lab is not installed."""
-
-    def run(address, folder):
-        commands = []
-        monkeypatch.chdir(folder)
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-
-        def fake(command, check):
-            commands.append(command)
-            if command[0] == "git":
-                (folder / command[-1] / "notebooks").mkdir(parents=True)
-
-        monkeypatch.setattr(subprocess, "run", fake)
-        monkeypatch.setattr(notebooks, "repository", lambda: (address, "v1.2"))
-        source = notebooks.jupytext.reads(
-            '# %% [markdown]\n# # T\n\n# %% tags=["setup"]\n# here\n', fmt="py:percent"
-        )
-        source.metadata["dte_lab"] = {"minutes": 1}
-        notebook = notebooks.solved_edition(source, "t", {})
-        assert notebook.metadata["dte_lab"]["repository"] == address
-        exec(notebook.cells[2].source, {})
-        return commands
-
-    return run
+def repository(tmp_path):
+    """A repository that is installed by saying so, with the tag v1.2 before its newest commit."""
+    root = tmp_path / "published" / "thing"
+    for folder in ("dte_lab", "tools", "notebooks"):
+        (root / folder).mkdir(parents=True)
+        (root / folder / "empty").write_text("")
+    installer = root / "tools" / "install.py"
+    installer.write_text("import os\nprint('at the tag,', os.getcwd(), __file__)\n")
+    git(root, "init", "--quiet")
+    git(root, "add", ".")
+    git(root, "commit", "--quiet", "-m", "one")
+    git(root, "tag", "v1.2")
+    installer.write_text(installer.read_text().replace("at the tag", "newest"))
+    git(root, "commit", "--quiet", "-am", "two")
+    return root
 
 
-def test_alone_the_cell_fetches_the_repository(cell, tmp_path):
-    address = "https://example.org/someone/thing"
-    clone, run = cell(address, tmp_path)
-    root = tmp_path / "thing"
-    assert clone[-4:] == ["--branch", "v1.2", address, str(root)]
-    assert run == [sys.executable, str(root / "tools/install.py")]
+@pytest.fixture
+def content(tmp_path):
+    """The folder in which Colab's kernel starts."""
+    (tmp_path / "content").mkdir()
+    return tmp_path / "content"
 
 
-def test_in_a_checkout_the_cell_uses_it(cell):
-    (run,) = cell("https://example.org/someone/thing", install.ROOT / "notebooks")
-    assert run == [sys.executable, str(install.ROOT / "tools/install.py")]
+def run_cell(folder, address="", tag="v1.2"):
+    """What the cell says in a Python without packages that starts in `folder`."""
+    code = first_cell.setup_cell(str(address), tag)
+    command = [sys.executable, "-S", "-c", code]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env)
+    return done.stdout.split(), done.stderr.strip().split("\n")[-1]
 
 
-def test_without_a_repository_the_cell_says_so(cell, tmp_path):
-    with pytest.raises(RuntimeError, match="open this notebook inside its repository"):
-        cell("", tmp_path)
+def test_alone_the_cell_fetches_the_repository_at_its_tag(repository, content):
+    said, error = run_cell(content, repository)
+    root = content / "thing"
+    assert said == ["at", "the", "tag,", str(root / "notebooks"), str(root / "tools/install.py")]
+    assert not error
+    again, error = run_cell(content, "https://example.invalid/gone")  # the clone is left over
+    assert again == said and not error
+
+
+def test_without_the_tag_it_takes_the_newest(repository, content):
+    said, error = run_cell(content, repository, "v3")
+    assert said[0] == "newest," and not error
+
+
+def test_a_copy_in_the_runtimes_folder_is_found(repository, content):
+    """Its folder is called as the package, and is taken for a package without files by Python."""
+    shutil.copytree(repository, content / "dte_lab")
+    said, error = run_cell(content)
+    assert said[1:] == [f"{content}/dte_lab/notebooks", f"{content}/dte_lab/tools/install.py"]
+    assert not error
+
+
+@pytest.mark.parametrize("top", ["thing-main/", ""])
+def test_an_uploaded_zip_is_unpacked(repository, content, top):
+    with zipfile.ZipFile(content / "an other.zip", "w") as packed:
+        packed.writestr("data/readme.txt", "")
+    with zipfile.ZipFile(content / "upload.zip", "w") as packed:
+        for path in ("tools/install.py", "notebooks/empty"):
+            packed.write(repository / path, top + path)
+    said, error = run_cell(content)
+    root = content / (top.rstrip("/") or "upload")
+    assert said[1:] == [str(root / "notebooks"), str(root / "tools/install.py")] and not error
+
+
+def test_in_a_checkout_the_cell_uses_it_and_stays(repository):
+    for folder in (repository / "notebooks", repository):
+        said, error = run_cell(folder, "https://example.invalid/gone")
+        assert said[1:] == [str(folder), str(repository / "tools/install.py")] and not error
+
+
+def test_otherwise_it_says_in_one_sentence_what_to_do(content, tmp_path):
+    todo = f"upload the repository as a zip file, or its folder, to {content} and run this cell"
+    _, error = run_cell(content)
+    assert error.startswith("RuntimeError: dte_lab is not installed (no address is known")
+    assert todo in error
+    _, error = run_cell(content, tmp_path / "gone")
+    assert "does not exist" in error and todo in error  # git's reason
+
+
+def test_what_is_installed_stays_as_it_is(monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("something was run"))
+    exec(first_cell.setup_cell("https://example.invalid/gone", "v1"), {})
 
 
 def test_the_installer_needs_nothing_that_a_bare_runtime_lacks():

@@ -316,6 +316,67 @@ def test_a_failing_cell_stores_nothing(project):
     assert (project / "notebooks" / "small.ipynb").read_bytes() == before
 
 
+SETUP = '# %% tags=["setup"]\n# here\n\n# %%\nfrom tqdm'
+
+
+def test_a_new_first_cell_keeps_outputs(project, monkeypatch):
+    source = project / "notebooks" / "src" / "small.py"
+    source.write_text(source.read_text().replace("# %%\nfrom tqdm", SETUP, 1))
+    monkeypatch.setattr(notebooks, "execute", lambda *_: {"seconds": 1, "peak_memory_gb": 2})
+    notebooks.build(project, run=True)
+    stored = solved(project)
+    stored.cells[3].outputs = [new_output("stream", text="kept")]
+    nbformat.write(stored, project / "notebooks" / "small.ipynb")
+    monkeypatch.setattr(notebooks, "setup_cell", lambda *_: "print('another')")
+    assert notebooks.build(project) == []
+    assert solved(project).cells[2].source == "print('another')"
+    assert solved(project).cells[3].outputs[0].text == "kept"
+
+
+@pytest.fixture
+def publishable(project, monkeypatch):
+    """The project with a first cell, a version, and no address yet."""
+    text = '[project]\nversion = "1.2"\n\n[tool.dte_lab]\nrepository = ""\n'
+    (project / "pyproject.toml").write_text(text)
+    monkeypatch.setattr(notebooks, "ROOT", project)
+    notebooks.build(project)
+    return project
+
+
+def test_publish_is_one_command(publishable):
+    before = [cell.get("outputs") for cell in solved(publishable).cells]
+    said = notebooks.publish(publishable, "https://github.com/someone/thing.git/")
+    assert (
+        'repository = "https://github.com/someone/thing"\n'
+        in (publishable / "pyproject.toml").read_text()
+    )
+    commands = [line.strip() for line in said.splitlines() if line.startswith("  git ")]
+    assert commands[2:] == [
+        "git tag v1.2", "git push https://github.com/someone/thing HEAD:main v1.2",
+    ]  # fmt: skip
+    assert (
+        "github/someone/thing/blob/v1.2/notebooks/small.ipynb"
+        in solved(publishable).cells[1].source
+    )
+    assert [cell.get("outputs") for cell in solved(publishable).cells] == before
+    assert notebooks.check(publishable) == []
+
+
+@pytest.mark.parametrize("address", ["", "github.com/a/b", "https://github.com/a", "git@x:a/b"])
+def test_an_address_that_is_none_changes_nothing(publishable, address):
+    before = (publishable / "pyproject.toml").read_bytes()
+    with pytest.raises(SystemExit, match="the address is https://github.com/NAME/REPOSITORY"):
+        notebooks.publish(publishable, address)
+    assert (publishable / "pyproject.toml").read_bytes() == before
+
+
+def test_what_is_stale_is_not_published(publishable):
+    source = publishable / "notebooks" / "src" / "small.py"
+    source.write_text(source.read_text().replace("range(3)", "range(4)"))
+    with pytest.raises(SystemExit, match="not ready to be published"):
+        notebooks.publish(publishable, "https://github.com/someone/thing")
+
+
 def test_badge_appears_once_there_is_a_repository(monkeypatch, tmp_path):
     monkeypatch.setattr(notebooks, "ROOT", tmp_path)
     project = '[project]\nversion = "1.2"\n'

@@ -46,13 +46,26 @@ def plan(requirements: list[str], installed: dict[str, str]) -> tuple[list[str],
     return install, [f"{n}=={v}" for n, v in sorted(installed.items()) if n not in replaced]
 
 
+def installed_versions() -> dict[str, str]:
+    """{canonical name: version} of what an import would find.
+
+    Of two of a name the first counts, as for Python: Colab has Debian's copies behind its own. What
+    is left of a package that was half removed has no name.
+    """
+    found: dict[str, str] = {}
+    for distribution in importlib.metadata.distributions():
+        metadata = distribution.metadata
+        if metadata is not None and metadata["Name"] and metadata["Version"]:
+            found.setdefault(canonicalize_name(metadata["Name"]), metadata["Version"])
+    return found
+
+
 def main(extras: Sequence[str] = ("notebooks",)) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     requirements = [*project["dependencies"]]
     for extra in extras:
         requirements += project["optional-dependencies"][extra]
-    found = importlib.metadata.distributions()
-    installed = {canonicalize_name(d.metadata["Name"]): d.version for d in found}
+    installed = installed_versions()
     try:
         install, keep = plan(requirements, installed)
     except RuntimeError as error:

@@ -1,6 +1,7 @@
 """Make both editions of every notebook from its one source.
 
     python -m tools.notebooks build [NAME ...] [--execute]
+    python -m tools.notebooks publish ADDRESS
     python -m tools.notebooks --check
 
 A source is `notebooks/src/NAME.py`, a solved notebook in jupytext's percent format. From it come
@@ -11,11 +12,12 @@ A source is `notebooks/src/NAME.py`, a solved notebook in jupytext's percent for
 An exercise is a cell with the tag "exercise"; in it, nbgrader's comments `### BEGIN SOLUTION` and
 `### END SOLUTION` enclose what the reader writes. A cell that says how long the notebook takes is
 put after the title; its numbers are those of the stored run. A cell with the tag "setup" becomes
-the one that installs the package where it is missing. `build` alone keeps stored outputs while no
-code cell changed.
+the one that installs the package where it is missing (first_cell.py). `build` alone keeps stored
+outputs while no other code cell changed.
 
 The address of the repository is `repository` under [tool.dte_lab] in pyproject.toml; it goes into
-the notebooks' metadata. While it is empty there are no badges, so that no link is dead.
+the notebooks' metadata. While it is empty there are no badges, so that no link is dead. `publish`
+sets it, keeps the outputs, and says which git commands make the links true.
 """
 
 import argparse
@@ -38,6 +40,7 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from dte_lab.common.files import write_atomically
+from tools.first_cell import setup_cell
 
 ROOT = Path(__file__).parents[1]
 MAX_BYTES = 1_000_000
@@ -48,29 +51,8 @@ SOLUTION = re.compile(
     r"^(?P<indent> *)### BEGIN SOLUTION\n(?P<body>.*?)^ *### END SOLUTION\n?", re.M | re.S
 )
 # Plain bars, since the state of widgets is not stored; readers still get the widget.
+REPOSITORY = re.compile(r'^repository = ".*"$', re.M)
 PRELUDE = "import tqdm, tqdm.auto; tqdm.auto.tqdm = tqdm.tqdm"
-# REPOSITORY and TAG are filled in. Colab opens a notebook alone, so its repository is fetched.
-SETUP = """\
-import importlib
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-if importlib.util.find_spec("dte_lab") is None:  # what is installed already stays as it is
-    here, repository = Path.cwd(), "REPOSITORY"
-    root = next((p for p in (here, *here.parents) if (p / "tools/install.py").is_file()), None)
-    if root is None and repository:
-        root = here / repository.split("/")[-1]
-        clone = ["git", "clone", "--quiet", "--depth", "1", "--branch", "TAG", repository]
-        subprocess.run([*clone, str(root)], check=True)
-        os.chdir(root / "notebooks")
-    if root is None:
-        raise RuntimeError("dte_lab is not installed: open this notebook inside its repository.")
-    subprocess.run([sys.executable, str(root / "tools/install.py")], check=True)
-    importlib.invalidate_caches()
-"""
 EPILOGUE = """
 import json
 from dte_lab.pipeline import peak_memory_mb
@@ -97,9 +79,9 @@ def exercise_edition(source: NotebookNode, name: str, measured: dict) -> Noteboo
     return _edition(source, name, measured, solved=False)
 
 
-def repository() -> tuple[str, str]:
+def repository(root: Path | None = None) -> tuple[str, str]:
     """(address of the repository or "", the tag of this version)."""
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    settings = tomllib.loads(((root or ROOT) / "pyproject.toml").read_text())
     address = settings.get("tool", {}).get("dte_lab", {}).get("repository", "")
     return address.rstrip("/"), f"v{settings['project']['version']}"
 
@@ -110,7 +92,7 @@ def _edition(source: NotebookNode, name: str, measured: dict, solved: bool) -> N
     cells = [source.cells[0], opening]
     for cell in source.cells[1:]:
         if "setup" in cell.metadata.get("tags", []):
-            text = SETUP.replace("REPOSITORY", address).replace("TAG", tag).rstrip()
+            text = setup_cell(address, tag)
             cells.append(new_code_cell(text, metadata={"tags": ["setup"]}))
         elif "exercise" not in cell.metadata.get("tags", []):
             cells.append(cell)
@@ -346,7 +328,12 @@ def _measured(notebook: NotebookNode | None) -> dict:
 
 
 def _codes(notebook: NotebookNode) -> list[str]:
-    return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    """What the cells compute; the first one, which installs the package, prints nothing."""
+    return [
+        "" if "setup" in cell.metadata.get("tags", []) else cell.source
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    ]
 
 
 def _copy_outputs(stored: NotebookNode, notebook: NotebookNode) -> None:
@@ -360,21 +347,53 @@ def _without_outputs(notebook: NotebookNode) -> tuple:
     return cells, notebook.metadata
 
 
+def publish(root: Path, address: str) -> str:
+    """Set the address, build badges and first cells, check, and say what git must do.
+
+    Raises SystemExit for an address that is none, and when the check finds something.
+    """
+    address = address.rstrip("/").removesuffix(".git")
+    if not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", address):
+        raise SystemExit(f"error: the address is https://github.com/NAME/REPOSITORY, not {address}")
+    file = root / "pyproject.toml"
+    text, found = REPOSITORY.subn(f'repository = "{address}"', file.read_text())
+    if found != 1:
+        raise SystemExit(f"error: {file} must have one line repository = under [tool.dte_lab].")
+    write_atomically(file, text.encode())
+    if problems := build(root) + check(root):
+        raise SystemExit("\n".join(["error: it is not ready to be published:", *problems]))
+    tag = repository(root)[1]
+    return "\n".join(
+        [
+            f"Badges and first cells name {address}, tag {tag}. Now:",
+            "  git add pyproject.toml README.md notebooks",
+            f'  git commit -m "Publish at {address}"',
+            f"  git tag {tag}",
+            f"  git push {address} HEAD:main {tag}",
+        ]
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.notebooks")
     parser.add_argument("--check", action="store_true", help="fail where a notebook is stale")
-    command = parser.add_subparsers(dest="command").add_parser("build", help="write both editions")
+    commands = parser.add_subparsers(dest="command")
+    command = commands.add_parser("build", help="write both editions")
     command.add_argument("names", nargs="*", metavar="NAME", help="such as 00_quickstart")
     command.add_argument("--execute", action="store_true", help="run them and store the outputs")
+    command = commands.add_parser("publish", help="name the public address in badges and cells")
+    command.add_argument("address", metavar="ADDRESS", help="https://github.com/NAME/REPOSITORY")
     arguments = parser.parse_args()
     if arguments.command == "build":
         print("\n".join(build(ROOT, arguments.names, arguments.execute)))
+    elif arguments.command == "publish":
+        print(publish(ROOT, arguments.address))
     elif arguments.check:
         problems = check(ROOT)
         print("\n".join(problems) or "The notebooks are in step with their sources.")
         sys.exit(bool(problems))
     else:
-        parser.error("say build or --check")
+        parser.error("say build, publish or --check")
 
 
 if __name__ == "__main__":
