@@ -8,7 +8,9 @@ import torch
 
 from dte_lab import sd15
 from dte_lab.hardware import memory
-from dte_lab.hardware.memory import Setting, TracedMemory, predict, traced_peak
+from dte_lab.hardware.memory import Setting, needs, predict
+from dte_lab.hardware.trace import TracedMemory, traced_peak
+from dte_lab.memory_needs import needed
 
 TINY = {
     "unet": {
@@ -75,8 +77,10 @@ def test_traced_peak_is_what_a_step_makes_beyond_what_is_frozen():
 
 def test_fake_steps_take_what_real_ones_take(tiny, monkeypatch):
     fake = predict(SETTING)
+    work = {name: need.flops for name, need in needs(SETTING).items()}
     monkeypatch.setattr(memory, "FakeTensorMode", lambda **kwargs: nullcontext())
     real = predict(SETTING)
+    assert {name: need.flops for name, need in needs(SETTING).items()} == work
     assert set(fake) == {"tuning", "pre-training", "sampling"}
     for name in fake:
         assert fake[name] == pytest.approx(real[name], rel=0.02), name
@@ -118,3 +122,52 @@ def test_advice(monkeypatch):
 def test_unknown_backbones_are_refused():
     with pytest.raises(ValueError, match="sd15 alone, not for sdxl"):
         predict(Setting(backbone="sdxl"))
+
+
+def test_flops_are_twice_the_products():
+    """A product of matrices, a convolution, and attention forwards and backwards."""
+    with TracedMemory() as count:
+        torch.ones(3, 5) @ torch.ones(5, 7)
+        assert count.flops == 2 * 3 * 5 * 7
+        torch.nn.functional.conv2d(torch.ones(1, 4, 9, 9), torch.ones(6, 4, 3, 3))
+        assert count.flops == 2 * (3 * 5 * 7 + 6 * 7 * 7 * 4 * 9)
+        q, k, v = (torch.rand(1, 2, n, 8, requires_grad=True) for n in (11, 13, 13))
+        before = count.flops
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        forward = count.flops - before
+        assert forward == 2 * 2 * (2 * 11 * 13 * 8)  # scores and values, two heads
+        out.sum().backward()
+        assert count.flops - before - forward == 2.5 * forward  # scores anew, and four gradients
+
+
+def test_work_grows_with_the_batch_but_not_that_of_a_picture(tiny):
+    """The look at the picture before the first step is no part of the step."""
+    from dataclasses import replace
+
+    two, four = (needs(replace(SETTING, batch=batch)) for batch in (2, 4))
+    for part in ("tuning", "pre-training"):
+        assert four[part].flops == pytest.approx(2 * two[part].flops, rel=0.05)
+    assert four["sampling"].flops == pytest.approx(two["sampling"].flops, rel=0.02)
+
+
+def test_predicting_leaves_accelerates_state_alone(tiny):
+    """Whoever trains on a GPU has set it, and could not predict any more."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    states = AcceleratorState._shared_state, PartialState._shared_state
+    before = [dict(state) for state in states]
+    for state in states:
+        state.clear()
+    try:
+        predict(SETTING, ("pre-training",))
+        assert not any(states)
+    finally:
+        for state, old in zip(states, before, strict=True):
+            state.update(old)
+
+
+def test_what_is_shipped_is_what_is_predicted():
+    setting = Setting(batch=1, offload=True)
+    assert predict(setting, ("sampling",))["sampling"] == pytest.approx(
+        needed(setting, "sampling"), rel=0.02
+    )

@@ -21,20 +21,26 @@ def memory(
     offload: Offload = False,
     card: Annotated[float | None, typer.Option(help="GPU memory in GB to fit into.")] = None,
 ) -> None:
-    """Predict the peak GPU memory of tuning, pre-training and sampling: no GPU, no weights."""
+    """Predict peak GPU memory and time of tuning, pre-training and sampling, without a GPU."""
     quiet_libraries()
-    from dte_lab.hardware.memory import DTYPES, Setting, advise, predict
+    from dte_lab.hardware.memory import ACHIEVED, DTYPES, Setting, advise, needs
 
     if dtype not in DTYPES:
         raise DTEError(f"--dtype is one of {', '.join(DTYPES)}, not {dtype}.")
     setting = Setting(backbone, resolution, batch, dtype, rank, gradient_checkpointing, offload)
-    peaks = predict(setting)
+    found = needs(setting)
     typer.echo(f"{setting}\npeak of all tensors on the GPU, predicted from a trace of the step:")
-    for name, peak in peaks.items():
-        typer.echo(f"  {name:<14}{peak / 1e9:6.2f} GB")
+    for name, need in found.items():
+        typer.echo(f"  {name:<14}{need.bytes / 1e9:6.2f} GB")
     typer.echo("CUDA itself and fragments of the allocator come on top: about 1 GB, not predicted.")
     if card is not None:
-        typer.echo(advise(setting, card, peaks["tuning"]))
+        typer.echo(advise(setting, card, found["tuning"].bytes))
+    speeds = ", ".join(f"{card} {speed / 1e12:.0f}" for card, speed in ACHIEVED.items())
+    typer.echo(f"\narithmetic, counted; seconds at an assumed TFLOP/s of {speeds}:")
+    units = ("of a tuning step", "of a pre-training step", "of a picture, 25 steps")
+    for unit, need in zip(units, found.values(), strict=True):
+        seconds = "".join(f"{need.flops / s:8.2f} s {card}" for card, s in ACHIEVED.items())
+        typer.echo(f"  {unit:<24}{need.flops / 1e12:7.2f} TFLOP{seconds}")
 
 
 def parameters(

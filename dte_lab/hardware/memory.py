@@ -1,22 +1,18 @@
-"""Peak GPU memory of tuning, pre-training and sampling, predicted on any machine.
+"""Peak GPU memory and arithmetic of tuning, pre-training and sampling, predicted on any machine.
 
 The real steps run on fake tensors, which have shapes and no data, with the model at its full size
-and no weights; every storage that comes and goes is counted. Nothing is a formula, so what changes
+and no weights; every storage that comes and goes and every product of matrices is counted. No
+formula stands for a step, so what changes
 a step changes its prediction. What a trace cannot see is not in it: CUDA's own context, cuDNN's
 workspaces and gaps in the allocator's blocks.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
-from typing import Any
-from weakref import finalize
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from dte_lab import placeholder_token
 from dte_lab.backbone import DTYPES, Backbone
@@ -24,7 +20,8 @@ from dte_lab.common.errors import DTEError
 from dte_lab.config import EncoderConfig, MethodConfig
 from dte_lab.dual_path import dual_path
 from dte_lab.encoder import EncoderPrediction, TuningEncoder, encoder_dimensions
-from dte_lab.memory_needs import Setting
+from dte_lab.hardware.trace import TracedMemory
+from dte_lab.memory_needs import PARTS, Setting
 from dte_lab.sd15 import random_parts
 from dte_lab.tokens import PromptEncoder
 from dte_lab.training.batches import prepare
@@ -33,66 +30,19 @@ from dte_lab.training.optimizer import build_optimizer
 from dte_lab.training.step import Frozen, training_step
 from dte_lab.tuning import TuneConfig, tune
 
-BLOCK = 512  # bytes that CUDA's allocator rounds up to
+NUM_INFERENCE_STEPS = 25
+ACHIEVED = {"T4": 10e12, "L4": 30e12, "A100": 100e12}  # FLOP/s in half precision: assumed
 
 
-class TracedMemory(TorchDispatchMode):
-    """Counts the bytes of all live storages that appear while it is active, and their maximum.
+class Need(NamedTuple):
+    """What a part takes: peak bytes of all tensors, and the arithmetic of a step or a picture.
 
-    Fake tensors hold no values; where the code asks for one number it gets 1 or True.
+    flops: two for a product and its sum, of matrix products and convolutions, of one step of tuning
+    or pre-training without the look at the picture before, or of one picture in 25 steps.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, int] = {}  # storage -> bytes
-        self.now, self.peak = 0, 0
-
-    def __torch_dispatch__(
-        self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        if function is torch.ops.aten._local_scalar_dense.default:
-            return 1.0 if args[0].is_floating_point() else 1
-        output = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, torch.Tensor):
-                self.track(leaf.untyped_storage())
-        return output
-
-    def track(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata in self.live:
-            return
-        size = -(-storage.nbytes() // BLOCK) * BLOCK
-        self.live[storage._cdata] = size
-        finalize(storage, self.forget, storage._cdata)
-        self.add(size)
-
-    def forget(self, key: int) -> None:
-        self.now -= self.live.pop(key)
-
-    def add(self, size: int) -> None:
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-    @contextmanager
-    def measured(self, peaks: dict[str, int], name: str) -> Iterator[None]:
-        """Store the peak of the block in peaks[name], in bytes."""
-        self.peak = self.now
-        yield
-        peaks[name] = self.peak
-
-
-def traced_peak(step: Callable[[], object], frozen: Iterable[Tensor] = ()) -> int:
-    """Peak bytes of all tensors that `step()` makes beyond the frozen ones; nothing is computed.
-
-    frozen: tensors that `step` only reads, so that a view of one is not taken for a new tensor.
-    """
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, TracedMemory() as memory:
-        kept = [fake.from_tensor(tensor) for tensor in frozen]
-        for tensor in kept:
-            memory.track(tensor.untyped_storage())
-        before = memory.now
-        step()
-    return memory.peak - before
+    bytes: int
+    flops: int
 
 
 class CountedBackbone(Backbone):
@@ -114,16 +64,19 @@ def _bytes_of(module: nn.Module) -> int:
     return sum(p.untyped_storage().nbytes() for p in module.parameters())
 
 
-def predict(
-    setting: Setting, parts: tuple[str, ...] = ("tuning", "pre-training", "sampling")
-) -> dict[str, int]:
-    """Peak bytes of each part.
+def predict(setting: Setting, parts: tuple[str, ...] = PARTS) -> dict[str, int]:
+    """Peak bytes of each part. Raises DTEError for a backbone other than sd15."""
+    return {name: need.bytes for name, need in needs(setting, parts).items()}
+
+
+def needs(setting: Setting, parts: tuple[str, ...] = PARTS) -> dict[str, Need]:
+    """What each part takes.
 
     Raises DTEError for a backbone other than sd15.
     """
     if setting.backbone != "sd15":
         raise DTEError(f"Memory is predicted for sd15 alone, not for {setting.backbone}.")
-    peaks, memory = {}, TracedMemory()
+    peaks, flops, memory = {}, {}, TracedMemory()
     with FakeTensorMode(allow_non_fake_inputs=True), memory:
         backbone = _sd15(setting, memory)
         if setting.gradient_checkpointing:
@@ -140,7 +93,7 @@ def predict(
         prediction = None
         if "pre-training" in parts:  # offload would not help: each step needs every part
             with memory.measured(peaks, "pre-training"):
-                _pretrain(backbone, encode, encoder, pictures)
+                flops["pre-training"] = _pretrain(memory, backbone, encode, encoder, pictures)
         if setting.offload:
             backbone.offload = True
             for idle in (backbone.image_encoder, backbone.vae):
@@ -148,16 +101,14 @@ def predict(
         if "tuning" in parts:
             with memory.measured(peaks, "tuning"):
                 prediction = encoder.predict(backbone, pictures[:1], 0, encode)
-                tune(
-                    backbone, encode, prediction, pictures[:1], encoder.method,
-                    TuneConfig(num_steps=1, batch_size=setting.batch),
-                    bank=(encoder.bank, encoder.bank_concepts), progress=False,
-                )  # fmt: skip
+                flops["tuning"] = _tune(memory, backbone, encode, encoder, prediction, pictures)
         if "sampling" in parts:
             prediction = prediction or encoder.predict(backbone, pictures[:1], 0, encode)
             with memory.measured(peaks, "sampling"), torch.no_grad():
-                _sample(backbone, encode, prediction, setting.batch, encoder.method)
-    return {name: peaks[name] for name in parts}
+                flops["sampling"] = _sample(
+                    memory, backbone, encode, prediction, setting.batch, encoder.method
+                )
+    return {name: Need(peaks[name], flops[name]) for name in parts}
 
 
 def _sd15(setting: Setting, memory: TracedMemory) -> CountedBackbone:
@@ -167,10 +118,27 @@ def _sd15(setting: Setting, memory: TracedMemory) -> CountedBackbone:
     return backbone
 
 
+def _tune(
+    memory: TracedMemory, backbone: Backbone, encode: PromptEncoder, encoder: TuningEncoder,
+    prediction: EncoderPrediction, pictures: Tensor,
+) -> int:  # fmt: skip
+    """One step; returns its FLOPs, without those of the picture's latent."""
+    before = memory.flops
+    tune(
+        backbone, encode, prediction, pictures[:1], encoder.method,
+        TuneConfig(num_steps=1, batch_size=len(pictures)),
+        bank=(encoder.bank, encoder.bank_concepts), progress=False,
+    )  # fmt: skip
+    both = memory.flops - before
+    backbone.encode_images(pictures[:1])
+    return 2 * both + before - memory.flops
+
+
 def _pretrain(
-    backbone: Backbone, encode: PromptEncoder, encoder: TuningEncoder, pictures: Tensor
-) -> None:
-    """A step after the first, when the optimizer has its state."""
+    memory: TracedMemory, backbone: Backbone, encode: PromptEncoder, encoder: TuningEncoder,
+    pictures: Tensor,
+) -> int:  # fmt: skip
+    """A step after the first, when the optimizer has its state; returns its FLOPs."""
     config = PretrainConfig(batch_size=len(pictures))
     parameters = list(encoder.train().requires_grad_(True).parameters())
     average = [p.detach().clone() for p in parameters]  # EMA
@@ -185,7 +153,7 @@ def _pretrain(
         "prompt": [f"a picture of {placeholder_token}"] * len(pictures),
         "concept": torch.arange(len(pictures)),
     }
-    frozen = Frozen.of(backbone, encoder, encode)
+    frozen, before = Frozen.of(backbone, encoder, encode), memory.flops
     prepared = prepare(backbone, batch, config, 0)
     # What pretrain's `train_step` does, without accelerate: its state is the process's, and would
     # be set to CPU for whoever trains on a GPU here.
@@ -196,17 +164,22 @@ def _pretrain(
     optimizer.zero_grad()
     encoder.eval().requires_grad_(False)
     del average
+    return memory.flops - before
 
 
 def _sample(
-    backbone: Backbone, encode: PromptEncoder, prediction: EncoderPrediction, batch: int,
-    method: MethodConfig,
-) -> None:  # fmt: skip
-    """One denoising step with guidance, which doubles the batch, and the decoding."""
+    memory: TracedMemory, backbone: Backbone, encode: PromptEncoder, prediction: EncoderPrediction,
+    batch: int, method: MethodConfig,
+) -> int:  # fmt: skip
+    """One denoising step with guidance, which doubles the batch, and the decoding.
+
+    Returns the FLOPs of a picture.
+    """
     prompts = [f"a picture of {placeholder_token}"] * batch
     soft, hard = encode(prompts, prediction.v_star), encode.hard(prompts, prediction.v_star)
     negative = encode.plain([""]).expand_as(soft)
     latents = torch.zeros(batch, *backbone.latent_shape, dtype=backbone.dtype)
+    before = memory.flops
     with dual_path(
         backbone.unet, prediction.offsets, torch.cat([negative, hard]), method.alpha_blend,
         method.offsets_on, method.granularity,
@@ -214,7 +187,9 @@ def _sample(
         noise = backbone.unet(
             torch.cat([latents, latents]), torch.tensor(500), torch.cat([negative, soft])
         ).sample
+    step = memory.flops - before
     backbone.decode_latents(noise.chunk(2)[1])
+    return (memory.flops - before + (NUM_INFERENCE_STEPS - 1) * step) // batch
 
 
 def advise(setting: Setting, card: float, peak: int) -> str:
