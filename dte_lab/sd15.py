@@ -244,7 +244,9 @@ def made_up_tokenizer() -> CLIPTokenizer:
     words = triples[:USABLE_WORDS]
     merges = 49_408 - 512 - 2 - len(endings) - len(words)  # the rest: pieces that end no word
     pairs = [(a, b) for a, b in itertools.product(letters.upper(), repeat=2)]
-    pieces = itertools.chain(pairs, ((a, b + c) for a in letters.upper() for b, c in pairs))
+    threes = [(a, b + c) for a in letters.upper() for b, c in pairs]
+    fours = ((a, b + c) for a in letters.upper() for b, c in threes)
+    pieces = itertools.chain(pairs, threes, fours)
     merges = [*endings, *words, *itertools.islice(pieces, merges)]
     tokens = alphabet + [c + "</w>" for c in alphabet] + ["".join(pair) for pair in merges]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
