@@ -28,6 +28,7 @@ from dte_lab.sd15 import (
     TEXT,
     fetch,
     sd15_files,
+    tell_licence,
 )
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -48,6 +49,7 @@ def load_parts(
     """
     variant = None
     if name == "sd15":
+        tell_licence()
         half = dtype != torch.float32
         root = fetch(SD15, sd15_files(half), revision or SD15_REVISION, local_files_only)
         variant = "fp16" if half else None

@@ -6,10 +6,12 @@ speed where the weights are not at hand. (The dimensions are those of the publis
 
 import errno
 import itertools
+import logging
 import shutil
 import string
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,21 @@ from transformers import (
 
 from dte_lab.common.errors import DTEError
 
+log = logging.getLogger(__name__)
+
 # SD 1.5's text tower is the one of openai/clip-vit-large-patch14, which has the projection and the
 # image tower too: both come from there.
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SD15_REVISION = "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"
 CLIP_L14 = "openai/clip-vit-large-patch14"
 CLIP_L14_REVISION = "32bd64288804d66eefd0ccbe215aa642df71cc41"
+
+LICENCE = (
+    "The weights of Stable Diffusion 1.5 are under the CreativeML OpenRAIL-M licence, whose "
+    "restrictions of use hold for what you make with them "
+    "(https://huggingface.co/spaces/CompVis/stable-diffusion-license); no safety checker looks at "
+    "the pictures."
+)
 
 CLIP_FILES = {"config.json": 0, "preprocessor_config.json": 0, "model.safetensors": 1.71}
 
@@ -84,6 +95,12 @@ SCHEDULER = {
     "steps_offset": 1,
 }
 USABLE_WORDS = 12_003  # of the real vocabulary, as `TokenTable` counts them
+
+
+@cache
+def tell_licence() -> None:
+    """Name the weights' licence, and what is not checked, once in a process."""
+    log.warning(LICENCE)
 
 
 def sd15_files(half: bool) -> dict[str, float]:

@@ -231,7 +231,8 @@ def test_without_an_encoder_no_prediction_is_drawn(stand_in, dte, photo, tmp_pat
     assert dte("personalize", photo, "--prompt", "S*", "--out", tmp_path)[0] == 0
     assert [asked[:2] for asked in pipe.asked] == [("personalize", 1), ("generate", 30)]
     pipe.asked.clear()
-    assert dte("personalize", photo, "--prompt", "S*", "--steps", "0", "--out", tmp_path)[0] == 0
+    out = tmp_path / "other"
+    assert dte("personalize", photo, "--prompt", "S*", "--steps", "0", "--out", out)[0] == 0
     assert [asked[:2] for asked in pipe.asked] == [("personalize", 1), ("generate", 0)]
 
 

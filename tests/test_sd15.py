@@ -105,6 +105,29 @@ def test_the_module_tree_is_that_of_sd15(backbone):
     assert len(backbone.tokenizer) == 49_408
 
 
+def test_a_copy_of_the_halved_files_alone_is_read(folder, backbone, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "half")
+    for file in copy.rglob("*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    again = load_backbone(copy)
+    for ours, theirs in zip(again.modules, backbone.modules, strict=True):
+        for x, y in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(x, y)
+
+
+def test_the_licence_is_named_once(caplog, monkeypatch):
+    def fetch(*_):
+        raise OSError("not here")
+
+    monkeypatch.setattr("dte_lab.backbone_parts.fetch", fetch)
+    sd15.tell_licence.cache_clear()
+    for _ in range(2):
+        with pytest.raises(OSError, match="not here"):
+            load_backbone("sd15")
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "CreativeML OpenRAIL-M" in said and "no safety checker" in said
+
+
 def test_full_size_is_the_published_size():
     """Parameters in millions as published; offsets as the paper's facts sheet counted them."""
     full = random_parts("meta")

@@ -45,7 +45,9 @@ from dte_lab.common.origin import check_free, origin_text, pictures_digest
 from dte_lab.common.quiet import quiet_libraries
 
 if TYPE_CHECKING:
-    from dte_lab import Concept
+    from PIL import Image
+
+    from dte_lab import Concept, DTEPipeline, TuneConfig
 
 app = typer.Typer(
     help="Personalize a text-to-image model from one picture.",
@@ -65,6 +67,14 @@ Seeds = Annotated[
 Alpha = Annotated[
     float | None,
     typer.Option("--alpha", min=0, max=1, help="Blend of the dual path: 1 soft only, 0 hard only."),
+]
+TuningSteps = Annotated[
+    int | None,
+    typer.Option("--steps", min=0, help="0 for none; by default 12, for sd15 without encoder 30."),
+]
+TuningRate = Annotated[
+    float | None,
+    typer.Option("--learning-rate", min=0, help="Of the offsets; 0.006. Falls after 25 steps."),
 ]
 Guidance = Annotated[
     float | None,
@@ -91,16 +101,11 @@ def personalize(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Pictures of one concept.")],
     prompt: Prompts,
     out: Out,
-    steps: Annotated[
-        int | None,
-        typer.Option(min=0, help="Tuning steps, 0 for none; 12, for sd15 without an encoder 30."),
-    ] = None,
+    steps: TuningSteps = None,
     seed: Seeds = (0,),
     backbone: AnyBackbone = "small",
     encoder: Encoder = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(min=0, help="Of the offsets; 0.006. Falls after 25 steps.")
-    ] = None,
+    learning_rate: TuningRate = None,
     guidance_scale: Guidance = None,
     negative_prompt: Negative = "",
     num_inference_steps: InferenceSteps = 25,
@@ -132,11 +137,8 @@ def personalize(
 
     steps = pipe.recommended_steps if steps is None else steps
     given_rates = given(batch_size=batch_size, offset_learning_rate=learning_rate)
-    config, results = TuneConfig.of(pipe.backbone.recommended, **given_rates), {}
-    if pipe.has_trained_encoder or not steps:
-        results["predicted only"] = pipe.personalize(pictures, num_steps=0, seed=seed[0])
-    if steps:
-        results["tuned"] = pipe.personalize(pictures, steps, seed[0], config=config)
+    config = TuneConfig.of(pipe.backbone.recommended, **given_rates)
+    results = learn(pipe, pictures, steps, seed[0], config)
     concept = results["tuned" if steps else "predicted only"]
     if guidance_scale is not None:
         concept.settings = replace(concept.settings, guidance_scale=guidance_scale)
@@ -192,6 +194,22 @@ def generate(
     )
     names = save_pictures(drawing.draw(pipe, loaded), drawings)
     typer.echo(f"wrote {', '.join(names)} to {out}")
+
+
+def learn(
+    pipe: "DTEPipeline",
+    pictures: Sequence["Image.Image"],
+    steps: int,
+    seed: int,
+    config: "TuneConfig",
+) -> dict[str, "Concept"]:
+    """The concept as predicted, where an encoder says more than words do, and as tuned."""
+    results = {}
+    if pipe.has_trained_encoder or not steps:
+        results["predicted only"] = pipe.personalize(pictures, num_steps=0, seed=seed)
+    if steps:
+        results["tuned"] = pipe.personalize(pictures, steps, seed, config=config)
+    return results
 
 
 def tell(results: Mapping[str, "Concept"], steps: int, seconds: float) -> None:

@@ -47,6 +47,9 @@ def load_weights(
     """
     folder = Path(folder)
     read_config(folder)
+    names = [path.name for path in folder.glob("*.safetensors")]
+    if names and all(".fp16." in name for name in names):  # a copy of the halved files alone
+        options["variant"] = "fp16"
     if not any(folder.glob("*.safetensors")):
         raise DTEError(
             f"{folder} holds no weights in safetensors, and pickled ones are never read: "

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -14,6 +15,11 @@ from dte_lab import __version__
 from dte_lab.common.errors import DTEError
 from dte_lab.common.quiet import quiet_libraries
 
+OPTIONAL = {  # what each is for
+    "datasets": "dte pretrain --data NAME of the hub",
+    "bitsandbytes": "dte pretrain --optimizer-8bit",
+}
+NOTEBOOKS = r"extra == .notebooks."
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "huggingface_hub")
 
 
@@ -35,9 +41,10 @@ def examine(
     """Yield the Findings for a backbone and device; nothing is downloaded or loaded."""
     yield Finding("python", f"{sys.version.split()[0]} on {platform.platform()}")
     yield from _libraries()
+    yield from _optional()
     yield from _device(device)
     with quiet_libraries():
-        parts = [_backbone(backbone, device), _encoder(backbone, encoder)]
+        parts = [_backbone(backbone, device), _encoder(backbone, encoder), *_room(backbone, device)]
     yield from parts
     yield _folder(Path(out))
 
@@ -45,10 +52,30 @@ def examine(
 def _libraries() -> Iterator[Finding]:
     yield Finding("dte_lab", __version__)
     for name in LIBRARIES:
-        try:
-            yield Finding(name, importlib.metadata.version(name))
-        except importlib.metadata.PackageNotFoundError:
-            yield Finding(name, f"is missing: pip install {name}", False)
+        found = _version(name)
+        yield Finding(name, found or f"is missing: pip install {name}", found is not None)
+
+
+def _optional() -> Iterator[Finding]:
+    """What single options and the notebooks need besides; nothing fails without."""
+    for name, purpose in OPTIONAL.items():
+        found = _version(name)
+        yield Finding(name, found or f"not there; for {purpose}: pip install {name}")
+    try:
+        requirements = importlib.metadata.requires("dte_lab") or []
+    except importlib.metadata.PackageNotFoundError:  # run from its folder
+        return
+    wanted = [re.match(r"[\w.-]+", r)[0] for r in requirements if re.search(NOTEBOOKS, r)]
+    missing = [name for name in wanted if _version(name) is None]
+    text = f"without {', '.join(missing)}: pip install dte_lab[notebooks]"
+    yield Finding("notebooks", text if missing else "all packages are there")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _device(device: str | None) -> Iterator[Finding]:
@@ -62,8 +89,16 @@ def _device(device: str | None) -> Iterator[Finding]:
         yield Finding("device", str(error), False)
         return
     why = "as asked for" if device else "there is a GPU" if chosen != "cpu" else "there is no GPU"
+    try:
+        torch.ones(1024, 1024, device=chosen).sum().item()  # a driver may fail at first use
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        yield Finding("device", f"{chosen} ({why}) cannot be used: {reason}", False)
+        return
     yield Finding("device", f"{chosen} ({why}), {os.cpu_count()} CPU cores")
     if chosen.startswith("cuda"):
+        bf16 = torch.cuda.get_device_capability(chosen) >= (8, 0)
+        yield Finding("precision", "fp16 and bf16" if bf16 else "fp16; bf16 needs an Ampere card")
         free, total = (x / 1e9 for x in torch.cuda.mem_get_info(chosen))
         text = f"{torch.cuda.get_device_name(chosen)}: {free:.1f} of {total:.1f} GB free"
         yield Finding("memory", text, free > 1)
@@ -116,6 +151,30 @@ def _backbone(name: str, device: str | None) -> Finding:
     return Finding("backbone", f"{name} (as asked for); {size:.1f} GB will be downloaded")
 
 
+def _room(backbone: str, device: str | None) -> Iterator[Finding]:
+    """Whether the device holds Stable Diffusion 1.5 and its tuning with the default batch."""
+    from dte_lab.hardware.device import checked_device
+    from dte_lab.memory_needs import Setting, advice, needed, room
+    from dte_lab.recommended import STABLE_DIFFUSION
+
+    try:
+        there = room(checked_device(device)) if backbone == "sd15" else None
+    except (DTEError, RuntimeError):
+        return  # said above
+    if there is None:
+        if backbone == "sd15":
+            yield Finding("tuning", "on a CPU a step takes minutes, and a picture as well")
+        return
+    setting = Setting(batch=STABLE_DIFFUSION.batch_size)
+    need = needed(setting, "tuning")
+    text = f"batch {setting.batch} takes {need / 1e9:.1f} GB and 1 GB for CUDA, predicted"
+    if fits := need + 1e9 <= there[1]:
+        yield Finding("tuning", f"{text}; there are {there[1] / 1e9:.1f} GB", fits)
+    else:
+        free = there[1] - 10**9
+        yield Finding("tuning", f"{text}: {advice(setting, 'tuning', free)}", fits)
+
+
 def _encoder(backbone: str, encoder: Path | str | None) -> Finding:
     from dte_lab.backbone_parts import backbone_folder
     from dte_lab.encoder import encoder_folder
@@ -125,7 +184,7 @@ def _encoder(backbone: str, encoder: Path | str | None) -> Finding:
         return Finding("encoder", str(folder))
     if encoder or backbone == "small":
         return Finding("encoder", f"there is none at {folder}", False)
-    return Finding("encoder", "none: v* starts from the nearest word, see docs/sd15.md")
+    return Finding("encoder", "none: v* starts from the nearest words, see docs/sd15.md")
 
 
 def _folder(out: Path) -> Finding:
