@@ -108,7 +108,7 @@ def quick_pretrain(monkeypatch, tiny_backbone, tiny_encoder, picture):
         loss = model.zero_shot_weight.detach().clone()
         return {"loss": loss, "diffusion": loss}, prediction, loss
 
-    monkeypatch.setattr(pretrain, "prepare", lambda backbone, pictures, config, step, _: step)
+    monkeypatch.setattr(pretrain, "prepare", lambda backbone, pictures, config, part, _: part)
     monkeypatch.setattr(pretrain, "train_step", train_step)
     monkeypatch.setattr(
         callbacks, "sample_grid", lambda pipe, *_: Image.new("L", (2, 2), grey(pipe.encoder))

@@ -10,7 +10,7 @@ from torch.utils.data import default_collate
 
 from dte_lab import TuningEncoder, load_encoder
 from dte_lab.backbone import add_noise
-from dte_lab.cli.training import training_pictures
+from dte_lab.cli.pretrain import training_pictures
 from dte_lab.common.checkpoint import read_state
 from dte_lab.encoder import EncoderPrediction
 from dte_lab.pipeline import DTEPipeline
@@ -411,7 +411,7 @@ def test_what_the_features_see(tiny_backbone, shared):
     """The noisy target at the loss's timestep, or the noisy concept picture at one of its own."""
     pictures = collated(range(3))
     config = dataclasses.replace(CONFIG, shared_timestep_probability=float(shared))
-    batch = prepare(tiny_backbone, pictures, config, step=4)
+    batch = prepare(tiny_backbone, pictures, config, part=4)
     latents = tiny_backbone.encode_images(pictures["target"])
     torch.testing.assert_close(batch.latents, latents)
     noisy = add_noise(tiny_backbone, latents, batch.noise, batch.timesteps)
@@ -423,7 +423,7 @@ def test_what_the_features_see(tiny_backbone, shared):
         noise = (batch.feature_latents - alpha.sqrt() * own) / (1 - alpha).sqrt()
         assert abs(noise.mean()) < 0.15 and abs(noise.std() - 1) < 0.1
         assert not torch.allclose(noise, batch.noise, atol=1e-2)
-    again = prepare(tiny_backbone, pictures, config, step=4)
-    other = prepare(tiny_backbone, pictures, config, step=5)
+    again = prepare(tiny_backbone, pictures, config, part=4)
+    other = prepare(tiny_backbone, pictures, config, part=5)
     assert torch.equal(again.noise, batch.noise)
     assert not torch.equal(other.noise, batch.noise)

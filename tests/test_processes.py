@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,8 +15,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from dte_lab.cli.training import pretrain
+from dte_lab.cli.pretrain import pretrain
 
 STEPS = 12
 
@@ -35,11 +37,15 @@ def log(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def test_two_processes_with_a_kill_train_as_one(tiny_path, data, tmp_path):
+@pytest.mark.parametrize("cached", [False, True])
+def test_two_processes_with_a_kill_train_as_one(tiny_path, data, tmp_path, cached):
+    """Where there is a cache they fill one of their own, and it is the same."""
     one, two = tmp_path / "one", tmp_path / "two"
+    caches = [tmp_path / "cache of one", tmp_path / "cache of two"]
+    options = {"crops": 30, "cache": caches[0]} if cached else {}  # 180 items, in two shards
     pretrain(
         out=one, backbone=str(tiny_path), data=str(data), steps=STEPS, batch_size=4, log_every=1,
-        checkpoint_every=2,
+        checkpoint_every=2, **options,
     )  # fmt: skip
     command = [
         # (accelerate's --cpu starts one process whatever --num_processes says)
@@ -48,6 +54,7 @@ def test_two_processes_with_a_kill_train_as_one(tiny_path, data, tmp_path):
         *("-m", "dte_lab", "pretrain", "--out", str(two), "--backbone", str(tiny_path)),
         *("--data", str(data), "--steps", str(STEPS), "--batch-size", "4"),
         *("--log-every", "1", "--checkpoint-every", "2"),
+        *(("--crops", "30", "--cache", str(caches[1])) if cached else ()),
     ]
     output = (tmp_path / "output").open("w")
     launcher = subprocess.Popen(command, stdout=output, stderr=output)
@@ -75,15 +82,56 @@ def test_two_processes_with_a_kill_train_as_one(tiny_path, data, tmp_path):
     ):
         concepts = [f.get_tensor("model.bank_concepts").tolist() for f in (a, b)]
     assert concepts[0] == concepts[1]  # the bank was filled in the same order
+    if cached:
+        names = [sorted(path.name for path in folder.iterdir()) for folder in caches]
+        assert names[0] == names[1] == ["000000.safetensors", "000001.safetensors", "cache.json"]
+        for name in names[0][:2]:
+            a, b = (load_file(folder / name) for folder in caches)
+            for key in a:
+                torch.testing.assert_close(a[key], b[key], rtol=2e-3, atol=1e-5)
 
 
 def log_lines(out):
     return (out / "log.jsonl").read_text().splitlines()
 
 
+def trained_in_a_process(rank, port, backbone, encoder, folder):
+    """Three steps of one of two processes; its bank goes to a file."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    from dte_lab import load_backbone, load_encoder
+    from dte_lab.training.pretrain import PretrainConfig
+    from dte_lab.training.pretrain import pretrain as train
+
+    backbone = load_backbone(backbone)
+    encoder = load_encoder(encoder, backbone)
+    g = torch.Generator().manual_seed(0)
+    pictures = torch.rand(8, 3, 16, 16, generator=g) * 2 - 1
+    data = [{"image": x, "prompt": "a picture of S*", "concept": i} for i, x in enumerate(pictures)]
+    config = PretrainConfig(steps=3, batch_size=4, warmup_steps=1, log_every=1)
+    train(backbone, encoder, data, config, folder, progress=False)
+    save_file(dict(encoder.named_buffers()), f"{folder}/{rank}.safetensors")
+
+
+def test_the_bank_is_the_same_in_all_processes(tiny_path, tiny_encoder, tmp_path):
+    """Without being broadcast: all gather the same."""
+    tiny_encoder.save_pretrained(tmp_path / "encoder")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = port, tiny_path, tmp_path / "encoder", tmp_path
+    torch.multiprocessing.spawn(trained_in_a_process, arguments, nprocs=2)
+    a, b = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
+    assert a["bank"].abs().sum() > 0 and a["bank_concepts"].min() >= 0  # 12 entries, for 6 rows
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_a_batch_that_cannot_be_shared_is_refused(tiny_backbone, monkeypatch, tmp_path):
     from dte_lab import TuningEncoder
-    from dte_lab.training import pretrain as module
+    from dte_lab.training import pretrain as trainer
+    from dte_lab.training import run as module
 
     class Three(module.Accelerator):
         num_processes = 3
@@ -91,13 +139,14 @@ def test_a_batch_that_cannot_be_shared_is_refused(tiny_backbone, monkeypatch, tm
     monkeypatch.setattr(module, "Accelerator", Three)
     config = module.PretrainConfig(batch_size=4)
     with pytest.raises(ValueError, match="batch of 4 cannot be shared out evenly to 3"):
-        module.pretrain(tiny_backbone, TuningEncoder.from_backbone(tiny_backbone), [], config)
+        trainer.pretrain(tiny_backbone, TuningEncoder.from_backbone(tiny_backbone), [], config)
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
 def test_sharding_is_refused(tiny_backbone, monkeypatch, tmp_path, kind):
     from dte_lab import TuningEncoder
-    from dte_lab.training import pretrain as module
+    from dte_lab.training import pretrain as trainer
+    from dte_lab.training import run as module
 
     class Sharded(module.Accelerator):
         distributed_type = module.DistributedType[kind]
@@ -107,7 +156,7 @@ def test_sharding_is_refused(tiny_backbone, monkeypatch, tmp_path, kind):
 
     monkeypatch.setattr(module, "Accelerator", Sharded)
     with pytest.raises(ValueError, match="without --use_fsdp or --use_deepspeed"):
-        module.pretrain(
+        trainer.pretrain(
             tiny_backbone, TuningEncoder.from_backbone(tiny_backbone), [], out_dir=tmp_path
         )
 
@@ -136,7 +185,7 @@ def test_files_that_are_no_pictures_are_skipped_always_for_the_same(data, tmp_pa
     Image.new("RGB", (8, 99)).save(root / "c" / "small.png")
     (root / "c" / "5.png").write_bytes(whole[: len(whole) // 2])
     dataset = pictures.load_pictures(root, 16)
-    names = [path.name for path, _ in dataset.pairs]
+    names = [path.name for path, *_ in dataset.examples]
     assert len(names) == 11
     bad = {"junk.png", "folder.png", "link.png", "pipe.png", "small.png", "5.png"}
     for i, name in enumerate(names):
@@ -145,7 +194,7 @@ def test_files_that_are_no_pictures_are_skipped_always_for_the_same(data, tmp_pa
         item, again = dataset[i], dataset[i]
         assert torch.equal(item["image"], again["image"])
         assert torch.equal(item["image"], dataset[good]["image"])
-        assert item["concept"] == dataset.pairs[good][1]
+        assert item["concept"] == dataset.examples[good].concept
         assert bool(item["skipped"]) == (name in bad)
         assert [name for name in passed if name not in item["skipped"]] == []
     monkeypatch.setattr(pictures, "MOST_SKIPPED", 1)
@@ -167,7 +216,7 @@ def test_hugging_face_datasets(monkeypatch, picture):
     item = load_pictures("some/thing", 16)[0]
     assert item["concept"] == 7 and item["image"].shape == (3, 16, 16)
     Rows.column_names = ["image"]
-    with pytest.raises(ValueError, match="no column label"):
+    with pytest.raises(ValueError, match="no column label or cls"):
         load_pictures("some/thing", 16)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match="pip install datasets"):

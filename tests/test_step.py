@@ -18,9 +18,9 @@ from dte_lab.encoder import EncoderPrediction
 from dte_lab.features import image_features, unet_features
 from dte_lab.tokens import PromptEncoder
 from dte_lab.training import small_world
-from dte_lab.training.batches import prepare
+from dte_lab.training.batches import loading, prepare
 from dte_lab.training.config import PretrainConfig
-from dte_lab.training.pretrain import loading, train_step
+from dte_lab.training.pretrain import train_step
 from dte_lab.training.step import Frozen, Noise, Processes, make_batch, training_step
 
 PROMPTS = ["a picture of S*", "S* on the beach", "the red S* at night"]
@@ -169,7 +169,7 @@ def test_pretrain_draws_all_timesteps_and_shares_as_often_as_it_is_told(tiny_bac
         "image": pixels, "target": -pixels, "prompt": [PROMPTS[0]] * B, "concept": torch.arange(B),
     }  # fmt: skip
     config = PretrainConfig(batch_size=B, shared_timestep_probability=0.3, seed=4)
-    batch = prepare(tiny_backbone, pictures, config, step=7)
+    batch = prepare(tiny_backbone, pictures, config, part=7)
     shared = batch.feature_timesteps == batch.timesteps
     assert 0.22 < shared.double().mean() < 0.38
     for t in (batch.timesteps, batch.feature_timesteps[~shared]):
@@ -279,6 +279,6 @@ def test_the_autoencoder_encodes_a_batch_and_decodes_one_by_one(tiny_backbone, m
 def test_a_gpu_has_workers_and_pinned_memory(monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 12)
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert loading(PretrainConfig(), gpu) == {"num_workers": 8, "pin_memory": True}
-    assert loading(PretrainConfig(num_workers=3), gpu)["num_workers"] == 3
-    assert loading(PretrainConfig(), cpu) == {"num_workers": 0, "pin_memory": False}
+    assert loading([], None, gpu) == {"num_workers": 8, "pin_memory": True}
+    assert loading([], 3, gpu)["num_workers"] == 3
+    assert loading([], None, cpu) == {"num_workers": 0, "pin_memory": False}

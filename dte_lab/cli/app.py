@@ -38,6 +38,7 @@ from dte_lab.cli.common import (
     prepare_folder,
 )
 from dte_lab.cli.drawings import DrawingOptions, contact_sheet, picture_origins, save_pictures
+from dte_lab.cli.pretrain import pretrain
 from dte_lab.common.errors import DTEError, is_out_of_memory
 from dte_lab.common.files import keep_inputs
 from dte_lab.common.images import read_image, square
@@ -241,7 +242,7 @@ def check_prompts(prompts: Sequence[str]) -> None:
             )
 
 
-app.command()(training.pretrain)
+app.command()(pretrain)
 app.command()(hardware.memory)
 app.command()(hardware.parameters)
 app.command()(hardware.doctor)

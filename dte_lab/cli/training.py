@@ -1,31 +1,15 @@
-"""The commands that made the shipped weights: `dte pretrain` and `dte world ...`.
+"""The commands that made the shipped weights: `dte world ...`.
 
 Each training command writes logs, sample grids and checkpoints to `--out` and, when called again
 with the same folder, goes on where it stopped.
 """
 
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from dte_lab.cli.common import (
-    AnyBackbone,
-    Checkpointing,
-    Device,
-    Out,
-    Rank,
-    SmallBackbone,
-    given,
-)
-from dte_lab.common.errors import DTEError
-from dte_lab.world.sprites import SAMPLE_CONCEPTS
-
-if TYPE_CHECKING:
-    import torch
-
-    from dte_lab.backbone import Backbone
+from dte_lab.cli.common import Device, Out, Rank, SmallBackbone, given
 
 world = typer.Typer(help="Build, train and evaluate the small world.", no_args_is_help=True)
 train = typer.Typer(help="Train a part of the small base model.", no_args_is_help=True)
@@ -34,100 +18,12 @@ world.add_typer(train, name="train")
 Steps = Annotated[int | None, typer.Option(min=1, help="Train this many steps in all.")]
 Minutes = Annotated[float | None, typer.Option(min=0, help="Stop this call after so long.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Pictures a step; 1,024 on a GPU.")]
-SharedBatchSize = Annotated[int | None, typer.Option(min=1, help="Of all processes together.")]
 BankSize = Annotated[int | None, typer.Option(min=1, help="Pictures rendered beforehand.")]
 Precision = Annotated[
     Literal["no", "bf16"],
     typer.Option(help="bf16 is faster where the processor has it (avx512_bf16, or a GPU)."),
 ]
-FrozenPrecision = Annotated[str, typer.Option(help="no, bf16 or fp16: of frozen parts, autocast.")]
 TrainedPart = Annotated[Path, typer.Option(help="OUT of its `dte world train`.")]
-Pictures = Annotated[
-    str | None,
-    typer.Option(
-        help="Folder with a sub-folder of pictures per class, or a Hugging Face dataset with "
-        "image and label; by default the small world."
-    ),
-]
-Regulariser = Annotated[
-    str | None, typer.Option(help="Of v*: contrastive, or none or another to compare it with.")
-]
-Optimizer8bit = Annotated[
-    bool, typer.Option("--optimizer-8bit", help="AdamW8bit of bitsandbytes, if installed.")
-]
-Workers = Annotated[int | None, typer.Option(min=0, help="Reading pictures.")]
-Every = Annotated[int | None, typer.Option(min=1, help="In steps.")]
-
-
-def pretrain(
-    out: Out,
-    backbone: AnyBackbone = "small",
-    data: Pictures = None,
-    steps: Steps = None,
-    minutes: Minutes = None,
-    batch_size: SharedBatchSize = None,
-    rank: Rank = None,
-    regulariser: Regulariser = None,
-    device: Device = "cpu",
-    mixed_precision: FrozenPrecision = "no",
-    gradient_checkpointing: Checkpointing = False,
-    optimizer_8bit: Optimizer8bit = False,
-    num_workers: Workers = None,
-    log_every: Every = None,
-    checkpoint_every: Every = None,
-) -> None:
-    """Pre-train the tuning encoder; writes OUT/encoder. Several processes: accelerate launch."""
-    from dte_lab.backbone import load_backbone
-    from dte_lab.config import EncoderConfig, MethodConfig
-    from dte_lab.encoder import TuningEncoder
-    from dte_lab.hardware.device import checked_device
-    from dte_lab.training.pretrain import PretrainConfig, pretrain
-
-    options = given(
-        steps=steps, max_minutes=minutes, batch_size=batch_size, num_workers=num_workers,
-        log_every=log_every, checkpoint_every=checkpoint_every,
-    )  # fmt: skip
-    config = PretrainConfig(
-        mixed_precision=mixed_precision, optimizer_8bit=optimizer_8bit, **options
-    )
-    method = MethodConfig(**given(regulariser=regulariser))
-    parts = load_backbone(
-        backbone,
-        checked_device(device),
-        checked_precision(mixed_precision),
-        gradient_checkpointing=gradient_checkpointing,
-    )
-    dataset, shown = training_pictures(parts, data)
-    settings = EncoderConfig.of(parts.recommended, **given(rank=rank))
-    encoder = TuningEncoder.from_backbone(parts, settings, method)
-    pretrain(parts, encoder, dataset, config, out_dir=out, **shown)
-
-
-def training_pictures(backbone: "Backbone", data: str | None) -> tuple:
-    """The dataset of `pretrain`, and its options that depend on what the pictures are.
-
-    Raises DTEError without `data` for a backbone that is no model of the small world.
-    """
-    if data is not None:
-        from dte_lab.training.pictures import load_pictures
-
-        dataset = load_pictures(data, backbone.resolution)
-        pictures = [dataset.pairs[0][0], dataset.pairs[len(dataset) // 2][0]]
-        return dataset, {"eval_images": pictures, "probe_images": pictures}
-    from dte_lab.training.first_words import fit_token_head
-    from dte_lab.world.pairs import ConceptPairs
-    from dte_lab.world.scenes import render_image
-
-    if not backbone.draws_small_world:
-        raise DTEError(f"{backbone.name} is no model of the small world: say --data FOLDER.")
-    pictures = [render_image(name, "fluent", "white") for name in SAMPLE_CONCEPTS]
-    prompts = ("a picture of S*", "a picture of S* on the beach")
-    return ConceptPairs(), {
-        "eval_images": pictures,
-        "eval_prompts": prompts,
-        "probe_images": pictures,
-        "initialise": partial(fit_token_head, backbone=backbone),
-    }
 
 
 @world.command()
@@ -269,13 +165,3 @@ def checked(device: str | None) -> str:
     from dte_lab.hardware.device import checked_device
 
     return checked_device(device)
-
-
-def checked_precision(name: str) -> "torch.dtype":
-    """The torch.dtype of frozen parts; DTEError for a word that is none of --mixed-precision."""
-    import torch
-
-    dtypes = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if name not in dtypes:
-        raise DTEError(f"--mixed-precision is no, bf16 or fp16, not {name}.")
-    return dtypes[name]

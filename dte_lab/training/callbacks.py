@@ -40,7 +40,7 @@ class StepResult:
     grad_norm: Tensor
     learning_rate: float
     skipped: Sequence[str] | None
-    last: bool
+    last: bool = False
 
 
 class Log:

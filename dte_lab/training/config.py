@@ -7,9 +7,10 @@ from dte_lab.common.schedule import trapezoid
 from dte_lab.common.settings import check_number, check_one_of, check_whole
 
 PREDICTIONS = "predictions.jsonl"
+VALIDATION = "validation.jsonl"
 PRETRAIN_FREE_TO_CHANGE = {  # between two pieces of one run
     "steps", "num_workers", "log_every", "checkpoint_every", "sample_every", "predict_every",
-    "max_minutes",
+    "max_minutes", "validate_every",
 }  # fmt: skip
 
 
@@ -18,7 +19,8 @@ class PretrainConfig:
     """Values are ours, not the paper's.
 
     The learning rate rises over `warmup_steps`, stays, and falls linearly to zero over the last
-    `decay_fraction` of `steps`. `batch_size` is that of all processes together. With
+    `decay_fraction` of `steps`. `batch_size` is that of all processes together, and a
+    step is made of `gradient_accumulation` batches, each with its own negatives. With
     `shared_timestep_probability` the UNet features of a sample come from the noisy target at the
     loss's timestep, as in the paper; otherwise from the noisy concept picture at a timestep of its
     own, which is what `personalize` does. `max_minutes` ends this call, with a checkpoint, to be
@@ -38,6 +40,7 @@ class PretrainConfig:
     ema_decay: float = 0.999
     shared_timestep_probability: float = 0.5
     seed: int = 0
+    gradient_accumulation: int = 1
     mixed_precision: str = "no"
     optimizer_8bit: bool = False
     num_workers: int | None = None
@@ -45,11 +48,13 @@ class PretrainConfig:
     checkpoint_every: int = 250
     sample_every: int = 500
     predict_every: int = 20
+    validate_every: int = 500
     max_minutes: float | None = None
 
     def __post_init__(self) -> None:
         for name in (
             "steps", "batch_size", "log_every", "checkpoint_every", "sample_every", "predict_every",
+            "gradient_accumulation", "validate_every",
         ):  # fmt: skip
             check_whole(name, getattr(self, name), 1)
         for name in ("warmup_steps", "seed"):

@@ -10,39 +10,29 @@ other's v* as negatives, so that the same settings give the same losses whatever
 What a step computes is step.py's, and what is written after it callbacks.py's.
 """
 
-import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from dte_lab.backbone import Backbone
 from dte_lab.common.attention import short_attention
-from dte_lab.common.checkpoint import CHECKPOINT, Checkpoint
-from dte_lab.common.errors import DTEError
 from dte_lab.common.resume import LOG
-from dte_lab.common.schedule import average_of, ema_weight, update_ema
+from dte_lab.common.schedule import ema_weight, update_ema
 from dte_lab.encoder import EncoderPrediction, TuningEncoder
 from dte_lab.pipeline import DTEPipeline
-from dte_lab.training.batches import StepBatches, prepare
+from dte_lab.training.batches import batches_of, prepare
 from dte_lab.training.callbacks import Log, Probe, SampleGrids, Save, StepResult
-from dte_lab.training.config import (
-    PREDICTIONS,
-    PRETRAIN_FREE_TO_CHANGE,
-    PretrainConfig,
-    learning_rate,
-)
-from dte_lab.training.optimizer import build_optimizer
+from dte_lab.training.config import PREDICTIONS, VALIDATION, PretrainConfig, learning_rate
+from dte_lab.training.run import PretrainRun, set_up
 from dte_lab.training.step import EncoderBatch, Frozen, Processes, training_step
-
-MOST_WORKERS = 8  # of a process, for reading pictures
+from dte_lab.training.validation import Validation
 
 
 def pretrain(
@@ -54,18 +44,21 @@ def pretrain(
     eval_images: Sequence[Image.Image] = (),
     eval_prompts: Sequence[str] = ("a picture of S*",),
     probe_images: Sequence[Image.Image] = (),
+    validation: Dataset | None = None,
     callback: Callable[[dict], None] | None = None,
     progress: bool = True,
     initialise: Callable[[TuningEncoder], None] | None = None,
 ) -> TuningEncoder:
     """Train `encoder` in place; continues from `out_dir` when that holds a checkpoint.
 
-    dataset: map-style torch Dataset; item i is a pure function of i, a dict of image (3, H, W) in
+    dataset: `StreamedPictures`, or a map-style torch Dataset, whose item i is a pure function of i,
+    either as a `CachedPictures` has them or a dict of image (3, H, W) in
     [-1, 1], prompt (str with "S*") and concept (int id), and perhaps target (3, H, W), where that
     is another picture, and `skipped`, the name of one in whose place another stands, or "".
     Writes to out_dir: log.jsonl, checkpoint.safetensors (the whole state), encoder/ (EMA weights,
-    for `load_encoder`), samples/ (grids of eval_images with their predictions) and, of
-    probe_images, predictions.jsonl (see predictions.py).
+    for `load_encoder`), samples/ (grids of eval_images with their predictions), of probe_images
+    predictions.jsonl (see predictions.py), and of validation, like dataset but of other classes,
+    validation.jsonl (see validation.py).
     callback: called with a dict of each log line, and with {"step", "grid"} for each sample grid.
     initialise: called with the fresh encoder, which it may change, where there is no checkpoint.
     Returns the encoder with its EMA weights loaded. Once all steps are done a call only does that.
@@ -79,27 +72,17 @@ def pretrain(
     hidden = not (progress and run.accelerator.is_main_process)
     bar = tqdm(total=config.steps, initial=run.first, desc="pretrain", disable=hidden)
     after_step = housekeeping(
-        run, config, out_dir, bar, eval_images, eval_prompts, probe_images, callback
+        run, config, out_dir, bar, eval_images, eval_prompts, probe_images, validation, callback
     )
-    batches = StepBatches(len(dataset), config, run.first, run.processes)
-    loader = DataLoader(dataset, batch_sampler=batches, **loading(config, run.accelerator.device))
-    for step, pictures in enumerate(loader, run.first):
-        rate = learning_rate(step, config)
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate
-        batch = prepare(backbone, pictures, config, step, run.processes)
-        losses, prediction, grad_norm = train_step(
-            run.accelerator, run.model, run.optimizer, run.frozen, batch, config.max_grad_norm
-        )
-        check_finite(run.accelerator, losses["loss"], grad_norm, step, out_dir)
+    batches = iter(batches_of(dataset, config, run.first, run.accelerator.device, run.processes))
+    for step in range(run.first, config.steps):
+        result = take_step(run, batches, config, step, out_dir)
         weight = torch.tensor(ema_weight(step, config.ema_decay), device=backbone.device)
         update_ema(run.average, encoder, weight)
-        last = out_of_time(run.accelerator, config, started) or step + 1 == config.steps
-        skipped = [name for name in pictures["skipped"] if name] if "skipped" in pictures else None
-        result = StepResult(step + 1, losses, prediction, grad_norm, rate, skipped, last)
+        result.last = out_of_time(run.accelerator, config, started) or step + 1 == config.steps
         for after in after_step:
             after(result)
-        if last:
+        if result.last:
             break
     bar.close()
     run.accelerator.wait_for_everyone()
@@ -107,66 +90,25 @@ def pretrain(
     return encoder.eval().requires_grad_(False)
 
 
-@dataclass
-class PretrainRun:
-    """What a call of `pretrain` works with; `model` is the encoder as the processes share it."""
-
-    accelerator: Accelerator
-    processes: Processes
-    checkpoint: Checkpoint
-    frozen: Frozen
-    encoder: TuningEncoder
-    model: nn.Module
-    average: TuningEncoder
-    optimizer: torch.optim.Optimizer
-    first: int  # steps that are finished
-
-
-def set_up(
-    backbone: Backbone,
-    encoder: TuningEncoder,
-    dataset: Dataset,
-    config: PretrainConfig,
-    out_dir: Path,
-    initialise: Callable[[TuningEncoder], None] | None = None,
-) -> PretrainRun:
-    """A fresh run, or the one that `out_dir` holds: see `pretrain`."""
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision, cpu=backbone.device.type == "cpu"
-    )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise DTEError(
-            "The encoder is small enough for every process to hold it whole: launch without "
-            "--use_fsdp or --use_deepspeed."
+def take_step(
+    run: PretrainRun, batches: Iterator[dict], config: PretrainConfig, step: int, out_dir: Path
+) -> StepResult:
+    """One step on the next `gradient_accumulation` batches; their losses are averaged."""
+    parts, skipped, rate = [], None, learning_rate(step, config)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    for k in range(config.gradient_accumulation):
+        pictures, part = next(batches), step * config.gradient_accumulation + k
+        batch = prepare(run.frozen.backbone, pictures, config, part, run.processes)
+        losses, prediction, grad_norm = train_step(
+            run.accelerator, run.model, run.optimizer, run.frozen, batch, config.max_grad_norm
         )
-    if config.batch_size % accelerator.num_processes:
-        raise DTEError(
-            f"A batch of {config.batch_size} cannot be shared out evenly to "
-            f"{accelerator.num_processes} processes."
-        )
-    backbone.to(accelerator.device)
-    encoder.to(accelerator.device).train().requires_grad_(True)
-    settings = {"train": config, "encoder": encoder.settings, "method": encoder.method}
-    settings |= {"model": type(encoder).__name__, "pictures": len(dataset)}
-    checkpoint = Checkpoint(out_dir / CHECKPOINT, "dte pretrain", settings, PRETRAIN_FREE_TO_CHANGE)
-    if initialise is not None and not checkpoint.path.is_file():
-        initialise(encoder)
-    average = average_of(encoder)
-    optimizer = build_optimizer(encoder.parameters(), config.weight_decay, config.optimizer_8bit)
-    first = checkpoint.load(encoder, average, optimizer)
-    model, optimizer = accelerator.prepare(encoder, optimizer)
-    accelerator.wait_for_everyone()  # all have read the logs that the first one is going to write
-    return PretrainRun(
-        accelerator=accelerator,
-        processes=Processes(accelerator.process_index, accelerator.num_processes),
-        checkpoint=checkpoint,
-        frozen=Frozen.of(backbone, encoder),
-        encoder=encoder,
-        model=model,
-        average=average,
-        optimizer=optimizer,
-        first=first,
-    )
+        check_finite(run.accelerator, losses["loss"], grad_norm, step, out_dir)
+        parts.append(losses)
+        if "skipped" in pictures:
+            skipped = (skipped or []) + [name for name in pictures["skipped"] if name]
+    losses = {name: torch.stack([x[name] for x in parts]).mean() for name in losses}
+    return StepResult(step + 1, losses, prediction, grad_norm, rate, skipped)
 
 
 def housekeeping(
@@ -177,6 +119,7 @@ def housekeeping(
     eval_images: Sequence[Image.Image],
     eval_prompts: Sequence[str],
     probe_images: Sequence[Image.Image],
+    validation: Dataset | None,
     callback: Callable[[dict], None] | None,
 ) -> list[Callable[[StepResult], None]]:
     """The callbacks of this process, in the order in which they are called."""
@@ -191,6 +134,12 @@ def housekeeping(
         if run.first == 0:
             probe.write(0)
         callbacks.append(probe)
+    if validation is not None:
+        path = out_dir / VALIDATION
+        measure = Validation(path, config, run.frozen, run.average, validation)
+        if run.first == 0:
+            measure.write(0)
+        callbacks.append(measure)
     if len(eval_images):
         folder = out_dir / "samples"
         grids = SampleGrids(folder, config.sample_every, pipe, eval_images, eval_prompts, callback)
@@ -212,35 +161,28 @@ def train_step(
     batch: EncoderBatch,
     max_grad_norm: float = 1.0,
 ) -> tuple[dict[str, Tensor], EncoderPrediction, Tensor]:
-    """One optimisation step on what `prepare` returned: (losses, prediction, gradient norm)."""
+    """One batch of what `prepare` returned: (losses, prediction, gradient norm).
+
+    The last batch of as many as the accelerator accumulates changes the weights; the norm of the
+    others is 0.
+    """
     encoder = accelerator.unwrap_model(model)
     processes = Processes(accelerator.process_index, accelerator.num_processes)
-    with (
-        short_attention(frozen.backbone.device),
-        training_step(encoder, frozen, batch, model, processes, accelerator.autocast()) as (
-            losses,
-            prediction,
-        ),
-    ):
-        accelerator.backward(losses["loss"])
-    grad_norm = accelerator.clip_grad_norm_(encoder.parameters(), max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad()
-    return losses, prediction, grad_norm
-
-
-def loading(config: PretrainConfig, device: torch.device) -> dict[str, int | bool]:
-    """Options of the DataLoader.
-
-    A GPU gets its pictures from workers, by default so many as there are cores, of `MOST_WORKERS`
-    at most, and from pinned memory; on a CPU workers would take from the training.
-    """
-    gpu = device.type == "cuda"
-    cores = min(MOST_WORKERS, os.cpu_count() or 1) if gpu else 0
-    return {
-        "num_workers": cores if config.num_workers is None else config.num_workers,
-        "pin_memory": gpu,
-    }
+    with accelerator.accumulate(model):
+        with (
+            short_attention(frozen.backbone.device),
+            training_step(encoder, frozen, batch, model, processes, accelerator.autocast()) as (
+                losses,
+                prediction,
+            ),
+        ):
+            accelerator.backward(losses["loss"])
+        grad_norm = torch.zeros(())
+        if accelerator.sync_gradients:
+            grad_norm = accelerator.clip_grad_norm_(encoder.parameters(), max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: value.detach() for name, value in losses.items()}, prediction, grad_norm
 
 
 def check_finite(

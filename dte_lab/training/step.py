@@ -93,10 +93,11 @@ class SeenByAll(torch.autograd.Function):
 class EncoderBatch(Batch):
     """What a step sees: the `Batch` of its loss, and what the encoder's features come from.
 
-    images: concept pictures in [-1, 1]. feature_latents: noisy, at feature_timesteps.
+    images: concept pictures in [-1, 1], or what CLIP sees in them. feature_latents: noisy, at
+    feature_timesteps.
     """
 
-    images: Float[Tensor, "batch 3 pixels pixels"]
+    images: Float[Tensor, "batch 3 pixels pixels"] | ImageFeatures
     feature_latents: Float[Tensor, "batch channels height width"]
     feature_timesteps: Int[Tensor, " batch"]
 
@@ -123,15 +124,10 @@ def make_batch(
 ) -> EncoderBatch:
     """The step's batch.
 
-    pictures: image (B, 3, H, W) in [-1, 1], prompt and concept as in `Batch`; target, like image,
-    where it is another picture.
+    pictures: prompt and concept as in `Batch`, and what `encode_pictures` takes.
     draw: gives the `Noise` for latents (2B, C, h, w), those of the targets first.
     """
-    if "target" in pictures:
-        pixels = torch.cat([pictures["target"], pictures["image"]])
-        both = backbone.encode_images(pixels).float()  # (2B, C, h, w)
-    else:  # encoded once: more than half of a step's arithmetic would go into the second time
-        both = backbone.encode_images(pictures["image"]).float().repeat(2, 1, 1, 1)
+    both = encode_pictures(backbone, pictures)
     latents, own_latents = both.chunk(2)
     noise, t, own_noise, own_t, shared = draw(both)
     feature_latents = torch.where(
@@ -139,8 +135,13 @@ def make_batch(
         add_noise(backbone, latents, noise, t),
         add_noise(backbone, own_latents, own_noise, own_t),
     )
+    if "image" in pictures:
+        images = pictures["image"]
+    else:
+        clip = (pictures[name].to(backbone.device) for name in ("patches", "embeds"))
+        images = ImageFeatures(*(x.float() for x in clip))
     return EncoderBatch(
-        images=pictures["image"],
+        images=images,
         prompts=pictures["prompt"],
         concepts=pictures["concept"].to(backbone.device),
         latents=latents,
@@ -151,6 +152,24 @@ def make_batch(
     )
 
 
+def encode_pictures(
+    backbone: Backbone, pictures: dict[str, Any]
+) -> Float[Tensor, "both channels height width"]:
+    """Latents (2B, C, h, w) of the targets and then of the concept pictures.
+
+    pictures: image (B, 3, H, W) in [-1, 1] and, where it is another picture, target; or, of a
+    cache, latents (B, 2 or 1, C, h, w), the target's first, patches and embeds (`ImageFeatures`).
+    """
+    if "latents" in pictures:
+        latents = pictures["latents"].to(backbone.device).float().transpose(0, 1)
+        return latents.expand(2, *latents.shape[1:]).flatten(0, 1)
+    if "target" in pictures:
+        pixels = torch.cat([pictures["target"], pictures["image"]])
+        return backbone.encode_images(pixels).float()
+    # Once: more than half of a step's arithmetic would go into the second time.
+    return backbone.encode_images(pictures["image"]).float().repeat(2, 1, 1, 1)
+
+
 def encoder_inputs(
     encoder: TuningEncoder, frozen: Frozen, batch: EncoderBatch
 ) -> tuple[ImageFeatures, Float[Tensor, "batch features grid grid"], Int[Tensor, " batch"]]:
@@ -158,7 +177,10 @@ def encoder_inputs(
     unet = encoder.unet_features(
         frozen.backbone, batch.feature_latents, batch.feature_timesteps, frozen.feature_prompt
     )
-    return encoder.image_features(frozen.backbone, batch.images), unet, batch.feature_timesteps
+    clip = batch.images
+    if not isinstance(clip, ImageFeatures):
+        clip = encoder.image_features(frozen.backbone, clip)
+    return clip, unet, batch.feature_timesteps
 
 
 @contextmanager
