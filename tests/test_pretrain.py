@@ -15,13 +15,14 @@ from dte_lab.common.checkpoint import read_state
 from dte_lab.encoder import EncoderPrediction
 from dte_lab.pipeline import DTEPipeline
 from dte_lab.tokens import PromptEncoder
+from dte_lab.training import validation
 from dte_lab.training.batches import StepBatches, prepare
 from dte_lab.training.callbacks import statistics
 from dte_lab.training.config import PretrainConfig, learning_rate
 from dte_lab.training.optimizer import build_optimizer
 from dte_lab.training.predictions import read_predictions
 from dte_lab.training.pretrain import pretrain
-from dte_lab.training.step import Processes
+from dte_lab.training.step import Frozen, Processes, training_step
 
 CONFIG = PretrainConfig(
     steps=4, batch_size=3, warmup_steps=2, log_every=1, checkpoint_every=2, sample_every=100
@@ -383,8 +384,71 @@ def test_batches_depend_on_the_step_alone():
     assert len({tuple(b) for b in whole}) == 5
 
 
-def collated(indices):
-    return default_collate([Pictures()[i] for i in indices])
+def test_batches_of_a_step_are_counted_through(tiny_backbone, tiny_config, tmp_path):
+    config = dataclasses.replace(CONFIG, steps=2, gradient_accumulation=3)
+    one_each = dataclasses.replace(CONFIG, steps=6)
+    assert list(StepBatches(1000, config, 1)) == list(StepBatches(1000, one_each, 3))
+    assert len(StepBatches(1000, config, 1)) == 3
+    in_pieces_as_whole(tiny_backbone, tiny_config, tmp_path, config)
+    (first, _), parts = log(tmp_path / "whole"), log_of_parts(tiny_backbone, tiny_config, tmp_path)
+    for name in ("loss", "diffusion"):
+        assert first[name] == pytest.approx(sum(parts[name]) / 3, rel=1e-5)
+
+
+def log_of_parts(backbone, dte, tmp_path):
+    """Losses of the first three batches where nothing is learned."""
+    config = dataclasses.replace(CONFIG, steps=3, learning_rate=0.0)
+    run(backbone, dte, tmp_path / "parts", config)
+    return {name: [x[name] for x in log(tmp_path / "parts")] for name in ("loss", "diffusion")}
+
+
+def test_the_validation_loss_is_that_of_the_average_on_other_classes(
+    tiny_backbone, tiny_config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(validation, "MEASURED_AT_ONCE", 2)
+    config = dataclasses.replace(CONFIG, validate_every=2, learning_rate=0.05)
+    held = torch.utils.data.Subset(Pictures(), [3, 8, 1])
+    trained = run(tiny_backbone, tiny_config, tmp_path / "a", config, validation=held)
+    plain = run(tiny_backbone, tiny_config, tmp_path / "b", config)
+    for x, y in zip(trained.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(x, y), "measuring changes nothing"
+    lines = map(json.loads, (tmp_path / "a" / "validation.jsonl").read_text().splitlines())
+    found = {line["step"]: line["validation"] for line in lines}
+    assert list(found) == [0, 2, 4]
+
+    fresh = TuningEncoder.from_backbone(tiny_backbone, tiny_config)
+    frozen = Frozen.of(tiny_backbone, fresh)
+    for encoder, step in ((fresh, 0), (trained, 4)):
+        total = 0
+        for k, indices in enumerate(([3, 8], [1])):
+            own = dataclasses.replace(config, seed=2**40, shared_timestep_probability=0.0)
+            batch = prepare(
+                tiny_backbone, collated([held.indices.index(i) for i in indices], held), own, k
+            )
+            with torch.no_grad(), training_step(encoder, frozen, batch, enqueue=False) as (x, _):
+                total += len(indices) * x["diffusion"].item()
+        assert found[step] == pytest.approx(total / 3, rel=1e-5)
+    piece = dataclasses.replace(config, max_minutes=0.0)
+    for _ in range(4):
+        run(tiny_backbone, tiny_config, tmp_path / "c", piece, validation=held)
+    lines = map(json.loads, (tmp_path / "c" / "validation.jsonl").read_text().splitlines())
+    assert {x["step"]: x["validation"] for x in lines if x["step"] in found} == found
+
+
+def test_each_twentieth_class_is_held_out():
+    class Classes(list):
+        concepts = torch.tensor([0, 19, 20, 39, 38, 19])
+
+    train, held = validation.hold_out(Classes("abcdef"))
+    assert [*train] == ["a", "c", "e"] and [*held] == ["b", "d", "f"]
+    Classes.concepts = torch.arange(6)
+    few = Classes("abcdef")
+    assert validation.hold_out(few) == (few, None)
+
+
+def collated(indices, dataset=None):
+    dataset = Pictures() if dataset is None else dataset
+    return default_collate([dataset[i] for i in indices])
 
 
 def test_processes_share_the_batch_and_its_noise(tiny_backbone):

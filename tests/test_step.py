@@ -162,6 +162,36 @@ def test_a_step_of_pretrain_is_clipped_and_changes_the_weights(frozen, encoder, 
     assert encoder.bank_concepts[:3].tolist() == CONCEPTS.tolist()
 
 
+def test_the_gradient_of_a_step_is_the_mean_over_its_batches(frozen, encoder, pictures):
+    batches = [
+        make_batch(frozen.backbone, pictures | {"concept": CONCEPTS + 10 * k}, lambda both: NOISE)
+        for k in range(2)
+    ]
+    batches[1].noise = -batches[1].noise
+    reference, gradients, losses = copy.deepcopy(encoder), [], []
+    for batch in batches:
+        reference.zero_grad()
+        with training_step(reference, frozen, batch) as (found, _):
+            found["loss"].backward()
+        gradients.append([p.grad.clone() for p in reference.parameters()])
+        losses.append(found["loss"].item())
+    mean = [(a + b) / 2 for a, b in zip(*gradients, strict=True)]
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    before = [p.detach().clone() for p in encoder.parameters()]
+    optimizer = accelerator.prepare(torch.optim.SGD(encoder.parameters(), lr=0.5))
+    for k, batch in enumerate(batches):
+        found, _, norm = train_step(accelerator, encoder, optimizer, frozen, batch, 1e9)
+        assert found["loss"].item() == pytest.approx(losses[k], rel=1e-5)
+        if k == 0:
+            assert norm == 0
+            assert all(torch.equal(p, q) for p, q in zip(encoder.parameters(), before, strict=True))
+    assert norm.item() == pytest.approx(sum(g.square().sum() for g in mean).sqrt().item(), rel=1e-4)
+    for p, q, g in zip(encoder.parameters(), before, mean, strict=True):
+        torch.testing.assert_close(p.detach(), q - 0.5 * g, rtol=1e-4, atol=1e-6)
+    assert encoder.bank_concepts.tolist() == reference.bank_concepts.tolist()
+    Accelerator(cpu=True)  # the number of batches is a state of the process
+
+
 def test_pretrain_draws_all_timesteps_and_shares_as_often_as_it_is_told(tiny_backbone, monkeypatch):
     B, pixels = 400, normal(400, 3, 4, 4, seed=0)
     monkeypatch.setattr(tiny_backbone, "encode_images", lambda pixels: pixels)
