@@ -11,6 +11,7 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple, Protocol
 
 import torch
@@ -150,7 +151,7 @@ class HubExamples:
         return example_of_row(self.rows[index])
 
 
-def hub_library(name: str):
+def hub_library(name: str) -> ModuleType:
     """The library `datasets`. Raises DTEError where it is missing, for the data called `name`."""
     try:
         import datasets
@@ -189,7 +190,7 @@ def example_of_row(row: dict) -> Example:
     return Example(picture, int(labels[k]), box)
 
 
-def as_file(picture: dict):
+def as_file(picture: dict) -> Path | io.BytesIO:
     """What `read_image` takes, of an undecoded picture {"bytes", "path"}."""
     return io.BytesIO(picture["bytes"]) if picture.get("bytes") else Path(picture["path"])
 
