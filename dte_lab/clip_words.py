@@ -8,15 +8,17 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import constants
 from jaxtyping import Float
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dte_lab.backbone import Backbone
 from dte_lab.common.errors import DTEError
 from dte_lab.common.files import write_atomically
 from dte_lab.tokens import TokenTable, known_words
+
+WORD_CLIP = "word_clip"  # of an encoder: the words' embeddings
 
 
 @torch.no_grad()
@@ -98,6 +100,30 @@ def similarity_of_pictures(
 ) -> Float[Tensor, " words"]:
     """Mean cosine of pictures of one concept to each word."""
     return word_clip.to(embeds) @ embeds.mean(dim=0)
+
+
+def words_of_folder(
+    folder: Path, backbone: Backbone, table: TokenTable
+) -> Float[Tensor, "words embed"]:
+    """`word_clip_embeddings` for an encoder's folder: 100 MB, for Stable Diffusion, to compute.
+
+    Those of a folder that was written when they were still saved are taken as they are.
+    Raises DTEError when they are damaged.
+    """
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            if WORD_CLIP in file.keys():
+                words = file.get_tensor(WORD_CLIP).float()
+                shape = (len(table), backbone.image_encoder.config.projection_dim)
+                if words.shape != shape or not words.isfinite().all():
+                    raise DTEError(f"{path}: the tensor {WORD_CLIP} is damaged; copy it again.")
+                return words
+    return word_clip_embeddings(backbone, table)
+
+
+def forget_words(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Drop the words from a state that was written when they were still saved."""
+    state.pop(prefix + WORD_CLIP, None)
 
 
 def word_of_pictures(

@@ -20,7 +20,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dte_lab.backbone import WEIGHTS, Backbone, add_noise
-from dte_lab.clip_words import mix_words, word_clip_embeddings, word_of_pictures
+from dte_lab.clip_words import (
+    forget_words,
+    mix_words,
+    word_clip_embeddings,
+    word_of_pictures,
+    words_of_folder,
+)
 from dte_lab.common.errors import DTEError
 from dte_lab.common.random import stream
 from dte_lab.common.weights import load_weights
@@ -44,9 +50,11 @@ class TuningEncoder(ModelMixin, ConfigMixin):
     """Predicts v* and offsets from features; make one with `from_backbone` or `load_encoder`.
 
     Buffers: `word_clip` (n, p) CLIP text embeddings of the n usable words, `word_embeddings` (n, d)
-    their input embeddings and `typical_entry` (), the root of the mean of their squares (taken from
-    the backbone, not saved, see `bind`), and the negative bank.
+    their input embeddings and `typical_entry` (), the root of the mean of their squares (of the
+    backbone's words, not saved), and the negative bank.
     """
+
+    _keys_to_ignore_on_load_unexpected = ["word_clip"]  # see `words_of_folder`
 
     @register_to_config
     def __init__(
@@ -68,14 +76,14 @@ class TuningEncoder(ModelMixin, ConfigMixin):
             projections, settings.rank, settings.width, settings.num_heads,
             settings.trunk_depth, settings.offset_scale,
         )  # fmt: skip
-        self.register_buffer("word_clip", torch.zeros(num_words, embed_dim))
+        self.register_buffer("word_clip", torch.zeros(num_words, embed_dim), persistent=False)
+        self.register_load_state_dict_pre_hook(forget_words)
         # NaN until `bind`: an encoder without words shall not predict anything.
         unknown = torch.full((num_words, token_dim), torch.nan)
         self.register_buffer("word_embeddings", unknown, persistent=False)
         self.register_buffer("typical_entry", torch.tensor(torch.nan), persistent=False)
         self.register_buffer("bank", torch.zeros(settings.negative_bank_size, token_dim))
-        empty = torch.full((settings.negative_bank_size,), -1)
-        self.register_buffer("bank_concepts", empty)  # concept of each row, -1 for an empty row
+        self.register_buffer("bank_concepts", torch.full((settings.negative_bank_size,), -1))
         self.register_buffer("bank_position", torch.zeros((), dtype=torch.long))
 
     @classmethod
@@ -125,6 +133,7 @@ class TuningEncoder(ModelMixin, ConfigMixin):
                     f"The encoder at {path} belongs to another backbone than {backbone.name} "
                     f"(mismatch in {key})."
                 )
+        encoder.word_clip.copy_(words_of_folder(Path(path), backbone, table))
         encoder.bind(backbone, table)
         return encoder.to(backbone.device).eval().requires_grad_(False)
 

@@ -1,9 +1,11 @@
+import copy
 import json
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from dte_lab import (
     DTEPipeline,
@@ -285,3 +287,25 @@ def test_the_units_of_the_residual(tiny_backbone, tiny_config):
         settings = replace(tiny_config, token_scale=scale)
         encoder = TuningEncoder.from_backbone(tiny_backbone, settings)
         assert encoder.residual_unit.item() == pytest.approx(scale * table.typical_entry)
+
+
+def test_the_words_are_computed_and_those_of_old_folders_are_taken(
+    tiny_backbone, tiny_encoder, tmp_path
+):
+    tiny_encoder.save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    saved = load_file(file)
+    assert "word_clip" not in saved and "word_clip" not in tiny_encoder.state_dict()
+    loaded = load_encoder(tmp_path, tiny_backbone)
+    assert torch.equal(loaded.word_clip, tiny_encoder.word_clip)
+    assert torch.equal(copy.deepcopy(loaded).word_clip, tiny_encoder.word_clip)
+
+    old = torch.rand_like(tiny_encoder.word_clip).half()
+    save_file(saved | {"word_clip": old}, file)
+    assert torch.equal(load_encoder(tmp_path, tiny_backbone).word_clip, old.float())
+    tiny_encoder.load_state_dict(saved | {"word_clip": old})  # an old checkpoint's
+    assert torch.equal(loaded.word_clip, tiny_encoder.word_clip)
+    for broken in (old[1:], old * torch.nan):
+        save_file(saved | {"word_clip": broken}, file)
+        with pytest.raises(ValueError, match="the tensor word_clip is damaged"):
+            load_encoder(tmp_path, tiny_backbone)

@@ -45,6 +45,17 @@ def build(
     main(wide or packages)
 
 
+@world.command()
+def drawings(
+    out: Out,
+    each: Annotated[int, typer.Option(min=1, help="Drawings of each thing.")] = 12,
+) -> None:
+    """Draw a folder of pictures, a sub-folder of each thing, as `dte pretrain --data` takes it."""
+    from dte_lab.world.data import write_drawings
+
+    write_drawings(out, each)
+
+
 @train.command()
 def autoencoder(
     out: Out,

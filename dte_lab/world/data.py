@@ -7,6 +7,7 @@ a GPU waiting.
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPTokenizer
 
+from dte_lab.common.images import save_png
 from dte_lab.world.captions import caption, held_out, random_caption
 from dte_lab.world.clip import tokenize
-from dte_lab.world.scenes import SCENES, render_all
+from dte_lab.world.scenes import SCENES, render_all, render_image
 from dte_lab.world.sprites import STYLES, concepts, split_names
 
 Rendering = tuple[str, str, str, int]  # concept, style, scene, seed of the background
@@ -52,6 +54,14 @@ def random_items(rng: np.random.Generator, size: int, split: str = "train") -> l
     """`size` random items of a split: see `random_item`."""
     names = split_names(split)
     return [random_item(rng, names) for _ in range(size)]
+
+
+def write_drawings(out: Path, each: int) -> None:
+    """`each` random drawings of each `train` thing, to out/THING/NUMBER.png."""
+    for k, name in enumerate(split_names("train")):
+        rng = np.random.default_rng(k)
+        for number in range(each):
+            save_png(render_image(*random_item(rng, [name])), out / name / f"{number}.png")
 
 
 def rendered(items: list[Rendering]) -> Float[Tensor, "batch 3 height width"]:
