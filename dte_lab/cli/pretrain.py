@@ -121,7 +121,6 @@ def pretrain(
     if cache is not None:
         dataset, config = cached(cache, dataset, parts, encoder, config)
         if dataset is None:
-            typer.echo("The cache is not whole yet: the same command goes on with it.", err=True)
             return
     if data is not None:
         dataset, shown["validation"] = with_validation(dataset)
@@ -144,6 +143,7 @@ def cached(
         folder, dataset, backbone, encoder.settings.clip_layer, accelerator, config.max_minutes,
         partial(typer.echo, err=True), config.num_workers,
     ):  # fmt: skip
+        typer.echo("The cache is not whole yet: the same command goes on with it.", err=True)
         return None, config
     if config.max_minutes is not None:
         spent = (time.monotonic() - started) / 60
