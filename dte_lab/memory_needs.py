@@ -126,7 +126,7 @@ def setting_of(backbone: Backbone, batch: int) -> Setting | None:
     """What is asked of a loaded model; None where it is no Stable Diffusion 1.5 at 512 pixels."""
     config = backbone.unet.config
     names = ("block_out_channels", "cross_attention_dim", "sample_size")
-    if any(_plain(config[name]) != _plain(UNET[name]) for name in names):
+    if any(_as_list(config[name]) != _as_list(UNET[name]) for name in names):
         return None
     dtype = next(name for name, dtype in DTYPES.items() if dtype == backbone.dtype)
     return Setting(
@@ -135,7 +135,7 @@ def setting_of(backbone: Backbone, batch: int) -> Setting | None:
     )  # fmt: skip
 
 
-def _plain(value: object) -> object:
+def _as_list(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 

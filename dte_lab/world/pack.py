@@ -14,7 +14,7 @@ from dte_lab.common.errors import DTEError
 from dte_lab.common.files import write_atomically
 from dte_lab.world.words import caption_words
 
-PARTS = {  # run -> the folders that it made
+FOLDERS = {  # run -> the folders that it made
     "autoencoder": ("vae",),
     "clip": ("text_encoder", "image_encoder", "tokenizer", "feature_extractor"),
     "unet": ("unet", "scheduler"),
@@ -30,7 +30,7 @@ def main(runs: dict[str, Path], out: Path) -> None:
     Raises FileNotFoundError when a run has not finished a part.
     """
     for run, folder in runs.items():
-        for part in PARTS[run]:
+        for part in FOLDERS[run]:
             source = Path(folder) / part
             if not source.is_dir():
                 raise FileNotFoundError(f"{source} is missing: let the run of {run} end first.")
