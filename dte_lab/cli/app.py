@@ -43,7 +43,7 @@ from dte_lab.common.errors import DTEError, is_out_of_memory
 from dte_lab.common.files import keep_inputs
 from dte_lab.common.images import read_image, square
 from dte_lab.common.origin import check_free, origin_text, pictures_digest
-from dte_lab.common.quiet import quiet_libraries
+from dte_lab.common.quiet import close_bars, quiet_libraries
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -280,7 +280,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def fail(message: object, code: int = 2) -> int:
-    """Say what was wrong in one line on stderr; returns the exit status."""
+    """Say what was wrong in one line on stderr, below any bar; returns the exit status."""
+    close_bars()
     if str(message):  # empty after a help text
         typer.echo(f"error: {' '.join(str(message).split())}", err=True)
     return code

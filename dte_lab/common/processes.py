@@ -1,8 +1,12 @@
 """Work that is shared out to processes."""
 
+import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from contextlib import contextmanager
+from multiprocessing import active_children, get_context, parent_process
+from threading import Thread, current_thread, main_thread
 from typing import TypeVar
 
 import torch
@@ -22,14 +26,42 @@ def in_processes(
         yield from map(work, jobs)
         return
     threads = max(1, torch.get_num_threads() // processes)
+    others = set(active_children())
     with ProcessPoolExecutor(processes, get_context("spawn"), _begin, (work, threads)) as pool:
-        yield from pool.map(_do, jobs, chunksize=chunk)
+        try:
+            with _without_interrupts():
+                results = pool.map(_do, jobs, chunksize=chunk)
+            yield from results
+        except BaseException:  # nobody waits for what they are doing
+            for process in set(active_children()) - others:
+                process.terminate()
+            raise
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes started inside never hear of Ctrl-C: this one ends them."""
+    if current_thread() is not main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _begin(work: Callable, threads: int) -> None:
     global _work
     _work = work
     torch.set_num_threads(threads)
+    Thread(target=_follow, daemon=True).start()
+
+
+def _follow() -> None:
+    """End with the process that started this one, however that ends."""
+    parent_process().join()
+    os._exit(1)
 
 
 def _do(job: Given) -> Made:

@@ -40,3 +40,10 @@ def quiet_libraries() -> ExitStack:
             undo.callback(log.enable_progress_bar)
             log.disable_progress_bar()
     return undo
+
+
+def close_bars() -> None:
+    """End the progress bars that an exception left open, so that a message starts a line."""
+    bars = sys.modules.get("tqdm.std")
+    for bar in list(getattr(bars.tqdm, "_instances", ())) if bars else ():
+        bar.close()
