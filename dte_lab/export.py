@@ -4,49 +4,81 @@
     learned_embeds.safetensors         v*: `pipe.load_textual_inversion(FILE)`, A1111, ComfyUI
     kohya_lora.safetensors             the same LoRA with the keys of A1111 and ComfyUI
 
-They hold the soft path (v* and the offsets), which is what `generate` draws with alpha_blend 1; no
-such file can carry the dual path. Tuning saw the offsets as `alpha_blend` of the picture, 0.7 by
-default; alone they do up to 1 / 0.7 of that: load the LoRA at a scale of 0.7 where it is too much.
+With a `name` they are called NAME_lora, NAME and NAME_kohya: A1111 takes the name of an embedding's
+file as the word that calls it. They hold the soft path (v* and the offsets), which is what
+`generate` draws with alpha_blend 1; no such file can carry the dual path.
 """
 
+import hashlib
+import re
 from pathlib import Path
 
+from diffusers import StableDiffusionPipeline
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from jaxtyping import Float, Shaped
 from safetensors.torch import save
 from torch import Tensor
+from transformers import CLIPTextModel
 
 from dte_lab import placeholder_token
+from dte_lab.backbone import load_backbone, stock_pipeline
 from dte_lab.common.errors import DTEError
 from dte_lab.common.files import write_atomically
+from dte_lab.common.origin import origin_text
 from dte_lab.concept import Concept
 from dte_lab.lora import Offsets
+from dte_lab.recommended import SMALL_WORLD, STABLE_DIFFUSION
+from dte_lab.sd15 import SD15
 
 LORA, EMBEDDING = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"
 KOHYA = "kohya_lora.safetensors"
 
 
-def export(concept: Concept, out_dir: Path | str) -> list[Path]:
+def export(
+    concept: Concept,
+    out_dir: Path | str,
+    name: str | None = None,
+    token: str = placeholder_token,
+) -> list[Path]:
     """Write the files of a Concept to a folder and return their paths.
 
-    A concept without offsets (Textual Inversion) gets the embedding alone.
-    Raises DTEError when the offsets belong to the hard path (`offsets_on="hard"`), OSError when
-    the folder cannot be written.
+    name: of the files. token: the word that stands for the concept in prompts; two concepts in one
+    pipeline need two. A concept without offsets (Textual Inversion) gets the embedding alone.
+    Raises DTEError when the offsets belong to the hard path (`offsets_on="hard"`), or for a name or
+    a token that can be none; OSError when the folder cannot be written.
     """
     if concept.config.offsets_on == "hard" and concept.offsets:
         raise DTEError(
             'With offsets_on="hard" the hard path has the offsets, but an exported LoRA works on '
             'v*: personalize with offsets_on="soft" to export.'
         )
-    files = {EMBEDDING: save({placeholder_token: _plain(concept.v_star[0])})}
+    if not token or re.search(r"\s", token) or not token.isprintable():
+        raise DTEError(f"The token {token!r} is no single word: use for example <my-thing>.")
+    embedding, lora, kohya = export_paths(concept, out_dir, name)
+    origin = origin_text({"concept": concept.origin, "token": token})
+    files = {embedding: save({token: _plain(concept.v_star[0])}, origin)}
     if concept.offsets:
-        lora = peft_state_dict(concept.offsets)
-        kohya = convert_state_dict_to_kohya(lora)
-        files[LORA] = save(lora, {"format": "pt"})
-        files[KOHYA] = save({key: _plain(tensor) for key, tensor in kohya.items()})
-    for name, data in files.items():
-        write_atomically(Path(out_dir) / name, data)
-    return [Path(out_dir) / name for name in files]
+        state = peft_state_dict(concept.offsets)
+        files[lora] = save(state, {"format": "pt", **origin})
+        state = convert_state_dict_to_kohya(state)
+        state = {key: _plain(tensor) for key, tensor in state.items()}
+        files[kohya] = save(state, kohya_metadata(concept, state, kohya.stem, token) | origin)
+    for path, data in files.items():
+        write_atomically(path, data)
+    return list(files)
+
+
+def export_paths(concept: Concept, out_dir: Path | str, name: str | None = None) -> list[Path]:
+    """Of the embedding, the LoRA and kohya's LoRA, as `export` calls them.
+
+    Raises DTEError for a name that no file can have.
+    """
+    names = [EMBEDDING, LORA, KOHYA]
+    if name is not None:
+        if not re.fullmatch(r"\w[\w.-]{0,99}", name):
+            raise DTEError(f"The name {name!r} has to be letters, digits, '-', '_' and '.' alone.")
+        names = [f"{name}{end}.safetensors" for end in ("", "_lora", "_kohya")]
+    return [Path(out_dir) / file for file in names]
 
 
 def peft_state_dict(offsets: Offsets) -> dict[str, Float[Tensor, "out in"]]:
@@ -60,6 +92,72 @@ def peft_state_dict(offsets: Offsets) -> dict[str, Float[Tensor, "out in"]]:
         state[f"{module}.lora_A.weight"] = _plain(a[0].T)
         state[f"{module}.lora_B.weight"] = _plain(b[0].T)
     return state
+
+
+def kohya_metadata(
+    concept: Concept, state: dict[str, Tensor], name: str, token: str
+) -> dict[str, str]:
+    """What kohya's sd-scripts write beside a LoRA, and its readers show; all values are strings.
+
+    The hash is the one of their files: SHA-256 of what follows the header.
+    """
+    data = save(state)
+    header = 8 + int.from_bytes(data[:8], "little")
+    rank = str(max(a.shape[-1] for a, _ in concept.offsets.values()))
+    model = "sd_v1" if concept.backbone == "sd15" else f"dte_lab {Path(concept.backbone).name}"
+    return {
+        "ss_base_model_version": model,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": rank,
+        "ss_network_alpha": rank,
+        "ss_output_name": name,
+        "ss_steps": str(concept.info.get("num_steps", "")),
+        "sshs_model_hash": hashlib.sha256(data[header:]).hexdigest(),
+        "modelspec.title": name,
+        "modelspec.trigger_phrase": token,
+    }
+
+
+def diffusers_pipeline(name: str | Path = "small", device: str = "cpu") -> StableDiffusionPipeline:
+    """diffusers' own pipeline of a backbone, into which what `export` wrote can be loaded.
+
+    Its text encoder is a CLIPTextModel, as diffusers' loader of embeddings needs it.
+    Raises DTEError as `load_backbone` does.
+    """
+    backbone = load_backbone(name, device)
+    text, known = backbone.text_encoder, backbone.text_encoder.text_model.state_dict()
+    plain = CLIPTextModel(text.config).to(text.device, text.dtype).eval()
+    prefix = next(iter(plain.state_dict())).removesuffix(next(iter(known)))
+    plain.load_state_dict({prefix + key: tensor for key, tensor in known.items()})
+    return stock_pipeline(
+        backbone.vae, plain, backbone.tokenizer, backbone.unet, backbone.scheduler
+    )
+
+
+def recipe(concept: Concept, paths: list[Path], token: str = placeholder_token) -> str:
+    """Python that draws with diffusers what `export` wrote to `paths`."""
+    if concept.backbone == "sd15":
+        lines = [
+            "from diffusers import StableDiffusionPipeline",
+            f'pipe = StableDiffusionPipeline.from_pretrained("{SD15}")',
+        ]
+    else:
+        lines = [
+            "from dte_lab.export import diffusers_pipeline",
+            f"pipe = diffusers_pipeline({str(concept.backbone)!r})",
+        ]
+    lines.append(f"pipe.load_textual_inversion({str(paths[0])!r})")
+    if len(paths) > 1:
+        folder, file, adapter = str(paths[1].parent), paths[1].name, paths[1].stem
+        adapter = re.sub(r"\W", "_", adapter)
+        lines += [
+            f"pipe.load_lora_weights({folder!r}, weight_name={file!r}, adapter_name={adapter!r})",
+            f"pipe.set_adapters({adapter!r}, 1.0)  # the strength",
+        ]
+    usual = STABLE_DIFFUSION if concept.backbone == "sd15" else SMALL_WORLD
+    scale = (concept.settings or usual).guidance_scale
+    lines.append(f"picture = pipe({f'{token} at night'!r}, guidance_scale={scale}).images[0]")
+    return "\n".join(lines)
 
 
 def _plain(tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:

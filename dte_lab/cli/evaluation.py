@@ -8,15 +8,19 @@ from typing import Annotated
 
 import typer
 
+from dte_lab import placeholder_token
 from dte_lab.cli.common import (
     Device,
     Encoder,
     Out,
+    Overwrite,
     SmallBackbone,
     load_pipeline,
     prepare_folder,
 )
 from dte_lab.common.errors import DTEError
+from dte_lab.common.files import keep_inputs
+from dte_lab.common.origin import check_free
 from dte_lab.common.quiet import quiet_libraries
 
 
@@ -92,16 +96,29 @@ def report(
 def export(
     concept: Annotated[Path, typer.Argument(metavar="CONCEPT", help="A concept.safetensors.")],
     out: Out,
+    name: Annotated[
+        str | None, typer.Option(help="Of the files: NAME, NAME_lora, NAME_kohya.")
+    ] = None,
+    token: Annotated[
+        str, typer.Option(help="The word for the concept in prompts; each concept its own.")
+    ] = placeholder_token,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a concept as LoRA (PEFT, diffusers; kohya) and textual-inversion embedding."""
     quiet_libraries()
     from dte_lab import Concept
-    from dte_lab.export import export
+    from dte_lab.export import export, export_paths, recipe
 
-    paths = export(Concept.load(concept), out)
+    loaded = Concept.load(concept)
+    outputs = export_paths(loaded, out, name)
+    keep_inputs(outputs, [concept])
+    origin = {"concept": loaded.origin, "token": token}
+    check_free(dict.fromkeys(outputs, origin), overwrite)
+    paths = export(loaded, out, name, token)
     typer.echo(f"wrote {', '.join(path.name for path in paths)} to {out}")
+    typer.echo(f"in diffusers:\n\n{recipe(loaded, paths, token)}\n")
     typer.echo(
-        f'in diffusers: pipe.load_lora_weights("{out}"); '
-        f'pipe.load_textual_inversion("{out}/learned_embeds.safetensors"); pipe("S* at night")\n'
-        "they hold the soft path alone: what `dte generate --alpha 1` draws"
+        "they hold the soft path alone: what `dte generate --alpha 1` draws. The offsets were "
+        f"tuned as {loaded.config.alpha_blend} of a blend: where the prompt is lost, try a "
+        "strength between that and 1"
     )
