@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from dte_lab.common.files import write_atomically
 from dte_lab.hardware.memory import Setting, predict
-from dte_lab.memory_needs import BATCHES, NEEDS, PARTS
+from dte_lab.memory_needs import BATCHES, NEEDS, WORKLOADS
 
 CHOICES = [
     Setting(batch=4, dtype="fp32"),
@@ -52,5 +52,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("results/sd15_memory.json"))
     out = parser.parse_args().out
-    write(NEEDS, SHIPPED, PARTS)
+    write(NEEDS, SHIPPED, WORKLOADS)
     write(out, CHOICES, ("tuning",))

@@ -20,7 +20,7 @@ from dte_lab.sd15 import UNET
 
 NEEDS = Path(__file__).parent / "sd15_memory.json"
 BATCHES = (16, 8, 4, 2, 1)
-PARTS = ("tuning", "pre-training", "sampling")
+WORKLOADS = ("tuning", "pre-training", "sampling")
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,6 @@ from transformers import (
 
 from dte_lab.common.errors import DTEError
 
-log = logging.getLogger(__name__)
-
 # SD 1.5's text tower is the one of openai/clip-vit-large-patch14, which has the projection and the
 # image tower too: both come from there.
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -100,7 +98,7 @@ USABLE_WORDS = 12_003  # of the real vocabulary, as `TokenTable` counts them
 @cache
 def tell_licence() -> None:
     """Name the weights' licence, and what is not checked, once in a process."""
-    log.warning(LICENCE)
+    logging.getLogger(__name__).warning(LICENCE)
 
 
 def sd15_files(half: bool) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import functools
 import io
 import os
 from pathlib import Path
@@ -158,6 +159,39 @@ def tiny_backbone(tiny_path):
     from dte_lab import load_backbone
 
     return load_backbone(tiny_path)
+
+
+@pytest.fixture
+def tiny_sd15(monkeypatch):
+    """Changes that make `sd15.random_parts` tiny; its tokenizer is made up once for all tests."""
+    from dte_lab import sd15
+
+    monkeypatch.setattr(
+        sd15, "made_up_tokenizer", functools.partial(made_up, sd15.made_up_tokenizer)
+    )
+    return {
+        "unet": {
+            "block_out_channels": (32, 64), "layers_per_block": 1, "cross_attention_dim": 32,
+            "attention_head_dim": 2, "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+            "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+        },
+        "vae": {
+            "block_out_channels": (4, 4, 8, 8), "norm_num_groups": 2, "layers_per_block": 1,
+        },
+        "text": {
+            "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2,
+            "num_hidden_layers": 2, "projection_dim": 16,
+        },
+        "vision": {
+            "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2,
+            "num_hidden_layers": 2, "projection_dim": 16, "image_size": 28,
+        },
+    }  # fmt: skip
+
+
+@functools.cache
+def made_up(make):
+    return make()
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-from test_memory import TINY, made_up_tokenizer
 
 from benchmarks import sd15 as benchmark
 from dte_lab import sd15
@@ -16,15 +15,14 @@ BYTES = 1000
 
 
 @pytest.fixture
-def card(monkeypatch, tmp_path):
+def card(monkeypatch, tmp_path, tiny_sd15):
     """run(settings, load) -> the file, where a GPU is the CPU and takes BYTES at most."""
-    monkeypatch.setattr(sd15, "made_up_tokenizer", made_up_tokenizer)
     for name, value in {
         "is_available": True, "synchronize": None, "reset_peak_memory_stats": None,
         "max_memory_allocated": BYTES, "get_device_name": "Card X", "empty_cache": None,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    parts = partial(sd15.random_parts, resolution=64, **TINY)
+    parts = partial(sd15.random_parts, resolution=64, **tiny_sd15)
     monkeypatch.setattr("dte_lab.backbone.random_parts", lambda device, dtype: parts("cpu", dtype))
 
     def on_cpu(name, device, dtype, **options):

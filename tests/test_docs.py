@@ -9,6 +9,8 @@ import typer
 from typer.testing import CliRunner
 
 from dte_lab.cli.app import app
+from dte_lab.memory_needs import WORKLOADS, Setting, needed
+from dte_lab.recommended import SMALL_WORLD, STABLE_DIFFUSION
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -22,6 +24,30 @@ def test_parameter_table_is_what_the_command_prints():
     printed = [line.split() for line in output.splitlines() if re.match(r"(\d+|full) ", line)]
     assert len(printed) == 6
     assert [list(row[1:]) for row in table] == [row[1:] for row in printed]
+
+
+def test_memory_table_is_what_the_package_ships():
+    rows = re.findall(
+        r"^\| (\d+) \| (none|`.*`) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$",
+        (DOCS / "sd15.md").read_text(), re.M,
+    )  # fmt: skip
+    assert len(rows) == 6
+    for batch, options, *printed in rows:
+        both = options != "none"
+        setting = Setting(batch=int(batch), gradient_checkpointing=both, offload=both)
+        assert printed == [f"{needed(setting, part) / 1e9:.2f}" for part in WORKLOADS]
+
+
+def test_settings_table_is_that_of_the_models():
+    text = (DOCS / "sd15.md").read_text()
+    for name, large in {
+        "guidance_scale": "guidance | {small} | {large} |",
+        "batch_size": "noise levels per step | {small} | {large} |",
+        "num_steps": "tuning steps | {small} | {large} with an encoder",
+        "offset_learning_rate": "learning rate of the offsets | {small} | {large} |",
+    }.items():
+        small, sd15 = (getattr(model, name) for model in (SMALL_WORLD, STABLE_DIFFUSION))
+        assert large.format(small=small, large=sd15) in text
 
 
 def test_commands_have_the_options_that_the_page_uses():

@@ -12,34 +12,12 @@ from dte_lab.hardware.memory import Setting, needs, predict
 from dte_lab.hardware.trace import TracedMemory, traced_peak
 from dte_lab.memory_needs import needed
 
-TINY = {
-    "unet": {
-        "block_out_channels": (32, 64), "layers_per_block": 1, "cross_attention_dim": 32,
-        "attention_head_dim": 2, "down_block_types": ("CrossAttnDownBlock2D",) * 2,
-        "up_block_types": ("CrossAttnUpBlock2D",) * 2,
-    },
-    "vae": {
-        "block_out_channels": (4, 4, 8, 8), "norm_num_groups": 2, "layers_per_block": 1,
-    },
-    "text": {
-        "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2,
-        "num_hidden_layers": 2, "projection_dim": 16,
-    },
-    "vision": {
-        "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2,
-        "num_hidden_layers": 2, "projection_dim": 16, "image_size": 28,
-    },
-}  # fmt: skip
 SETTING = Setting(resolution=128, batch=2, dtype="fp32")
 
 
-made_up_tokenizer = functools.cache(sd15.made_up_tokenizer)
-
-
 @pytest.fixture
-def tiny(monkeypatch):
-    monkeypatch.setattr(sd15, "made_up_tokenizer", made_up_tokenizer)
-    monkeypatch.setattr(memory, "random_parts", functools.partial(sd15.random_parts, **TINY))
+def tiny(monkeypatch, tiny_sd15):
+    monkeypatch.setattr(memory, "random_parts", functools.partial(sd15.random_parts, **tiny_sd15))
 
 
 def test_storages_are_counted_once_and_forgotten():
@@ -86,14 +64,14 @@ def test_fake_steps_take_what_real_ones_take(tiny, monkeypatch):
         assert fake[name] == pytest.approx(real[name], rel=0.02), name
 
 
-def test_options_save_memory(tiny):
+def test_options_save_memory(tiny, tiny_sd15):
     from dataclasses import replace
 
     def tuning(**changes):
         return predict(replace(SETTING, **changes), ("tuning",))["tuning"]
 
     plain, offload = tuning(), tuning(offload=True)
-    parts = sd15.random_parts("meta", **TINY)
+    parts = sd15.random_parts("meta", **tiny_sd15)
     idle = sum(4 * p.numel() for part in ("image_encoder", "vae") for p in parts[part].parameters())
     assert plain - offload == pytest.approx(idle, rel=0.05)
     large = tuning(batch=4)  # where activations outweigh the encoder

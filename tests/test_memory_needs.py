@@ -40,7 +40,7 @@ def gigabytes(part, **setting):
 def test_what_is_shipped_covers_all_batches_and_grows_with_them():
     rows = json.loads(memory_needs.NEEDS.read_text())["rows"]
     assert len(rows) == 5 * 2 * 4
-    for part in memory_needs.PARTS:
+    for part in memory_needs.WORKLOADS:
         for dtype in ("fp16", "bf16", "fp32"):
             needs = [gigabytes(part, batch=b, dtype=dtype) for b in (1, 2, 4, 8, 16)]
             assert needs == sorted(needs) and len(set(needs)) == 5

@@ -1,18 +1,21 @@
 import dataclasses
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 
-from dte_lab import Concept, DTEPipeline
+from dte_lab import Concept, DTEPipeline, TuneConfig
 from dte_lab.common.errors import DTEError
 from dte_lab.common.images import to_pil
 from dte_lab.common.random import stream
 from dte_lab.dual_path import dual_path
 from dte_lab.encoder import EncoderPrediction
 from dte_lab.features import image_features, unet_features
+from dte_lab.recommended import STABLE_DIFFUSION
 from dte_lab.sampling import Conditioning, guided_sampling
+from dte_lab.zero_shot import ZeroShotStart
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +162,41 @@ def test_guidance_is_the_backbones_where_none_is_asked_for(pipe, concept):
         for given in ({}, {"guidance_scale": 7.5}, {"guidance_scale": 1.5})
     )
     assert (pixels(ours) == pixels(asked)).all() and (pixels(ours) != pixels(other)).any()
+
+
+def test_a_concept_keeps_what_it_was_made_with(pipe, picture, tmp_path):
+    config = TuneConfig(batch_size=3, offset_learning_rate=2e-3, constant_steps=1)
+    made = pipe.personalize(picture, 2, config=config, progress=False)
+    assert made.settings == replace(
+        STABLE_DIFFUSION, batch_size=3, offset_learning_rate=2e-3, constant_steps=1, num_steps=2,
+        num_steps_without_encoder=2,
+    )  # fmt: skip
+    made.settings = replace(made.settings, guidance_scale=1.5)
+    made.save(tmp_path / "c.safetensors")
+    loaded = Concept.load(tmp_path / "c.safetensors")
+    assert loaded.settings == made.settings
+    [[ours]], [[asked]] = (generate(pipe, loaded), generate(pipe, loaded, guidance_scale=1.5))
+    assert (pixels(ours) == pixels(asked)).all()
+    loaded.settings = None  # as in a file of an older version: the backbone's
+    loaded.save(tmp_path / "old.safetensors")
+    old = Concept.load(tmp_path / "old.safetensors")
+    assert old.settings is None and (pixels(generate(pipe, old)[0][0]) != pixels(ours)).any()
+
+
+def test_steps_and_settings_are_the_backbones_where_none_are_asked_for(pipe, picture, monkeypatch):
+    asked = []
+
+    def stopped(*arguments, **_):
+        asked.append(arguments[5])
+        raise InterruptedError
+
+    monkeypatch.setattr("dte_lab.pipeline.tune", stopped)
+    start = DTEPipeline(pipe.backbone, ZeroShotStart(pipe.backbone))
+    for each in (pipe, start):
+        with pytest.raises(InterruptedError):
+            each.personalize(picture, progress=False)
+    assert asked == [TuneConfig.of(STABLE_DIFFUSION, num_steps=n) for n in (12, 30)]
+    assert pipe.has_trained_encoder and not start.has_trained_encoder
 
 
 def test_initial_noise_is_nobody_elses(pipe):

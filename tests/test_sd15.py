@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from dte_lab import DTEPipeline, TokenTable, TuneConfig, load_backbone, sd15
+from dte_lab.common.weights import load_weights
 from dte_lab.features import image_features
 from dte_lab.lora import attention_layers, projection_shapes
 from dte_lab.sd15 import CLIP_FILES, CLIP_L14, CLIP_L14_REVISION, SD15, random_parts
@@ -113,6 +115,19 @@ def test_a_copy_of_the_halved_files_alone_is_read(folder, backbone, tmp_path):
     for ours, theirs in zip(again.modules, backbone.modules, strict=True):
         for x, y in zip(ours.parameters(), theirs.parameters(), strict=True):
             assert torch.equal(x, y)
+
+
+def test_tensors_of_the_other_tower_are_not_reported(parts, tmp_path, caplog, capfd):
+    """CLIP's file holds both: each tower finds the other's tensors unknown."""
+    tensors = {}
+    for part in ("text_encoder", "image_encoder"):
+        parts[part].save_pretrained(tmp_path / part)
+        tensors |= load_file(tmp_path / part / "model.safetensors")
+    save_file(tensors, tmp_path / "text_encoder" / "model.safetensors", {"format": "pt"})
+    kind = type(parts["text_encoder"])
+    capfd.readouterr()
+    load_weights(kind.from_pretrained, tmp_path / "text_encoder", strangers=True)
+    assert not caplog.records and "UNEXPECTED" not in "".join(capfd.readouterr())
 
 
 def test_the_licence_is_named_once(caplog, monkeypatch):
@@ -285,7 +300,6 @@ def test_a_plain_copy_takes_the_image_encoder_from_clip(hub, parts, tmp_path, mo
     shutil.copy(root / "feature_extractor" / "preprocessor_config.json", clip)
     vision = parts["image_encoder"].state_dict()
     text = parts["text_encoder"].state_dict()
-    from safetensors.torch import save_file
     from transformers import CLIPConfig
 
     CLIPConfig(

@@ -5,13 +5,15 @@ would then draw nonsense, another one each time.
 """
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from dte_lab.common.errors import DTEError
 
@@ -56,10 +58,11 @@ def load_weights(
             "convert them, or copy the folder again."
         )
     try:
-        model, info = load(
-            folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
-            **options,
-        )  # fmt: skip
+        with _without_report():
+            model, info = load(
+                folder, use_safetensors=True, output_loading_info=True,
+                ignore_mismatched_sizes=True, **options,
+            )  # fmt: skip
     except DAMAGE as error:
         reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
         raise DTEError(f"{folder} cannot be loaded ({reason}): {COPY}.") from error
@@ -78,6 +81,17 @@ def load_weights(
         more = f" (one of {len(wrong)} such faults)" if len(wrong) > 1 else ""
         raise DTEError(f"{_file_of(folder, name)}: the tensor {name} {fault}{more}; {COPY}.")
     return model
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """transformers lists all tensors of other parts, dozens for CLIP; we judge them ourselves."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

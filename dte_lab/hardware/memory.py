@@ -21,7 +21,7 @@ from dte_lab.config import EncoderConfig, MethodConfig
 from dte_lab.dual_path import dual_path
 from dte_lab.encoder import EncoderPrediction, TuningEncoder, encoder_dimensions
 from dte_lab.hardware.trace import TracedMemory
-from dte_lab.memory_needs import PARTS, Setting
+from dte_lab.memory_needs import WORKLOADS, Setting
 from dte_lab.sd15 import random_parts
 from dte_lab.tokens import PromptEncoder
 from dte_lab.training.batches import prepare
@@ -64,12 +64,12 @@ def _bytes_of(module: nn.Module) -> int:
     return sum(p.untyped_storage().nbytes() for p in module.parameters())
 
 
-def predict(setting: Setting, parts: tuple[str, ...] = PARTS) -> dict[str, int]:
+def predict(setting: Setting, parts: tuple[str, ...] = WORKLOADS) -> dict[str, int]:
     """Peak bytes of each part. Raises DTEError for a backbone other than sd15."""
     return {name: need.bytes for name, need in needs(setting, parts).items()}
 
 
-def needs(setting: Setting, parts: tuple[str, ...] = PARTS) -> dict[str, Need]:
+def needs(setting: Setting, parts: tuple[str, ...] = WORKLOADS) -> dict[str, Need]:
     """What each part takes.
 
     Raises DTEError for a backbone other than sd15.
