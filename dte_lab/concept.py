@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from jaxtyping import Float, UInt8
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -18,6 +19,10 @@ from dte_lab.lora import Offsets, check_offsets, projection_shapes
 from dte_lab.recommended import Recommended
 
 FORMAT = "dte-concept-2"
+UNREADABLE = (
+    SafetensorError, ValueError, KeyError, TypeError, OverflowError, RecursionError, OSError,
+)  # fmt: skip
+LARGEST = 1e6  # of the values in a file; an embedding has some 0.01 to 100
 
 
 @dataclass
@@ -85,26 +90,23 @@ class Concept:
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(f"its format is {metadata.get('format')}, not {FORMAT}")
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"its format is {metadata.get('format')}, not {FORMAT}")
-            keys = [key[8:-2] for key in tensors if key.startswith("offsets.") and key[-2:] == ".A"]
-            offsets = {
-                key: (tensors[f"offsets.{key}.A"], tensors[f"offsets.{key}.B"]) for key in keys
-            }
-            if not all(t.isfinite().all() for t in tensors.values()):
-                raise ValueError("it holds values that are not finite")
-            settings = metadata.get("settings")
+            settings, info = metadata.get("settings"), json.loads(metadata["info"])
+            if not isinstance(info, dict) or not metadata["backbone"].isprintable():
+                raise ValueError("its info or its backbone's name is of another kind")
+            v_star, offsets, pictures = _parts(tensors)
             return cls(
-                tensors["v_star"],
+                v_star,
                 offsets,
                 metadata["backbone"],
                 MethodConfig(**json.loads(metadata["config"])),
-                json.loads(metadata["info"]),
-                tensors.get("pictures"),
+                info,
+                pictures,
                 None if settings is None else Recommended(**json.loads(settings)),
             )
-        except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
+        except UNREADABLE as error:
             raise DTEError(
                 f"{path} is not a readable concept file ({error}): "
                 "copy it again, or make a new one with personalize."
@@ -119,3 +121,27 @@ class Concept:
                 f"but backbone {backbone.name} needs (1, {width})."
             )
         check_offsets(self.offsets, projection_shapes(backbone.unet))
+
+
+def _parts(tensors: dict[str, Tensor]) -> tuple[Tensor, Offsets, Tensor | None]:
+    """v*, offsets and pictures of a file's tensors.
+
+    Raises ValueError for one that is missing, has no place, or is not as `save` writes it.
+    """
+    tensors = dict(tensors)
+    for key, tensor in tensors.items():
+        dtype = torch.uint8 if key == "pictures" else torch.float32
+        dimensions = {"v_star": 2, "pictures": 4}.get(key, 3)
+        if tensor.dtype != dtype or tensor.ndim != dimensions or not tensor.numel():
+            raise ValueError(f"{key} is {tensor.dtype} of shape {tuple(tensor.shape)}")
+        if key != "pictures" and (len(tensor) != 1 or not tensor.abs().max() < LARGEST):
+            raise ValueError(f"{key} is several, or holds values that are not finite")
+    v_star, pictures, offsets = tensors.pop("v_star"), tensors.pop("pictures", None), {}
+    for name in [key[:-2] for key in tensors if key.endswith(".A")]:
+        a, b = tensors.pop(f"{name}.A"), tensors.pop(f"{name}.B")
+        if a.shape[2] != b.shape[1]:
+            raise ValueError(f"{name} has A of {tuple(a.shape)} and B of {tuple(b.shape)}")
+        offsets[name.removeprefix("offsets.")] = a, b
+    if tensors:
+        raise ValueError(f"{next(iter(tensors))} has no place in it")
+    return v_star, offsets, pictures
