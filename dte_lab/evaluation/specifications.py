@@ -1,7 +1,7 @@
 """What is compared, written as NAME[@OPTION=VALUE...][:STEPS[,STEPS...]].
 
 dte:0,12                        the tuning encoder, predicted only and after 12 steps
-dte@alpha_blend=1:12            a variant: any field of MethodConfig, or of TuneConfig but num_steps
+dte@alpha_blend=1:12            a variant: any field of MethodConfig, or of TuneConfig but its steps
 dte@prediction_interval=5:12    v* and the offsets predicted anew at every 5th step of sampling
 dte@offsets_on=hard:12          the offsets on the hard path, as the paper's text can be read
 dte@rank=1:12                   the prediction cut to a lower rank before tuning (SVD)
@@ -26,7 +26,10 @@ from dte_lab.dual_path import GRANULARITIES, OFFSETS_ON
 from dte_lab.tuning import TuneConfig
 
 METHOD_OPTIONS = tuple(f.name for f in fields(MethodConfig))
-TUNE_OPTIONS = tuple(f.name for f in fields(TuneConfig) if f.name != "num_steps")
+# All numbers of steps come from one run, so its rate cannot fall towards the last of them.
+TUNE_OPTIONS = tuple(
+    f.name for f in fields(TuneConfig) if f.name not in ("num_steps", "constant_steps")
+)
 BASELINE_OPTIONS = {  # the fields of BaselineConfig that each baseline reads
     "ti": ("batch_size", "token_learning_rate"),
     "lora": ("batch_size", "lora_learning_rate"),
