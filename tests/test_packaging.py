@@ -63,14 +63,14 @@ def test_every_requirement_has_a_tested_version_within_its_range():
 
 EXTRAS_OF = {  # what imports from more than the dependencies
     "dte_lab/panels": ("notebooks",),
+    "dte_lab/training": ("streams",),
     "dte_lab/world": ("world",),
     "dte_lab/evaluation": ("evaluate",),
-    "tests": ("notebooks", "world", "test"),
+    "tests": ("notebooks", "streams", "world", "test"),
     "tests/check_cases": ("test",),
     "tools": ("notebooks", "test"),
 }
-OPTIONAL = {  # for --data NAME, --optimizer-8bit and a notebook alone, which say what to install
-    "dte_lab/training/pictures.py": {"datasets"},
+OPTIONAL = {  # for --optimizer-8bit and a notebook alone, which say what to install
     "dte_lab/training/optimizer.py": {"bitsandbytes"},
     "dte_lab/evaluation/word_map.py": {"umap-learn"},
 }

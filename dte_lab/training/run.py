@@ -59,10 +59,10 @@ def set_up(
     checkpoint = Checkpoint(out_dir / CHECKPOINT, "dte pretrain", settings, PRETRAIN_FREE_TO_CHANGE)
     if initialise is not None and not checkpoint.path.is_file():
         initialise(encoder)
-    average = average_of(encoder)
     optimizer = build_optimizer(encoder.parameters(), config.weight_decay, config.optimizer_8bit)
-    first = checkpoint.load(encoder, average, optimizer)
     model, optimizer = accelerator.prepare(encoder, optimizer)
+    average = average_of(encoder)  # now: `prepare` may put new buffers in the place of the old
+    first = checkpoint.load(encoder, average, optimizer)
     accelerator.wait_for_everyone()  # all have read the logs that the first one is going to write
     return PretrainRun(
         accelerator=accelerator,
