@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
 
-from dte_lab import MethodConfig, TuningEncoder
+from dte_lab import MethodConfig, TuningEncoder, load_backbone
 from dte_lab.encoder import EncoderPrediction
 from dte_lab.features import image_features, unet_features
 from dte_lab.tokens import PromptEncoder
@@ -312,3 +312,23 @@ def test_a_gpu_has_workers_and_pinned_memory(monkeypatch):
     assert loading([], None, gpu) == {"num_workers": 8, "pin_memory": True}
     assert loading([], 3, gpu)["num_workers"] == 3
     assert loading([], None, cpu) == {"num_workers": 0, "pin_memory": False}
+
+
+def test_autocast_is_for_the_encoder_alone(tiny_path, tiny_config, pictures):
+    """What is frozen has its own precision, and autocast would keep its norms in fp32."""
+    backbone, on = load_backbone(tiny_path, dtype=torch.bfloat16), {}
+    encoder = TuningEncoder.from_backbone(backbone, tiny_config)
+    parts = {"unet": backbone.unet, "text": backbone.text_encoder, "encoder": encoder}
+    frozen = Frozen.of(backbone, encoder)
+    for name, module in parts.items():
+        module.register_forward_pre_hook(
+            lambda *_, name=name: on.update({name: torch.is_autocast_enabled("cpu")})
+        )
+    batch = make_batch(backbone, pictures, lambda both: NOISE)
+    with training_step(encoder, frozen, batch, autocast=torch.autocast("cpu", torch.bfloat16)) as (
+        losses,
+        _,
+    ):
+        losses["loss"].backward()
+    assert on == {"unet": False, "text": False, "encoder": True}
+    assert losses["loss"].isfinite() and all(p.grad.isfinite().all() for p in encoder.parameters())

@@ -195,21 +195,22 @@ def training_step(
 ) -> Iterator[tuple[dict[str, Tensor], EncoderPrediction]]:
     """The losses of `objective` and the prediction; call `backward` within the block.
 
-    forward: the encoder as several processes share it, by default itself. autocast: for encoder and
-    objective; the frozen features are taken outside. On leaving the block the v* of the batch enter
-    the bank of negatives, unless `enqueue` is false.
+    forward: the encoder as several processes share it, by default itself. autocast: for the encoder
+    alone; what is frozen is in half precision already, and autocast would keep its norms, and their
+    activations, in fp32. On leaving the block the v* of the batch enter the bank of negatives,
+    unless `enqueue` is false.
     """
     inputs = encoder_inputs(encoder, frozen, batch)
     with autocast or nullcontext():
         prediction = (forward or encoder)(*inputs)
-        v_star, concepts = (processes.gather(x) for x in (prediction.v_star, batch.concepts))
-        bank = (
-            torch.cat([encoder.bank, processes.others(v_star)]),
-            torch.cat([encoder.bank_concepts, processes.others(concepts)]),
-        )
-        with objective(
-            frozen.backbone, frozen.prompt_encoder, prediction, batch, encoder.method, bank
-        ) as losses:
-            yield losses, prediction
+    v_star, concepts = (processes.gather(x) for x in (prediction.v_star, batch.concepts))
+    bank = (
+        torch.cat([encoder.bank, processes.others(v_star)]),
+        torch.cat([encoder.bank_concepts, processes.others(concepts)]),
+    )
+    with objective(
+        frozen.backbone, frozen.prompt_encoder, prediction, batch, encoder.method, bank
+    ) as losses:
+        yield losses, prediction
     if enqueue:
         encoder.enqueue(v_star, concepts)
