@@ -126,7 +126,7 @@ class Concept:
 def _parts(tensors: dict[str, Tensor]) -> tuple[Tensor, Offsets, Tensor | None]:
     """v*, offsets and pictures of a file's tensors.
 
-    Raises ValueError for one that is missing, has no place, or is not as `save` writes it.
+    Complains of one that is missing, has no place, or is not as `save` writes it.
     """
     tensors = dict(tensors)
     for key, tensor in tensors.items():

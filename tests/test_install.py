@@ -12,7 +12,7 @@ import pytest
 
 from tools import first_cell, install
 
-RUNTIME = {"torch": "2.9.0+cu126", "numpy": "2.0.2", "typer": "0.15.0", "tqdm": "4.67.1"}
+RUNTIME = {"torch": "2.11.0+cu128", "numpy": "2.0.2", "typer": "0.15.0", "tqdm": "4.67.1"}
 NEEDS = ["torch>=2.6", "numpy>=1.26", "typer>=0.12", "nbformat>=5.10", "jupyterlab>=4.2"]
 
 
@@ -25,7 +25,7 @@ def test_only_what_is_missing_is_installed():
 def test_what_is_too_old_is_replaced_but_never_torch():
     wanted, kept = install.plan(NEEDS, RUNTIME | {"numpy": "1.20"})
     assert wanted == ["numpy>=1.26", "nbformat>=5.10"]
-    assert "torch==2.9.0+cu126" in kept and not any(k.startswith("numpy") for k in kept)
+    assert "torch==2.11.0+cu128" in kept and not any(k.startswith("numpy") for k in kept)
     for runtime in (RUNTIME | {"torch": "2.1.0"}, {}):
         with pytest.raises(RuntimeError, match="dte_lab needs torch>=2.6"):
             install.plan(NEEDS, runtime)
@@ -46,7 +46,7 @@ def test_pip_gets_the_constraints_and_the_package_without_dependencies(monkeypat
     monkeypatch.setattr(install.subprocess, "run", run)
     install.main()
     (first, (constraints,)), (second, _) = calls
-    assert "torch==2.9.0+cu126" in constraints.split("\n")
+    assert "torch==2.11.0+cu128" in constraints.split("\n")
     asked = [text for text in first if text[0] not in "-/"]
     assert any(text.startswith("diffusers") for text in asked)
     assert not any(text.startswith(("torch", "numpy", "tqdm", "jupyterlab")) for text in asked)

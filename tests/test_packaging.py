@@ -100,6 +100,7 @@ def test_every_import_is_a_declared_dependency(folder):
             else:
                 continue
             for top in {module.split(".")[0] for module in modules} - {
+                "benchmarks",
                 "check_cases",
                 "dte_lab",
                 "conftest",
