@@ -30,7 +30,8 @@ class Batch:
     """What the loss of one step is computed from, B samples.
 
     prompts: B strings with "S*", or what `tokenize` returns for them. concepts: ids that tell which
-    samples of the batch are negatives of each other; None where all are of one concept.
+    samples of the batch are negatives of each other; None where all are of one concept. weights:
+    from 0 to 1, how much of each latent pixel is the thing; None where all of it counts.
     """
 
     latents: Float[Tensor, "batch channels height width"]
@@ -38,6 +39,7 @@ class Batch:
     timesteps: Int[Tensor, " batch"]
     prompts: Sequence[str] | PromptTokens
     concepts: Int[Tensor, " batch"] | None = None
+    weights: Float[Tensor, "batch 1 height width"] | None = None
 
 
 def diffusion_target(
@@ -56,6 +58,17 @@ def diffusion_target(
         alpha = signal_variance(backbone, latents, timesteps)  # (B, 1, 1, 1)
         return alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
     raise DTEError(f"Prediction type {backbone.prediction_type!r} is not supported.")
+
+
+def weighted_error(
+    output: Float[Tensor, "batch channels height width"],
+    target: Float[Tensor, "batch channels height width"],
+    weights: Float[Tensor, "batch 1 height width"] | None,
+) -> Float[Tensor, ""]:
+    """Squared error, its weighted mean over all pixels. (weights: ours, not the paper's)"""
+    if weights is None:
+        return F.mse_loss(output, target)
+    return (weights * (output - target).square()).mean() / weights.mean()
 
 
 @contextmanager
@@ -90,7 +103,7 @@ def objective(
         backbone.unet, prediction.offsets, hard, alpha, method.offsets_on, method.granularity
     ):
         output = backbone.unet(noisy, t, soft.to(backbone.dtype)).sample
-        losses = {"diffusion": F.mse_loss(output.float(), target.float())}
+        losses = {"diffusion": weighted_error(output.float(), target.float(), batch.weights)}
         total = losses["diffusion"]
         terms = regularise(
             prediction.v_star, prompt_encoder.table, method, batch.concepts, bank,

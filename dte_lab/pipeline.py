@@ -19,22 +19,31 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dte_lab.backbone import DTYPES, Backbone, load_backbone, new_scheduler
-from dte_lab.common.errors import DTEError
-from dte_lab.common.images import read_image, to_bytes, to_pil, to_square_tensor
+from dte_lab.common.images import (
+    Picture,
+    read_image,
+    read_pictures,
+    square_mask,
+    to_bytes,
+    to_mask_tensor,
+    to_pil,
+    to_square_tensor,
+)
 from dte_lab.common.origin import pictures_digest
 from dte_lab.common.random import stream
+from dte_lab.common.settings import check_whole
+from dte_lab.common.sources import Source
 from dte_lab.concept import Concept
 from dte_lab.config import MethodConfig
 from dte_lab.contrastive import prompt_embedding
 from dte_lab.dual_path import dual_path
 from dte_lab.encoder import EncoderPrediction, Predictor, load_encoder
 from dte_lab.memory_needs import Setting, check_room, out_of_memory_advised
+from dte_lab.prompts import check_drawing
 from dte_lab.sampling import Conditioning, StepPredictor, guided_sampling
 from dte_lab.tokens import PromptEncoder
 from dte_lab.tuning import TuneConfig, tune
 from dte_lab.zero_shot import ZeroShotStart
-
-PictureSource = str | Path | Image  # of a picture
 
 
 class DTEPipeline:
@@ -92,7 +101,7 @@ class DTEPipeline:
 
     def personalize(
         self,
-        image: PictureSource | Sequence[PictureSource],
+        image: Source | Sequence[Source],
         num_steps: int | None = None,
         seed: int = 0,
         callback: Callable[[dict], object] | None = None,
@@ -100,44 +109,42 @@ class DTEPipeline:
         config: TuneConfig | None = None,
         method: MethodConfig | None = None,
         prediction: EncoderPrediction | None = None,
+        mask: Source | Sequence[Source | None] | None = None,
+        fit: str = "crop",
     ) -> Concept:
         """Predict v* and the offsets from pictures of one concept, then tune them.
 
-        image: a path, a PIL image, or a list of them. num_steps: 0 (prediction only), 12 as in the
-        paper, or any other number; None for what the backbone recommends, 12 with a trained
-        encoder. callback: see `tune`. config: by default as the backbone recommends; its num_steps
-        is overridden.
-        method: by default the one that the encoder was trained with; the pictures stay in the
-        concept, and in its file, only where its `prediction_interval` needs them. prediction: what
-        to tune in place of the encoder's own.
-        Raises DTEError for pictures that cannot be read, see images.py, and, with what would fit,
-        when the memory is used up.
+        image: any picture that sources.py knows, a list of them, or what an upload widget gives.
+        mask: a picture of the same size, white where the thing is, or one (or None) for each; by
+        default a picture's own transparency. The rest becomes white, and does not count in tuning.
+        fit: see `square`. num_steps: 0 (prediction only), 12 as in the paper, or any other number;
+        None for what the backbone recommends. callback: see `tune`. config: by default as the
+        backbone recommends; its num_steps is overridden. method: by default the one that the
+        encoder was trained with; the pictures stay in the concept, and in its file, only where its
+        `prediction_interval` needs them. prediction: what to tune in place of the encoder's own.
+        Raises DTEError for what cannot be read or means nothing, and when the memory is used up.
         """
         start = time.perf_counter()
-        images = image if isinstance(image, (list, tuple)) else [image]
-        if not images:
-            raise DTEError("personalize needs at least one picture of the concept.")
-        images = [read_image(picture) for picture in images]
-        pixels = self.pixels(images)
+        check_whole("seed", seed)
+        pictures = read_pictures(image, mask, fit)
+        images = [picture.image for picture in pictures]
+        pixels = self.pixels(images, fit)
         backbone, encoder, method = self.backbone, self.encoder, method or self.encoder.method
         num_steps = self.recommended_steps if num_steps is None else num_steps
         config = replace(config or TuneConfig.of(backbone.recommended), num_steps=num_steps)
-        if backbone.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(backbone.device)
-
+        forget_peak_memory(backbone.device)
         with out_of_memory_advised(backbone, "tuning", config.batch_size):
             if prediction is None:
                 prediction = encoder.predict(backbone, pixels, seed, self.prompt_encoder)
             result = tune(
                 backbone, self.prompt_encoder, prediction, pixels, method, config,
                 bank=(encoder.bank, encoder.bank_concepts), seed=seed, callback=callback,
-                progress=progress, encoder=encoder,
+                progress=progress, encoder=encoder, masks=self.masks(pictures, fit),
             )  # fmt: skip
-        tuned = result.prediction
-        v_star = prompt_embedding(tuned.v_star, self.prompt_encoder.table, method)
+        v_star = prompt_embedding(result.prediction.v_star, self.prompt_encoder.table, method)
         info = {
             "origin": pictures_digest(images),
-            "num_steps": num_steps,
+            "num_steps": config.num_steps,
             "tuned": config.trainable,
             "seed": seed,
             "losses": result.losses,
@@ -149,7 +156,9 @@ class DTEPipeline:
         }
         pictures = to_bytes(pixels) if method.prediction_interval else None
         settings = config.kept_in(backbone.recommended)
-        return Concept(v_star, tuned.offsets, backbone.name, method, info, pictures, settings)
+        return Concept(
+            v_star, result.prediction.offsets, backbone.name, method, info, pictures, settings
+        )
 
     @torch.no_grad()
     def generate(
@@ -168,26 +177,25 @@ class DTEPipeline:
         """Sample every prompt with every seed: a list per prompt of a list per seed of pictures.
 
         prompts: each with "S*". guidance_scale: above 1 for guidance; None takes the concept's, or
-        the backbone's where it keeps none. alpha_blend and prediction_interval: see MethodConfig;
-        None takes the concept's. batch_size: pictures per UNet call, before guidance doubles them.
-        The initial noise depends on the seed alone, so a picture does not depend on what else is in
-        its batch.
-        Raises DTEError for a prompt without "S*", for a concept of another backbone, and for a
-        `prediction_interval` with a concept that holds no pictures, and, with what would fit, when
-        the memory is used up.
+        the backbone's. alpha_blend and prediction_interval: see MethodConfig; None takes the
+        concept's. batch_size: pictures per UNet call, before guidance doubles them; a picture does
+        not depend on it. Raises DTEError for what means nothing, for a concept of another backbone
+        or without the pictures that `prediction_interval` needs, and when the memory is used up.
         """
         backbone, encode = self.backbone, self.prompt_encoder
         prompts, seeds = [prompts] if isinstance(prompts, str) else list(prompts), list(seeds)
+        check_drawing(
+            prompts, seeds, guidance_scale, num_inference_steps, negative_prompt, alpha_blend,
+            batch_size,
+        )  # fmt: skip
         concept.check(backbone)
-        given = {"alpha_blend": alpha_blend, "prediction_interval": prediction_interval}
-        given = {name: value for name, value in given.items() if value is not None}
-        concept = replace(concept, config=(config := replace(concept.config, **given)))
+        config = changed(concept.config, alpha_blend, prediction_interval)
+        concept = replace(concept, config=config)
         settings = concept.settings or backbone.recommended
         scale = settings.guidance_scale if guidance_scale is None else guidance_scale
         encode.tokenize(prompts)  # complain before any work is done
         anew = config.prediction_interval
         predict = StepPredictor(backbone, self.encoder, encode, concept) if anew else None
-
         scheduler = new_scheduler(backbone.scheduler)
         T, images = len(backbone.alphas_cumprod), []
         jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
@@ -218,15 +226,41 @@ class DTEPipeline:
         shape = (1, *self.backbone.latent_shape)
         return torch.randn(shape, generator=stream(seed, "initial noise"))
 
-    def pixels(self, images: Sequence[PictureSource]) -> Float[Tensor, "pictures 3 height width"]:
-        """Paths or PIL images, in [-1, 1] and centre-cropped to the backbone's size."""
+    def pixels(
+        self, images: Sequence[Source], fit: str = "crop"
+    ) -> Float[Tensor, "pictures 3 height width"]:
+        """Pictures in [-1, 1], cropped or padded to a square of the backbone's size."""
         size = self.backbone.resolution
-        return torch.stack([to_square_tensor(read_image(image), size) for image in images])
+        return torch.stack([to_square_tensor(read_image(image), size, fit) for image in images])
+
+    def masks(
+        self, pictures: Sequence[Picture], fit: str = "crop"
+    ) -> Float[Tensor, "pictures 1 height width"] | None:
+        """Where in `pixels` the things are, from 0 to 1; None where no picture says."""
+        size = self.backbone.resolution
+        masks = [square_mask(picture, size, fit) for picture in pictures]
+        if not any(masks):
+            return None
+        return torch.stack([to_mask_tensor(mask, size) for mask in masks])
 
     def nearest_words(self, v_star: Float[Tensor, "1 dim"], k: int = 5) -> list[list]:
         """[[word, cosine similarity], ...] of the k nearest words."""
         _, words, similarities = self.prompt_encoder.table.nearest(v_star, k)
         return [[w, s] for w, s in zip(words[0], similarities[0].tolist(), strict=True)]
+
+
+def changed(
+    method: MethodConfig, alpha: float | tuple[float, float] | None, interval: int | None
+) -> MethodConfig:
+    """The settings with what is given in their place."""
+    given = {"alpha_blend": alpha, "prediction_interval": interval}
+    return replace(method, **{name: x for name, x in given.items() if x is not None})
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """From here on the CUDA allocator notes its peak anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory_mb(device: torch.device | str) -> float | None:

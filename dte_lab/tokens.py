@@ -19,6 +19,7 @@ from torch import Tensor
 from dte_lab import placeholder_token
 from dte_lab.backbone import Backbone, backbone_folder
 from dte_lab.common.errors import DTEError
+from dte_lab.prompts import check_prompts
 
 log = logging.getLogger(__name__)
 
@@ -208,13 +209,9 @@ class PromptEncoder:
 
         Raises DTEError when a prompt has no placeholder within the text encoder's length.
         """
+        check_prompts(prompts)
         all_ids, all_slots = [], []
         for prompt in prompts:
-            if placeholder_token not in prompt:
-                raise DTEError(
-                    f"The prompt {prompt!r} has no {placeholder_token}: "
-                    f"write {placeholder_token} where the concept should appear."
-                )
             ids, slots = [], []
             for i, text in enumerate(prompt.split(placeholder_token)):
                 if i > 0:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -135,6 +136,7 @@ def tune(
     config: TuneConfig | None = None, bank: Bank | None = None, seed: int = 0,
     callback: Callable[[dict], object] | None = None, progress: bool = True,
     encoder: Predictor | None = None,
+    masks: Float[Tensor, "pictures 1 height width"] | None = None,
 ) -> TuneResult:  # fmt: skip
     """Fine-tune a prediction (batch 1) on pictures of the concept in [-1, 1].
 
@@ -142,7 +144,7 @@ def tune(
     losses, v_star and offsets (detached copies, as the losses found them). encoder: the one that
     predicted, from the same pictures and seed, where more than the predictions is tuned; it stays
     as it is, a copy is tuned. Its static features are computed once. The same seed gives the same
-    result on the same machine.
+    result on the same machine. masks: from 0 to 1, where the thing is; elsewhere no error counts.
     If the loss or a gradient stops being finite, tuning ends with a warning and returns the last
     state whose loss was finite. In fp16 a gradient may overflow because the loss was scaled: then
     the step is left out and the scale halved, until it is 1.
@@ -158,7 +160,9 @@ def tune(
     latents = backbone.encode_images(images).float()  # (n, C, h, w)
     losses, finite, generator = [], True, stream(seed, "tuning")
     for step in tqdm(range(config.num_steps), desc="tuning", disable=not progress):
-        batch = draw_batch(backbone, latents, config.prompts, step, config.batch_size, generator)
+        batch = draw_batch(
+            backbone, latents, config.prompts, step, config.batch_size, generator, masks
+        )
         optimizer.zero_grad()
         state = tuned.predict()
         with objective(backbone, prompt_encoder, state, batch, method, bank) as terms:
@@ -182,13 +186,17 @@ def tune(
 
     if not (finite := finite and _all_finite(tuned.leaves)):
         tuned.restore(good)
-        warnings.warn(
-            f"Tuning stopped at step {len(losses)}: the loss was no longer finite. "
-            "The last good state is kept.",
-            stacklevel=2,
-        )
+        _warn_of_stop(len(losses))
     with torch.no_grad():
         return TuneResult(_copy(tuned.predict()), losses, stopped_early=not finite)
+
+
+def _warn_of_stop(step: int) -> None:
+    warnings.warn(
+        f"Tuning stopped at step {step}: the loss was no longer finite. The last good state is "
+        "kept.",
+        stacklevel=3,
+    )
 
 
 def draw_batch(
@@ -198,6 +206,7 @@ def draw_batch(
     step: int,
     batch_size: int,
     generator: torch.Generator,
+    masks: Float[Tensor, "pictures 1 rows columns"] | None = None,
 ) -> Batch:
     """What a step of tuning sees of latents: pictures and prompts in turn, noise, timesteps.
 
@@ -210,7 +219,11 @@ def draw_batch(
     t = (torch.arange(B) + torch.rand(B, generator=generator)) / B * T
     t = t.long().clamp(max=T - 1)  # in fp32 the sum may round up to B
     noise = torch.randn((B, *latents.shape[1:]), generator=generator)
-    return Batch(latents[picture], noise.to(latents), t.to(latents.device), prompt)
+    weights = None
+    if masks is not None:
+        grid = F.interpolate(masks, latents.shape[-2:], mode="area")  # (n, 1, h, w)
+        weights = grid.to(latents.device)[picture]
+    return Batch(latents[picture], noise.to(latents), t.to(latents.device), prompt, weights=weights)
 
 
 def in_turn(step: int, batch_size: int, generator: torch.Generator) -> Int[Tensor, " batch"]:

@@ -149,7 +149,7 @@ class StandIn:
         self.backbone = SimpleNamespace(resolution=16, recommended=SMALL_WORLD)
         self.prompt_encoder = SimpleNamespace(tokenize=lambda prompts: None)
 
-    def personalize(self, pictures, num_steps, seed, config=None):
+    def personalize(self, pictures, num_steps, seed, config=None, mask=None, fit="crop"):
         self.asked.append(("personalize", len(pictures), num_steps, seed, config))
         info = {"words_after": [[f"word{num_steps}", 0.5]], "seconds": 3.0, "peak_memory_mb": 2048}
 
@@ -388,8 +388,8 @@ def test_failed_write_keeps_what_was_there(refused, photo, model, tmp_path, monk
         (["personalize"], "IMAGE"),
         (["personalize", "a.png", "--out", "x"], "--prompt"),
         (["personalize", "a.png", *PROMPTS], "--out"),
-        (["personalize", "a.png", *PROMPTS, "--out", "x", "--steps", "-1"], "--steps"),
-        (["personalize", "a.png", *PROMPTS, "--out", "x", "--alpha", "2"], "--alpha"),
+        (["personalize", "a.png", *PROMPTS, "--out", "x", "--steps", "-1"], "num_steps"),
+        (["personalize", "a.png", *PROMPTS, "--out", "x", "--alpha", "2"], "alpha_blend"),
         (["personalize", "a.png", *PROMPTS, "--out", "x", "--seed", "one"], "--seed"),
         (["world", "train", "bogus"], "bogus"),
     ],

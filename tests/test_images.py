@@ -2,6 +2,8 @@
 
 import io
 import struct
+import sys
+import warnings
 import zlib
 
 import numpy as np
@@ -9,14 +11,21 @@ import pytest
 import torch
 from PIL import Image
 
+from dte_lab.common.errors import DTEError
 from dte_lab.common.images import (
     MIN_SIDE,
     ImageError,
+    Picture,
     read_image,
+    read_picture,
+    read_pictures,
     save_png,
+    square,
+    square_mask,
     to_bytes,
     to_pil,
     to_square_tensor,
+    warn_of_backgrounds,
 )
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -307,3 +316,198 @@ def test_save_png_round_trip_and_failed_write(tmp_path, monkeypatch):
         save_png(Image.new("RGB", (64, 64)), path)
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == ["picture.png"]
+
+
+def noise(height=24, width=20, channels=3):
+    shape = (height, width, channels) if channels else (height, width)
+    return np.random.default_rng(1).integers(0, 256, shape, np.uint8)
+
+
+def png(array) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, format="png")
+    return buffer.getvalue()
+
+
+RGB, GREY = noise(), noise(channels=0)
+SOURCES = {  # every way to hand over the same picture
+    "array": RGB,
+    "channels first": RGB.transpose(2, 0, 1),
+    "not contiguous": np.repeat(RGB, 2, axis=1)[:, ::2],
+    "float": RGB / 255,
+    "float32": (RGB / 255).astype(np.float32),
+    "opaque RGBA": np.dstack([RGB, np.full(RGB.shape[:2], 255, np.uint8)]),
+    "tensor": torch.from_numpy(RGB).permute(2, 0, 1),
+    "tensor, channels last": torch.from_numpy(RGB),
+    "tensor, float with a gradient": (torch.from_numpy(RGB) / 255).requires_grad_(),
+    "tensor, bfloat16 is too coarse, float64 not": torch.from_numpy(RGB).double() / 255,
+    "bytes": png(RGB),
+    "bytearray": bytearray(png(RGB)),
+    "memoryview": memoryview(png(RGB)),
+    "ipywidgets 7": {"a.png": {"metadata": {"name": "a.png"}, "content": png(RGB)}},
+    "ipywidgets 8": ({"name": "a.png", "type": "image/png", "content": memoryview(png(RGB))},),
+    "Colab": {"a.png": png(RGB)},
+    "list": [RGB],
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_what_notebooks_hand_over_is_read(name):
+    assert np.array_equal(np.asarray(read_image(SOURCES[name])), RGB)
+
+
+def test_grey_arrays_and_masks_of_truth_values_are_read():
+    for source in (GREY, GREY[..., None], GREY[None], torch.from_numpy(GREY)[None], GREY / 255):
+        assert np.array_equal(np.asarray(read_image(source)), np.dstack([GREY] * 3))
+    assert np.array_equal(np.asarray(read_image(GREY > 99))[..., 0], (GREY > 99) * 255)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (RGB.astype(np.int64), "is of int64"),
+        (RGB.astype(np.uint16), "is of uint16"),
+        (torch.from_numpy(RGB).long(), "from 0 to 1"),
+        (RGB / 127.5 - 1, "not from 0 to 1"),
+        (np.full((20, 20, 3), np.nan), "not from 0 to 1"),
+        (np.zeros((0, 20, 3), np.uint8), "is empty"),
+        (np.zeros((2, 20, 20, 3), np.uint8), "has the shape (2, 20, 20, 3)"),
+        (np.zeros((20, 20, 5), np.uint8), "has the shape"),
+        (np.zeros((20, 20, 3), object), "is of object"),
+        (np.zeros((20, 20, 3), complex), "is of complex"),
+        (np.zeros(300, np.uint8), "has the shape"),
+        (np.zeros((8, 8, 3), np.uint8), "too small (8 x 8"),
+        (b"abc", "not a picture"),
+        (b"", "is empty"),
+        (io.StringIO("abc"), "open as text"),
+        (3, "not int"),
+        (None, "not NoneType"),
+        ([], "At least one picture"),
+        ({}, "At least one picture"),
+        ((), "At least one picture"),
+        ([RGB, RGB], "One picture is needed here, not 2"),
+        ({"a.png": {"content": b"abc"}}, "a.png is not a picture"),
+        ({"a.png": b""}, "a.png is empty"),
+        ("a\0b.png", "does not exist"),
+        ("n" * 300, "cannot be read"),
+        ("n/" * 3000, "cannot be read"),
+        (b"P2\n" + b"# comment\n" * 200_000, "plain text and too large"),
+    ],
+)
+def test_what_is_no_picture_is_answered_in_one_line(source, words):
+    with pytest.raises(ImageError) as caught:
+        read_image(source)
+    message = str(caught.value)
+    assert words in message and "\n" not in message and message.endswith(".")
+
+
+def test_a_file_of_more_bytes_than_any_picture_needs_is_refused(tmp_path):
+    with (tmp_path / "sparse.gif").open("wb") as file:
+        file.write(b"GIF89a")
+        file.truncate(100_000_001)
+    with pytest.raises(ImageError, match="at most 100 MB"):
+        read_image(tmp_path / "sparse.gif")
+    with (tmp_path / "sparse.gif").open("rb") as file:
+        with pytest.raises(ImageError, match="at most 100 MB"):
+            read_image(file)
+
+
+def test_a_lazily_opened_broken_picture_and_premultiplied_alpha():
+    with pytest.raises(ImageError, match="damaged"):
+        read_image(Image.open(io.BytesIO(png(RGB)[:-200])))
+    pale = Image.fromarray(np.dstack([GREY, np.full_like(GREY, 255)]), "LA")
+    assert np.array_equal(np.asarray(read_image(pale.convert("La")))[..., 0], GREY)
+
+
+def test_the_transparent_grey_of_a_16_bit_png_becomes_white(tmp_path):
+    deep = np.full((20, 20), 257 * 40, np.uint16)
+    deep[:, 10:] = 7
+    Image.fromarray(deep).save(tmp_path / "deep.png", transparency=7)
+    row = np.asarray(read_image(tmp_path / "deep.png"))[3, :, 0]
+    assert row.tolist() == [40] * 10 + [255] * 10
+
+
+def test_heic_is_read_with_its_library_and_named_without(tmp_path, monkeypatch):
+    path = tmp_path / "phone.heic"
+    path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 50)
+    Image.init()
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(ImageError, match="phone.heic is a HEIC picture: pip install pillow-heif"):
+        read_image(path)
+    monkeypatch.undo()
+    heif = pytest.importorskip("pillow_heif")
+    heif.register_heif_opener()
+    quadrants().save(path, format="HEIF", quality=95)
+    assert_colours(corners(read_image(path)), [RED, GREEN, BLUE, WHITE], 6)
+
+
+def cut_out() -> Image.Image:
+    """A red thing in the middle of transparent noise: (48, 32), opaque from 12 to 36."""
+    alpha = np.zeros((32, 48), np.uint8)
+    alpha[8:24, 12:36] = 255
+    image = Image.fromarray(noise(32, 48))
+    image.paste(RED, (12, 8, 36, 24))
+    image.putalpha(Image.fromarray(alpha))
+    return image
+
+
+def test_transparency_or_a_mask_says_what_the_thing_is():
+    transparent, alpha = cut_out(), cut_out().getchannel("A")
+    by_alpha = read_picture(transparent)
+    assert by_alpha.mask.tobytes() == alpha.tobytes()
+    opaque = transparent.convert("RGB")
+    assert read_picture(opaque).mask is None
+    for mask in (alpha, np.asarray(alpha) > 0, transparent, png(np.asarray(alpha))):
+        by_mask = read_picture(opaque, mask)
+        assert by_mask.mask.tobytes() == alpha.tobytes()
+        assert by_mask.image.tobytes() == by_alpha.image.tobytes()
+    assert by_mask.image.getpixel((2, 2)) == WHITE and by_mask.image.getpixel((20, 20)) == RED
+
+
+def test_a_mask_that_does_not_fit_is_answered():
+    with pytest.raises(ImageError, match="48 x 32"):
+        read_picture(RGB, cut_out())
+    with pytest.raises(ImageError, match="is black"):
+        read_picture(RGB, np.zeros(RGB.shape[:2], bool))
+    with pytest.raises(ImageError, match="2 pictures need as many masks, not 1"):
+        read_pictures([RGB, RGB], RGB)
+
+
+@pytest.mark.parametrize("image", [Image.new("RGB", (20, 30), RED), Image.new("RGBA", (20, 30))])
+def test_a_blank_picture_is_refused(image):
+    with pytest.raises(ImageError, match="is blank"):
+        read_pictures(image)
+
+
+def test_a_padded_picture_is_whole_and_its_padding_is_not_the_thing():
+    image = Image.fromarray(noise(16, 32))
+    padded = square(image, 32, "pad")
+    assert padded.crop((0, 8, 32, 24)).tobytes() == image.tobytes()
+    assert padded.getpixel((5, 7)) == padded.getpixel((5, 24)) == WHITE
+    mask = np.asarray(square_mask(Picture(image), 32, "pad"))
+    assert mask[8:24].min() == 255 and mask[:8].max() == mask[24:].max() == 0
+    assert square_mask(Picture(image), 32, "crop") is None
+    assert square_mask(Picture(padded), 32, "pad") is None
+    marked = read_picture(cut_out())
+    cropped = np.asarray(square_mask(marked, 32, "crop"))  # columns 8 to 40 of 48
+    assert cropped[16, 4:28].min() == 255 and cropped[16, :4].max() == 0 == cropped[16, 28:].max()
+    with pytest.raises(DTEError, match="fit is one of crop, pad"):
+        square(image, 32, "stretch")
+
+
+def warned(picture: Picture, fit: str = "crop") -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_backgrounds([picture], fit)
+    return [str(w.message) for w in caught]
+
+
+def test_a_crop_that_throws_away_much_and_a_busy_background_are_told():
+    plain = Image.new("RGB", (100, 59), "white")
+    assert "Of picture 1 only" in warned(Picture(plain))[0] and "59%" in warned(Picture(plain))[0]
+    assert warned(Picture(plain), "pad") == []
+    assert warned(Picture(plain.resize((100, 60)))) == []
+    busy = Image.fromarray(noise(64, 64))
+    assert "background of picture 1 is busy" in warned(Picture(busy))[0]
+    assert warned(Picture(busy, Image.new("L", (64, 64), 255))) == []

@@ -91,7 +91,7 @@ def test_the_hook_is_gone_even_after_an_exception(encode, tiny_backbone):
 
 def test_bad_prompts(encode):
     v = torch.zeros(1, 24)
-    with pytest.raises(ValueError, match=r"has no S\*"):
+    with pytest.raises(ValueError, match=r"does not contain S\*"):
         encode(["a cat"], v)
     with pytest.raises(ValueError, match="too long"):
         encode(["red " * 14 + "S*"], v)

@@ -41,13 +41,12 @@ from dte_lab.cli.drawings import DrawingOptions, contact_sheet, picture_origins,
 from dte_lab.cli.pretrain import pretrain
 from dte_lab.common.errors import DTEError, is_out_of_memory
 from dte_lab.common.files import keep_inputs
-from dte_lab.common.images import read_image, square
+from dte_lab.common.images import Picture, read_pictures, square
 from dte_lab.common.origin import check_free, origin_text, pictures_digest
 from dte_lab.common.quiet import close_bars, quiet_libraries
+from dte_lab.prompts import check_tuning
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from dte_lab import Concept, DTEPipeline, TuneConfig
 
 app = typer.Typer(
@@ -67,22 +66,27 @@ Seeds = Annotated[
 ]
 Alpha = Annotated[
     float | None,
-    typer.Option("--alpha", min=0, max=1, help="Blend of the dual path: 1 soft only, 0 hard only."),
+    typer.Option("--alpha", help="Blend of the dual path: 1 soft only, 0 hard only."),
 ]
 TuningSteps = Annotated[
     int | None,
-    typer.Option("--steps", min=0, help="0 for none; by default 12, for sd15 without encoder 30."),
+    typer.Option("--steps", help="0 for none; by default 12, for sd15 without encoder 30."),
 ]
 TuningRate = Annotated[
     float | None,
-    typer.Option("--learning-rate", min=0, help="Of the offsets; 0.006. Falls after 25 steps."),
+    typer.Option("--learning-rate", help="Of the offsets; 0.006. Falls after 25 steps."),
 ]
 Guidance = Annotated[
     float | None,
-    typer.Option("--guidance-scale", min=0, help="By default the model's: small 1.5, others 7.5."),
+    typer.Option("--guidance-scale", help="By default the model's: small 1.5, others 7.5."),
 ]
 Negative = Annotated[str, typer.Option("--negative-prompt", help="What not to draw.")]
-InferenceSteps = Annotated[int, typer.Option("--num-inference-steps", min=1, max=1000)]
+InferenceSteps = Annotated[int, typer.Option("--num-inference-steps")]
+Masks = Annotated[
+    list[Path],
+    typer.Option("--mask", help="White where the thing is; one for each picture, in their order."),
+]
+Fit = Annotated[str, typer.Option("--fit", help="crop to the middle's square, or pad to one.")]
 CONCEPT, SHEET = "concept.safetensors", "contact_sheet.png"
 
 
@@ -103,6 +107,8 @@ def personalize(
     prompt: Prompts,
     out: Out,
     steps: TuningSteps = None,
+    mask: Masks = (),
+    fit: Fit = "crop",
     seed: Seeds = (0,),
     backbone: AnyBackbone = "small",
     encoder: Encoder = None,
@@ -121,12 +127,16 @@ def personalize(
     """Learn the concept of one picture, or of a few, and draw it in new settings."""
     start = time.perf_counter()
     prompt, seed = distinct(prompt), distinct(seed)
-    check_prompts(prompt)
-    pictures = [read_image(path) for path in images]
-    origin = pictures_digest(pictures)
+    drawing = DrawingOptions(
+        prompt, seed, guidance_scale, negative_prompt, num_inference_steps, alpha, batch_size
+    )
+    drawing.check()
+    check_tuning(steps, learning_rate, batch_size)
+    pictures = read_pictures(images, mask or None, fit)
+    origin = pictures_digest(picture.image for picture in pictures)
     drawings = picture_origins(prompt, seed, out, origin)
     outputs = drawings | dict.fromkeys((out / SHEET, out / CONCEPT), {"concept": origin})
-    keep_inputs(outputs, images)
+    keep_inputs(outputs, [*images, *mask])
     check_free(outputs, overwrite)
     prepare_folder(out)
     pipe = load_pipeline(
@@ -135,24 +145,19 @@ def personalize(
     )  # fmt: skip
     pipe.prompt_encoder.tokenize(prompt)  # a prompt may be too long for the text encoder
     from dte_lab import TuneConfig
+    from dte_lab.common.plots import save_figure
 
     steps = pipe.recommended_steps if steps is None else steps
     given_rates = given(batch_size=batch_size, offset_learning_rate=learning_rate)
     config = TuneConfig.of(pipe.backbone.recommended, **given_rates)
-    results = learn(pipe, pictures, steps, seed[0], config)
+    results = learn(pipe, pictures, steps, seed[0], config, fit)
     concept = results["tuned" if steps else "predicted only"]
     if guidance_scale is not None:
         concept.settings = replace(concept.settings, guidance_scale=guidance_scale)
     concept.save(out / CONCEPT)  # first, since it is the costly part
-
-    drawing = DrawingOptions(
-        prompt, seed, guidance_scale, negative_prompt, num_inference_steps, alpha, batch_size
-    )
     drawn = {name: drawing.draw(pipe, result) for name, result in results.items()}
     names = save_pictures(list(drawn.values())[-1], drawings)
-    inputs = [square(picture, pipe.backbone.resolution) for picture in pictures]
-    from dte_lab.common.plots import save_figure
-
+    inputs = [square(picture.image, pipe.backbone.resolution, fit) for picture in pictures]
     sheet = contact_sheet(inputs, drawn, prompt, seed)
     save_figure(sheet, out / SHEET, dpi=140, metadata=origin_text({"concept": origin}))
     tell(results, steps, time.perf_counter() - start)
@@ -181,7 +186,10 @@ def generate(
 ) -> None:
     """Draw a concept that `dte personalize` saved in further settings."""
     prompt, seed = distinct(prompt), distinct(seed)
-    check_prompts(prompt)
+    drawing = DrawingOptions(
+        prompt, seed, guidance_scale, negative_prompt, num_inference_steps, alpha, batch_size
+    )
+    drawing.check()
     quiet_libraries()
     from dte_lab import Concept
 
@@ -190,26 +198,26 @@ def generate(
     check_free(drawings, overwrite)
     prepare_folder(out)
     pipe = load_pipeline(backbone or loaded.backbone, encoder, device, dtype, offload=offload)
-    drawing = DrawingOptions(
-        prompt, seed, guidance_scale, negative_prompt, num_inference_steps, alpha, batch_size
-    )
     names = save_pictures(drawing.draw(pipe, loaded), drawings)
     typer.echo(f"wrote {', '.join(names)} to {out}")
 
 
 def learn(
     pipe: "DTEPipeline",
-    pictures: Sequence["Image.Image"],
+    pictures: Sequence[Picture],
     steps: int,
     seed: int,
     config: "TuneConfig",
+    fit: str,
 ) -> dict[str, "Concept"]:
     """The concept as predicted, where an encoder says more than words do, and as tuned."""
-    results = {}
+    results, masks = {}, [picture.mask for picture in pictures]
+    images = [picture.image for picture in pictures]
+    options = {"seed": seed, "config": config, "mask": masks, "fit": fit}
     if pipe.has_trained_encoder or not steps:
-        results["predicted only"] = pipe.personalize(pictures, num_steps=0, seed=seed)
+        results["predicted only"] = pipe.personalize(images, 0, **options)
     if steps:
-        results["tuned"] = pipe.personalize(pictures, steps, seed, config=config)
+        results["tuned"] = pipe.personalize(images, steps, **options)
     return results
 
 
@@ -230,16 +238,6 @@ def tell(results: Mapping[str, "Concept"], steps: int, seconds: float) -> None:
 def distinct(values: Sequence) -> list:
     """The values in the given order, each once."""
     return list(dict.fromkeys(values))
-
-
-def check_prompts(prompts: Sequence[str]) -> None:
-    """Raise DTEError unless every prompt names the concept."""
-    for prompt in prompts:
-        if placeholder_token not in prompt:
-            raise DTEError(
-                f"the prompt {prompt!r} does not contain {placeholder_token}, which stands for the "
-                f'concept; write for example "{placeholder_token} on the beach".'
-            )
 
 
 app.command()(pretrain)

@@ -34,11 +34,9 @@ Device = Annotated[
 ]
 TuningBatch = Annotated[
     int | None,
-    typer.Option("--batch-size", min=1, help="Noise levels per step, and pictures drawn at once."),
+    typer.Option("--batch-size", help="Noise levels per step, and pictures drawn at once."),
 ]
-DrawingBatch = Annotated[
-    int | None, typer.Option("--batch-size", min=1, help="Pictures drawn at once.")
-]
+DrawingBatch = Annotated[int | None, typer.Option("--batch-size", help="Pictures drawn at once.")]
 DType = Annotated[
     str | None,
     typer.Option("--dtype", help="fp16, bf16 or fp32; fp16 for sd15 on a GPU, fp32 elsewhere."),

@@ -12,6 +12,7 @@ from dte_lab import placeholder_token
 from dte_lab.cli.common import given
 from dte_lab.common.images import save_png
 from dte_lab.common.origin import origin_text
+from dte_lab.prompts import check_drawing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,6 +32,13 @@ class DrawingOptions(NamedTuple):
     num_inference_steps: int
     alpha: float | None
     batch_size: int | None
+
+    def check(self) -> None:
+        """Raise DTEError for what DTEPipeline.generate would refuse."""
+        check_drawing(
+            self.prompts, self.seeds, self.guidance_scale, self.num_inference_steps,
+            self.negative_prompt, self.alpha, self.batch_size,
+        )  # fmt: skip
 
     def draw(self, pipe: "DTEPipeline", concept: "Concept") -> list[list[Image.Image]]:
         """One picture per prompt and seed."""

@@ -6,17 +6,18 @@ Everything here ends in an 8-bit RGB picture, upright and opaque. What cannot be
 
 import io
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from dte_lab.common.errors import DTEError
 from dte_lab.common.files import write_atomically
+from dte_lab.common.settings import check_one_of
+from dte_lab.common.sources import ImageError, Named, Source, each_picture, opened
 
 if TYPE_CHECKING:  # a bad picture is reported before torch is loaded
     from jaxtyping import Float, UInt8
@@ -24,54 +25,157 @@ if TYPE_CHECKING:  # a bad picture is reported before torch is loaded
 
 MIN_SIDE = 16  # px; below this nothing of a concept is left
 MAX_PIXELS = 100_000_000  # 300 MB once decoded; read from the header, before any decoding
+LIMIT = f"at most {MAX_PIXELS // 1_000_000} megapixels can be read"
 # Pictures only. Left out on purpose: EPS and PDF, which Pillow hands to an external interpreter.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "PPM", "ICO")
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "PPM", "ICO", "HEIF")
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+FITS = ("crop", "pad")
+BUSY = 20  # levels of 255, standard deviation within a corner
+BLANK = 4  # levels of 255 between the darkest and the brightest pixel of each channel
 
 
-class ImageError(DTEError):
-    """A picture that cannot be used; the message is one sentence fit for the user."""
+class Picture(NamedTuple):
+    """An upright, opaque RGB picture, and of the same size in grey how much of each pixel is the
+    thing, 255 all; None where nobody said."""
+
+    image: Image.Image
+    mask: Image.Image | None = None
 
 
-def read_image(source: str | Path | BinaryIO | Image.Image) -> Image.Image:
-    """Read a picture from a path, a binary file or a PIL image, as upright, opaque 8-bit RGB.
+def read_image(source: Source) -> Image.Image:
+    """Read a picture as upright, opaque 8-bit RGB, from any `Source` of sources.py.
 
     EXIF orientation is applied, transparency is put on white, 16-bit depth is scaled to 8, CMYK
     and palettes are converted, and of an animation the first frame is taken.
 
     Raises ImageError for anything that is missing, is no picture, is damaged, has a side under
-    `MIN_SIDE` or more than `MAX_PIXELS` pixels (judged by the header, before decoding).
+    `MIN_SIDE` or more than `MAX_PIXELS` pixels (judged by the header, before decoding), or more
+    than 100 MB.
     """
-    if isinstance(source, Image.Image):
-        return _to_rgb(source, "the picture")
-    if isinstance(source, str | Path):
-        with _open_file(Path(source)) as file:
-            return _decode(file, str(source))
-    data = source.read()
-    name = str(getattr(source, "name", "the picture"))
-    if not data:
-        raise ImageError(f"{name} is empty.")
-    return _decode(io.BytesIO(data), name)
+    return read_picture(source).image
 
 
-def square(image: Image.Image, resolution: int) -> Image.Image:
-    """The centre square of the shorter side, resized with an antialiased bicubic filter.
+def read_picture(source: Source, mask: Source | None = None) -> Picture:
+    """A picture with what says where the thing is: `mask`, or else its own transparency.
 
-    A picture that already has this size comes out unchanged.
+    mask: a picture of the same size, white or opaque where the thing is. What is not the thing
+    becomes white. Raises ImageError as `read_image`, and for a mask that does not fit.
     """
+    found = each_picture(source)
+    if len(found) != 1:
+        raise ImageError(f"One picture is needed here, not {len(found)}.")
+    image, name = _read(found[0]), found[0].name
+    alpha = image.getchannel("A") if image.mode == "RGBA" else None
+    if mask is not None:
+        marked, mask_name = _read(each_picture(mask)[0]), each_picture(mask)[0].name
+        alpha = marked.getchannel("A") if marked.mode == "RGBA" else marked.convert("L")
+        if alpha.size != image.size:
+            raise ImageError(
+                f"the mask {mask_name} has {alpha.width} x {alpha.height} pixels, and {name} "
+                f"{image.width} x {image.height}: they must be the same."
+            )
+        if alpha.getextrema()[1] < 128:
+            raise ImageError(f"the mask {mask_name} is black: it is white where the thing is.")
+    if alpha is None or alpha.getextrema()[0] == 255:
+        return Picture(image.convert("RGB"))
+    if image.mode == "RGBA" and mask is not None:
+        alpha = ImageChops.multiply(alpha, image.getchannel("A"))
+    image = image.convert("RGBA")
+    image.putalpha(alpha)
+    white = Image.new("RGBA", image.size, "white")
+    return Picture(Image.alpha_composite(white, image).convert("RGB"), alpha)
+
+
+def read_pictures(
+    sources: Source | list[Source],
+    masks: Source | list[Source | None] | None = None,
+    fit: str = "crop",
+) -> list[Picture]:
+    """All pictures of a concept, see `read_picture`; masks: one for each of them, or None.
+
+    Warns as `warn_of_backgrounds`. Raises ImageError, too, for a picture of one colour.
+    """
+    sources = each_picture(sources)
+    if masks is None:
+        masks = [None] * len(sources)
+    masks = masks if isinstance(masks, list | tuple) else [masks]
+    if len(masks) != len(sources):
+        raise ImageError(f"{len(sources)} pictures need as many masks, not {len(masks)}.")
+    pictures = [read_picture(*pair) for pair in zip(sources, masks, strict=True)]
+    for picture, source in zip(pictures, sources, strict=True):
+        if all(high - low <= BLANK for low, high in picture.image.getextrema()):
+            raise ImageError(f"{source.name} is blank: it shows one colour and no thing.")
+    warn_of_backgrounds(pictures, fit)
+    return pictures
+
+
+def warn_of_backgrounds(pictures: Sequence[Picture], fit: str) -> None:
+    """Warn of each picture of which a crop takes off over 40 %, or whose corners are not plain."""
+    for n, picture in enumerate(pictures, 1):
+        short, long = sorted(picture.image.size)
+        if fit == "crop" and short < 0.6 * long:
+            warnings.warn(
+                f"Of picture {n} only the square in the middle is used, {short / long:.0%} of it: "
+                'crop it around the thing, or fit it in with fit="pad" (--fit pad).',
+                stacklevel=2,
+            )
+        grey = np.asarray(square(picture.image, 64, fit).convert("L"), np.float32)
+        ends = (slice(8), slice(-8, None))
+        busy = [grey[y, x].std() > BUSY for y in ends for x in ends]
+        if picture.mask is None and sum(busy) >= 2:
+            warnings.warn(
+                f"The background of picture {n} is busy and may be learned with the thing: cut "
+                "the thing out (a PNG with transparency), or give a mask (--mask).",
+                stacklevel=2,
+            )
+
+
+def square(image: Image.Image, resolution: int, fit: str = "crop") -> Image.Image:
+    """A square of the picture, resized with an antialiased bicubic filter.
+
+    fit: "crop" takes the centre square of the shorter side, "pad" adds white (in a mask: black).
+    A picture that already has this size comes out unchanged. Raises DTEError for another fit.
+    """
+    check_one_of("fit", fit, FITS)
     width, height = image.size
-    side = min(width, height)
+    side = min(width, height) if fit == "crop" else max(width, height)
     left, top = (width - side) // 2, (height - side) // 2
     # Cropped first: with resize(box=...) the filter would see pixels outside the square.
-    image = image.crop((left, top, left + side, top + side))
+    box = (left, top, left + side, top + side)
+    if fit == "crop":
+        image = image.crop(box)
+    else:
+        padded = Image.new(image.mode, (side, side), "white" if image.mode == "RGB" else 0)
+        padded.paste(image, (-left, -top))
+        image = padded
     return image.resize((resolution, resolution), Image.Resampling.BICUBIC)
 
 
-def to_square_tensor(image: Image.Image, resolution: int) -> "Float[Tensor, '3 side side']":
+def square_mask(picture: Picture, resolution: int, fit: str) -> Image.Image | None:
+    """Where the thing is in `square` of a picture, in grey; padding is not it. None: everywhere."""
+    if picture.mask is None and (fit == "crop" or len(set(picture.image.size)) == 1):
+        return None
+    mask = picture.mask or Image.new("L", picture.image.size, 255)
+    return square(mask, resolution, fit)
+
+
+def to_square_tensor(
+    image: Image.Image, resolution: int, fit: str = "crop"
+) -> "Float[Tensor, '3 side side']":
     """RGB picture to `square` to a float32 tensor (3, resolution, resolution) in [-1, 1]."""
     import torch
 
-    array = np.asarray(square(image, resolution), dtype=np.float32) / 127.5 - 1  # (H, W, 3)
+    array = np.asarray(square(image, resolution, fit), dtype=np.float32) / 127.5 - 1  # (H, W, 3)
     return torch.from_numpy(array).permute(2, 0, 1).contiguous()  # (3, H, W)
+
+
+def to_mask_tensor(mask: Image.Image | None, resolution: int) -> "Float[Tensor, '1 side side']":
+    """A mask of `square_mask` as float32 in [0, 1]; None is 1 everywhere."""
+    import torch
+
+    if mask is None:
+        return torch.ones(1, resolution, resolution)
+    return torch.from_numpy(np.asarray(mask, dtype=np.float32) / 255)[None]
 
 
 def save_png(image: Image.Image, path: str | Path, texts: Mapping[str, str] | None = None) -> None:
@@ -88,31 +192,41 @@ def save_png(image: Image.Image, path: str | Path, texts: Mapping[str, str] | No
     write_atomically(path, buffer.getvalue())
 
 
-def _open_file(path: Path) -> BinaryIO:
-    if path.is_dir():
-        raise ImageError(f"{path} is a folder; give a picture file.")
-    if not path.exists():
-        raise ImageError(f"{path} does not exist.")
-    if not path.is_file():
-        raise ImageError(f"{path} is not a regular file.")
-    if path.stat().st_size == 0:
-        raise ImageError(f"{path} is empty.")
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise ImageError(f"{path} cannot be read ({error.strerror or error}).") from error
+def _read(source: Named) -> Image.Image:
+    """One picture, upright, RGB or RGBA."""
+    _register_heif()
+    file = opened(*source)
+    if isinstance(file, Image.Image):
+        _check_size(file, source.name)
+        with _damage_reported(source.name):
+            file.load()  # may have been opened lazily
+            return _upright_rgb(file, source.name)
+    return _decode(file, source.name)
+
+
+def _register_heif() -> None:
+    """iPhone's format, where the optional library for it is there."""
+    with suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
 
 
 def _decode(file: BinaryIO, name: str) -> Image.Image:
     Image.init()
+    if file.getvalue()[4:8] == b"ftyp" and file.getvalue()[8:12] in HEIC_BRANDS:
+        if "HEIF" not in Image.OPEN:
+            raise ImageError(
+                f"{name} is a HEIC picture: pip install pillow-heif, or save it as JPEG."
+            )
     with _damage_reported(name), warnings.catch_warnings():
         # Our own limit is checked below, and metadata oddities do not concern the user.
         warnings.simplefilter("ignore")
-        formats = [f for f in FORMATS if f in Image.OPEN]  # AVIF only in newer builds of Pillow
+        formats = [f for f in FORMATS if f in Image.OPEN]  # not all are in every Pillow
         with Image.open(file, formats=formats) as image:
             _check_size(image, name)
             image.load()
-            return _to_rgb(image, name)
+            return _upright_rgb(image, name)
 
 
 @contextmanager
@@ -127,28 +241,24 @@ def _damage_reported(name: str) -> Iterator[None]:
             f"{name} is not a picture in a known format; use PNG, JPEG, WebP, GIF, TIFF or BMP."
         ) from error
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{name} is too large: {_limit()}.") from error
+        raise ImageError(f"{name} is too large: {LIMIT}.") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         detail = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"{name} is damaged and cannot be decoded ({detail}).") from error
 
 
-def _limit() -> str:
-    return f"at most {MAX_PIXELS // 1_000_000} megapixels can be read"
-
-
 def _check_size(image: Image.Image, name: str) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise ImageError(f"{name} is too large ({width} x {height} pixels): {_limit()}.")
+        raise ImageError(f"{name} is too large ({width} x {height} pixels): {LIMIT}.")
     if min(width, height) < MIN_SIDE:
         raise ImageError(
             f"{name} is too small ({width} x {height} pixels): each side needs at least {MIN_SIDE}."
         )
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    _check_size(image, name)
+def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+    """RGB, or RGBA where anything says what is transparent."""
     image = _upright(image)
     if image.mode.startswith("I"):  # "I;16", "I;16B", "I": grey with more than 8 bits
         image = _from_16_bit(image, name)
@@ -156,11 +266,9 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         raise ImageError(
             f"{name} has floating-point pixels, whose range is not known; save it with 8 bits."
         )
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    elif image.mode in ("La", "RGBa"):  # premultiplied
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -172,10 +280,13 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _from_16_bit(image: Image.Image, name: str) -> Image.Image:
     """Grey (H, W) with 16 bits to 8 bits: 0 stays 0 and 65535 becomes 255."""
-    array = np.asarray(image).astype(np.int64)
+    array = np.asarray(image)
     if array.min() < 0 or array.max() > 65535:
         raise ImageError(f"{name} has more than 16 bits per pixel; save it with 8 or 16 bits.")
-    return Image.fromarray(((array * 255 + 32767) // 65535).astype(np.uint8))
+    grey = Image.fromarray(((array.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    if isinstance(clear := image.info.get("transparency"), int):  # the grey that is transparent
+        grey.putalpha(Image.fromarray((array != clear) * np.uint8(255)))
+    return grey
 
 
 def to_bytes(pixels: "Float[Tensor, '*shape']") -> "UInt8[Tensor, '*shape']":

@@ -7,11 +7,14 @@ from numbers import Integral, Real
 from dte_lab.common.errors import DTEError
 
 
-def check_whole(name: str, value: object, low: int | None = None, instead: str = "") -> None:
-    """`value` must be a whole number, of at least `low`; `instead`: what else would do."""
+def check_whole(
+    name: str, value: object, low: int | None = None, high: int | None = None, instead: str = ""
+) -> None:
+    """`value` must be a whole number in [low, high]; `instead`: what else would do."""
     whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not whole or (low is not None and value < low):
+    if not whole or (low is not None and value < low) or (high is not None and value > high):
         least = "" if low is None else f" from {low}"
+        least += "" if high is None else f" to {high}"
         other = f" or {instead}" if instead else ""
         raise DTEError(f"{name} is a whole number{least}{other}, not {value!r}.")
 
