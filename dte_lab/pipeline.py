@@ -32,7 +32,7 @@ from dte_lab.common.images import (
 from dte_lab.common.origin import pictures_digest
 from dte_lab.common.random import stream
 from dte_lab.common.settings import check_whole
-from dte_lab.common.sources import Source
+from dte_lab.common.sources import PictureSource
 from dte_lab.concept import Concept
 from dte_lab.config import MethodConfig
 from dte_lab.contrastive import prompt_embedding
@@ -101,7 +101,7 @@ class DTEPipeline:
 
     def personalize(
         self,
-        image: Source | Sequence[Source],
+        image: PictureSource | Sequence[PictureSource],
         num_steps: int | None = None,
         seed: int = 0,
         callback: Callable[[dict], object] | None = None,
@@ -109,7 +109,7 @@ class DTEPipeline:
         config: TuneConfig | None = None,
         method: MethodConfig | None = None,
         prediction: EncoderPrediction | None = None,
-        mask: Source | Sequence[Source | None] | None = None,
+        mask: PictureSource | Sequence[PictureSource | None] | None = None,
         fit: str = "crop",
     ) -> Concept:
         """Predict v* and the offsets from pictures of one concept, then tune them.
@@ -227,7 +227,7 @@ class DTEPipeline:
         return torch.randn(shape, generator=stream(seed, "initial noise"))
 
     def pixels(
-        self, images: Sequence[Source], fit: str = "crop"
+        self, images: Sequence[PictureSource], fit: str = "crop"
     ) -> Float[Tensor, "pictures 3 height width"]:
         """Pictures in [-1, 1], cropped or padded to a square of the backbone's size."""
         size = self.backbone.resolution

@@ -17,11 +17,12 @@ from PIL import Image
 
 from dte_lab import Concept, TuneConfig
 from dte_lab.cli import evaluation
-from dte_lab.cli.app import check_prompts, distinct, main
+from dte_lab.cli.app import distinct, main
 from dte_lab.cli.drawings import contact_sheet, picture_names, picture_origins, save_pictures
 from dte_lab.common.errors import DTEError
 from dte_lab.common.images import read_image
 from dte_lab.common.origin import check_free, origin_of, pictures_digest
+from dte_lab.prompts import check_prompts
 from dte_lab.recommended import SMALL_WORLD
 
 PROMPTS = ["--prompt", "S* on the beach", "--prompt", "S* at night"]

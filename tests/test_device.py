@@ -22,7 +22,7 @@ def cuda(monkeypatch):
 
 def test_a_gpu_is_taken_where_there_is_one_and_nothing_is_asked(cuda, monkeypatch):
     cuda(False)
-    assert checked_device(None) == "cpu"
+    assert checked_device(None) == checked_device("auto") == "cpu"
     cuda(True)
     assert checked_device(None) == checked_device("cuda") == "cuda:0"
     assert checked_device("cpu") == "cpu" and checked_device("cuda:3") == "cuda:3"
@@ -33,7 +33,7 @@ def test_a_gpu_is_taken_where_there_is_one_and_nothing_is_asked(cuda, monkeypatc
 @pytest.mark.parametrize("word", ["foo", "CPU", "", "meta", "xla", "cpu:x", "-1"])
 def test_what_is_no_device_is_one_sentence(cuda, word):
     cuda(False)
-    with pytest.raises(DTEError, match="is cpu or cuda, not"):
+    with pytest.raises(DTEError, match="a device is auto, cpu, cuda, cuda:N or mps, not"):
         checked_device(word)
 
 

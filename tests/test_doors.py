@@ -1,6 +1,10 @@
 """The command and the pipeline refuse the same values with the same sentence, before slow work."""
 
+import io
 import math
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -77,3 +81,24 @@ def test_the_error_counts_as_much_as_the_weights_say():
     torch.testing.assert_close(weighted_error(output, target, weights), total / weights.sum() / 3)
     plain = torch.nn.functional.mse_loss(output, target)
     assert torch.equal(weighted_error(output, target, None), plain)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_stream_that_lacks_letters_ends_nothing(encoding, tmp_path, picture):
+    picture.save(tmp_path / "图.png")
+    command = [sys.executable, "-m", "dte_lab", "personalize", tmp_path / "图.png"]
+    command += ["--prompt", "s* 海", "--out", tmp_path / "aus 图"]
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    assert encoding == "ascii" or r"\u6d77" in ended.stderr  # click writes UTF-8 for ASCII
+
+
+def test_the_streams_of_the_command_show_what_they_can(monkeypatch, tmp_path):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", out)
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    print("wrote 图")
+    out.flush()
+    assert rb"wrote \u56fe" in out.buffer.getvalue()

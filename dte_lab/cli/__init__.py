@@ -22,6 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     in_charge = threading.current_thread() is threading.main_thread()
     numbers = [signal.Signals[name] for name in ENDED] if in_charge else []
     before = {number: signal.signal(number, _end) for number in numbers}
+    for stream in (sys.stdout, sys.stderr):  # cp1252 and ASCII have no letter for every name
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         from dte_lab.cli.app import main
 

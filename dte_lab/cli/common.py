@@ -28,9 +28,7 @@ Encoder = Annotated[
 ]
 Device = Annotated[
     str | None,
-    typer.Option(
-        "--device", help="cpu or cuda; where no default is named, cuda if there is a GPU."
-    ),
+    typer.Option("--device", help="auto (cuda if there is a GPU), cpu, cuda, cuda:N or mps."),
 ]
 TuningBatch = Annotated[
     int | None,

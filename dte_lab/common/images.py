@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from dte_lab.common.files import write_atomically
 from dte_lab.common.settings import check_one_of
-from dte_lab.common.sources import ImageError, Named, Source, each_picture, opened
+from dte_lab.common.sources import ImageError, Named, PictureSource, each_picture, opened
 
 if TYPE_CHECKING:  # a bad picture is reported before torch is loaded
     from jaxtyping import Float, UInt8
@@ -42,8 +42,8 @@ class Picture(NamedTuple):
     mask: Image.Image | None = None
 
 
-def read_image(source: Source) -> Image.Image:
-    """Read a picture as upright, opaque 8-bit RGB, from any `Source` of sources.py.
+def read_image(source: PictureSource) -> Image.Image:
+    """Read a picture as upright, opaque 8-bit RGB, from any `PictureSource`, see sources.py.
 
     EXIF orientation is applied, transparency is put on white, 16-bit depth is scaled to 8, CMYK
     and palettes are converted, and of an animation the first frame is taken.
@@ -55,7 +55,7 @@ def read_image(source: Source) -> Image.Image:
     return read_picture(source).image
 
 
-def read_picture(source: Source, mask: Source | None = None) -> Picture:
+def read_picture(source: PictureSource, mask: PictureSource | None = None) -> Picture:
     """A picture with what says where the thing is: `mask`, or else its own transparency.
 
     mask: a picture of the same size, white or opaque where the thing is. What is not the thing
@@ -64,10 +64,10 @@ def read_picture(source: Source, mask: Source | None = None) -> Picture:
     found = each_picture(source)
     if len(found) != 1:
         raise ImageError(f"One picture is needed here, not {len(found)}.")
-    image, name = _read(found[0]), found[0].name
+    image, name = _loaded(found[0]), found[0].name
     alpha = image.getchannel("A") if image.mode == "RGBA" else None
     if mask is not None:
-        marked, mask_name = _read(each_picture(mask)[0]), each_picture(mask)[0].name
+        marked, mask_name = _loaded(each_picture(mask)[0]), each_picture(mask)[0].name
         alpha = marked.getchannel("A") if marked.mode == "RGBA" else marked.convert("L")
         if alpha.size != image.size:
             raise ImageError(
@@ -87,8 +87,8 @@ def read_picture(source: Source, mask: Source | None = None) -> Picture:
 
 
 def read_pictures(
-    sources: Source | list[Source],
-    masks: Source | list[Source | None] | None = None,
+    sources: PictureSource | list[PictureSource],
+    masks: PictureSource | list[PictureSource | None] | None = None,
     fit: str = "crop",
 ) -> list[Picture]:
     """All pictures of a concept, see `read_picture`; masks: one for each of them, or None.
@@ -192,7 +192,7 @@ def save_png(image: Image.Image, path: str | Path, texts: Mapping[str, str] | No
     write_atomically(path, buffer.getvalue())
 
 
-def _read(source: Named) -> Image.Image:
+def _loaded(source: Named) -> Image.Image:
     """One picture, upright, RGB or RGBA."""
     _register_heif()
     file = opened(*source)

@@ -12,7 +12,7 @@ from dte_lab.common.errors import DTEError
 
 # Any: a numpy array or a torch tensor, of (H, W) or with 1, 3 or 4 channels first or last, uint8
 # or floats from 0 to 1; what ipywidgets' FileUpload has as its value, or Colab's files.upload().
-Source = str | Path | bytes | BinaryIO | Image.Image | Any
+PictureSource = str | Path | bytes | BinaryIO | Image.Image | Any
 BYTES = bytes | bytearray | memoryview
 MAX_BYTES = 100_000_000  # of a file; decoders need up to 0.06 s for each megabyte of junk
 
@@ -24,11 +24,11 @@ class ImageError(DTEError):
 class Named(NamedTuple):
     """One picture and what messages call it."""
 
-    picture: Source
+    picture: PictureSource
     name: str
 
 
-def each_picture(source: Source | Sequence[Source]) -> list[Named]:
+def each_picture(source: PictureSource | Sequence[PictureSource]) -> list[Named]:
     """The single pictures of a source: of a list, or of an upload widget's value.
 
     Raises ImageError where there is none.
@@ -52,7 +52,7 @@ def each_picture(source: Source | Sequence[Source]) -> list[Named]:
     return pictures
 
 
-def opened(source: Source, name: str) -> Image.Image | BinaryIO:
+def opened(source: PictureSource, name: str) -> Image.Image | BinaryIO:
     """One source as a PIL image, or as a file to decode that is not too large.
 
     Raises ImageError for what is neither.

@@ -12,18 +12,18 @@ from dte_lab.common.errors import DTEError
 
 
 def checked_device(device: str | None) -> str:
-    """The device to use; None is cuda where there is a GPU. Several processes have a GPU each.
+    """The device to use; None and auto: cuda where there is one. Several processes have a GPU each.
 
     Raises DTEError for what is no device, and for CUDA where it is not there.
     """
-    if device is None:
+    if device in (None, "auto"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         kind = torch.device(device).type
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         kind = None
     if kind not in ("cpu", "cuda", "mps"):
-        raise DTEError(f"--device is cpu or cuda, not {device!r}.")
+        raise DTEError(f"a device is auto, cpu, cuda, cuda:N or mps, not {device!r}.")
     if kind == "cuda" and not torch.cuda.is_available():
         raise DTEError(
             "torch finds no CUDA device: use --device cpu, or ask dte doctor what is there."
