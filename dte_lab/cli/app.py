@@ -213,11 +213,11 @@ def learn(
     """The concept as predicted, where an encoder says more than words do, and as tuned."""
     results, masks = {}, [picture.mask for picture in pictures]
     images = [picture.image for picture in pictures]
-    options = {"seed": seed, "config": config, "mask": masks, "fit": fit}
+    options = {"seed": seed, "mask": masks, "fit": fit}
     if pipe.has_trained_encoder or not steps:
         results["predicted only"] = pipe.personalize(images, 0, **options)
     if steps:
-        results["tuned"] = pipe.personalize(images, steps, **options)
+        results["tuned"] = pipe.personalize(images, steps, config=config, **options)
     return results
 
 
