@@ -183,7 +183,7 @@ class DTEPipeline:
         or without the pictures that `prediction_interval` needs, and when the memory is used up.
         """
         backbone, encode = self.backbone, self.prompt_encoder
-        prompts, seeds = [prompts] if isinstance(prompts, str) else list(prompts), list(seeds)
+        prompts, seeds = as_list(prompts), as_list(seeds)
         check_drawing(
             prompts, seeds, guidance_scale, num_inference_steps, negative_prompt, alpha_blend,
             batch_size,
@@ -247,6 +247,11 @@ class DTEPipeline:
         """[[word, cosine similarity], ...] of the k nearest words."""
         _, words, similarities = self.prompt_encoder.table.nearest(v_star, k)
         return [[w, s] for w, s in zip(words[0], similarities[0].tolist(), strict=True)]
+
+
+def as_list(value: object) -> list:
+    """What is several things as a list; one thing as a list of it."""
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
 
 
 def changed(

@@ -25,8 +25,8 @@ def check_text(name: str, text: object) -> None:
 
 def check_prompts(prompts: Sequence[str]) -> None:
     """Every prompt must name the one concept, and no other."""
-    if not prompts:
-        raise DTEError("at least one prompt is needed.")
+    if not isinstance(prompts, list | tuple) or not prompts:
+        raise DTEError(f"prompts are one or more texts in a list, not {prompts!r}.")
     for prompt in prompts:
         check_text("the prompt", prompt)
         if placeholder_token not in prompt:
@@ -52,8 +52,8 @@ def check_drawing(
 ) -> None:
     """The arguments of `DTEPipeline.generate`; None is its default."""
     check_prompts(prompts)
-    if not seeds:
-        raise DTEError("at least one seed is needed.")
+    if not isinstance(seeds, list | tuple) or not seeds:
+        raise DTEError(f"seeds are one or more whole numbers in a list, not {seeds!r}.")
     for seed in seeds:
         check_whole("seed", seed)
     if guidance_scale is not None:
