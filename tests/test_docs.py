@@ -152,7 +152,6 @@ def test_docstrings_name_the_error_that_is_raised():
 
 TWO_MEANINGS = {  # why a name may stand at the top of several files
     "__all__": "what a folder shows",
-    "log": "the logger of a file",
     "main": "each experiment and each part of the small world has one",
     # A command is named after what it does, and so is the function that does it.
     "evaluate": "dte evaluate, dte world evaluate",
