@@ -71,6 +71,7 @@ EXTRAS_OF = {  # what imports from more than the dependencies
     "tools": ("notebooks", "test"),
 }
 OPTIONAL = {  # for --optimizer-8bit and a notebook alone, which say what to install
+    "dte_lab/common/images.py": {"pillow-heif"},
     "dte_lab/training/optimizer.py": {"bitsandbytes"},
     "dte_lab/evaluation/word_map.py": {"umap-learn"},
 }

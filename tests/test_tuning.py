@@ -343,3 +343,21 @@ def test_settings_of_a_backbone_and_of_a_concept():
 def test_recommended_settings_are_checked(name, value):
     with pytest.raises(ValueError, match=name):
         replace(STABLE_DIFFUSION, **{name: value})
+
+
+def test_each_picture_is_weighted_by_its_own_mask_on_the_latent_grid(tiny_backbone):
+    latents = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 4, 2, 2)  # picture i is all i
+    masks = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    batches = [
+        draw_batch(tiny_backbone, latents, ("S*",), 0, 5, torch.Generator().manual_seed(1), m)
+        for m in (masks, None)
+    ]
+    for latent, weight in zip(batches[0].latents, batches[0].weights, strict=True):
+        mask = masks[int(latent[0, 0, 0]), 0]
+        for y, x in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            expected = mask[4 * y : 4 * y + 4, 4 * x : 4 * x + 4].mean()
+            torch.testing.assert_close(weight[0, y, x], expected)
+    assert batches[1].weights is None
+    assert all(
+        torch.equal(getattr(batches[0], n), getattr(batches[1], n)) for n in ("noise", "latents")
+    )
