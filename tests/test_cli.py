@@ -47,7 +47,9 @@ def model(tiny_path, tiny_backbone, tiny_config, tmp_path_factory):
 @pytest.fixture(scope="session")
 def photo(picture, tmp_path_factory):
     path = tmp_path_factory.mktemp("photo") / "photo.png"
-    picture.save(path)
+    plain = Image.new("RGB", (40, 36), "white")  # around it: a busy one gets a warning
+    plain.paste(picture, (8, 8))
+    plain.save(path)
     return path
 
 
@@ -464,10 +466,10 @@ def test_sample_concepts_were_never_trained_on():
 def test_faults_of_the_program_keep_their_traceback(monkeypatch, kind):
     """A ValueError of torch or of ours, too: only DTEError is made for the user."""
 
-    def broken(path):
+    def broken(*_):
         raise kind("a bug")
 
-    monkeypatch.setattr("dte_lab.cli.app.read_image", broken)
+    monkeypatch.setattr("dte_lab.cli.app.read_pictures", broken)
     with pytest.raises(kind, match="a bug"):
         main(["personalize", "a.png", *PROMPTS, "--out", "x"])
 
@@ -484,18 +486,18 @@ def test_faults_of_the_program_keep_their_traceback(monkeypatch, kind):
     ],
 )
 def test_what_the_user_can_put_right_is_one_line(monkeypatch, refused, error, line):
-    def broken(path):
+    def broken(*_):
         raise error
 
-    monkeypatch.setattr("dte_lab.cli.app.read_image", broken)
+    monkeypatch.setattr("dte_lab.cli.app.read_pictures", broken)
     assert refused("personalize", "a.png", *PROMPTS, "--out", "x") == line
 
 
 def test_interrupt_is_quiet(monkeypatch, dte):
-    def interrupted(path):
+    def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dte_lab.cli.app.read_image", interrupted)
+    monkeypatch.setattr("dte_lab.cli.app.read_pictures", interrupted)
     code, _, err = dte("personalize", "a.png", *PROMPTS, "--out", "x")
     assert code == 130 and len(err.splitlines()) <= 1
 
@@ -533,14 +535,16 @@ def test_nothing_is_written_over_what_was_made_of_something_else(refused, finish
     concept = out / "concept.safetensors"
     same = [path.read_bytes() for path in sorted(out.iterdir())]
     other = tmp_path / "other.png"
-    Image.new("RGB", (20, 20), "red").save(other)
+    two_colours = Image.new("RGB", (20, 20), "blue")
+    two_colours.paste("red", (5, 5, 15, 15))
+    two_colours.save(other)
     arguments = [*PROMPTS, "--out", out, "--backbone", tmp_path / "missing"]
     assert "was made of another picture or prompt" in refused("personalize", other, *arguments)
     for prompt in ("S* on the beach!", "on the beach S*"):  # the same name, but not the same
         line = refused("generate", concept, "--prompt", prompt, "--out", out)
         assert "on-the-beach_seed0.png is there already" in line and "--overwrite" in line
     mine = tmp_path / "at-night_seed0.png"
-    Image.new("RGB", (20, 20), "blue").save(mine)
+    two_colours.save(mine)
     for name in (mine.name, "contact_sheet.png"):
         mine = mine.rename(tmp_path / name)
         line = refused("personalize", mine, *PROMPTS, "--out", tmp_path, "--overwrite")

@@ -26,11 +26,11 @@ main(["--version"])
 WORKING = """
 import time
 from dte_lab.cli import app, main
-def read_image(path):
+def read_pictures(*_):
     from tqdm import tqdm
     for _ in tqdm(range(9)):
         print("ready", flush=True); time.sleep(60)
-app.read_image = read_image
+app.read_pictures = read_pictures
 main(["personalize", "a.png", "--prompt", "S*", "--out", "x"])
 """
 SHARING = """
@@ -38,9 +38,9 @@ import time
 from dte_lab.cli import app, main
 from dte_lab.common.processes import in_processes
 from tests.test_signals import sleep_long
-def read_image(path):
+def read_pictures(*_):
     list(in_processes(sleep_long, [1, 2, 3, 4], 2, 1))
-app.read_image = read_image
+app.read_pictures = read_pictures
 if __name__ == "__main__":
     main(["personalize", "a.png", "--prompt", "S*", "--out", "x"])
 """

@@ -43,7 +43,7 @@ from dte_lab.common.errors import DTEError, is_out_of_memory
 from dte_lab.common.files import keep_inputs
 from dte_lab.common.images import Picture, read_pictures, square
 from dte_lab.common.origin import check_free, origin_text, pictures_digest
-from dte_lab.common.quiet import close_bars, quiet_libraries
+from dte_lab.common.quiet import close_bars, quiet_libraries, warnings_in_one_line
 from dte_lab.prompts import check_tuning
 
 if TYPE_CHECKING:
@@ -255,7 +255,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if os.environ.get("DTE_DEBUG"):
         app(arguments)
     try:
-        code = app(arguments, prog_name="dte", standalone_mode=False)
+        with warnings_in_one_line():
+            code = app(arguments, prog_name="dte", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = fail("interrupted.", 130)
     except (RuntimeError, MemoryError) as error:

@@ -4,7 +4,8 @@ import logging
 import os
 import sys
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 
 LOUD_LIBRARIES = ("diffusers", "transformers", "torch", "huggingface_hub", "accelerate")
@@ -22,7 +23,7 @@ def quiet_libraries() -> ExitStack:
     undo.enter_context(warnings.catch_warnings())
     for module in LOUD_LIBRARIES:
         warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = _say
     root = logging.getLogger()
     if not root.handlers:
         handler = logging.StreamHandler()
@@ -40,6 +41,18 @@ def quiet_libraries() -> ExitStack:
             undo.callback(log.enable_progress_bar)
             log.disable_progress_bar()
     return undo
+
+
+@contextmanager
+def warnings_in_one_line() -> Iterator[None]:
+    """A warning inside is one line, before `quiet_libraries` can load the libraries, too."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _say
+        yield
+
+
+def _say(message: Warning | str, *where: object) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def close_bars() -> None:
