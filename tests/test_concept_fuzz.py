@@ -15,7 +15,7 @@ from dte_lab.common.errors import DTEError
 from dte_lab.export import export
 
 BOUNDED = settings(
-    max_examples=150, deadline=None, derandomize=True,
+    max_examples=150, deadline=None, derandomize=True, print_blob=False,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 DTYPES = [
@@ -100,3 +100,7 @@ def test_brackets_without_end(parts, tiny_backbone, tmp_path, key):
     save_file(tensors, tmp_path / "c.safetensors", metadata | {key: "[" * 100_000})
     assert not is_a_concept_or_one_sentence(tmp_path / "c.safetensors", tiny_backbone)
     assert is_a_concept_or_one_sentence(good, tiny_backbone)
+
+
+def test_a_sentence_is_one_line_whatever_it_cites():
+    assert str(DTEError("There is no a\r\nb\u2028c.")) == "There is no a b c."

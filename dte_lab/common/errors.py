@@ -7,6 +7,10 @@ class DTEError(ValueError):
     The command prints it without a traceback. Any other exception is a fault of the program.
     """
 
+    def __init__(self, message: object = "") -> None:
+        """message: becomes one line, whatever names and values of the user it cites."""
+        super().__init__(" ".join(str(message).splitlines()))
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU's memory or the machine's is used up: torch has several errors for that."""
