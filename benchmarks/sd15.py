@@ -125,7 +125,6 @@ def measure_pretraining(pipe: DTEPipeline, setting: Setting) -> dict[str, float]
     pictures = torch.zeros(batch, 3, backbone.resolution, backbone.resolution)
     items = {
         "image": pictures,
-        "target": pictures,
         "prompt": ["a picture of S*"] * batch,
         "concept": torch.arange(batch),
     }

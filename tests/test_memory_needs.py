@@ -6,11 +6,13 @@ import json
 import pytest
 import torch
 
-from dte_lab import DTEPipeline, TuneConfig, memory_needs
+from dte_lab import DTEPipeline, TuneConfig, TuningEncoder, memory_needs
 from dte_lab.cli import main
 from dte_lab.common.errors import DTEError, is_out_of_memory
 from dte_lab.memory_needs import Setting, advice, check_room, choices, needed, out_of_memory_advised
 from dte_lab.sd15 import random_parts
+from dte_lab.training import pretrain as pretraining
+from dte_lab.training.config import PretrainConfig
 from dte_lab.zero_shot import ZeroShotStart
 
 OOM = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -170,6 +172,19 @@ def test_personalize_and_generate_answer_in_a_sentence(card, large, picture, par
     finally:
         handle.remove()
     assert pipe.generate(concept, "S*", num_inference_steps=1, progress=False)
+
+
+def test_pretraining_answers_in_a_sentence(card, large, tiny_config, tmp_path, monkeypatch):
+    card(6)
+
+    def full(*_):
+        raise OOM
+
+    monkeypatch.setattr(pretraining, "take_step", full)
+    encoder = TuningEncoder.from_backbone(large, tiny_config)
+    config = PretrainConfig(steps=1, batch_size=4)
+    with pytest.raises(DTEError, match="^Card X, with 6.0 GB, ran out of memory in pre-training"):
+        pretraining.pretrain(large, encoder, [{}] * 4, config, tmp_path, progress=False)
 
 
 @pytest.mark.parametrize("command", ["personalize", "generate"])

@@ -149,7 +149,6 @@ def _pretrain(
     optimizer.zero_grad()
     batch = {
         "image": pictures,
-        "target": pictures,
         "prompt": [f"a picture of {placeholder_token}"] * len(pictures),
         "concept": torch.arange(len(pictures)),
     }

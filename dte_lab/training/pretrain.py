@@ -26,6 +26,7 @@ from dte_lab.common.attention import short_attention
 from dte_lab.common.resume import LOG
 from dte_lab.common.schedule import ema_weight, update_ema
 from dte_lab.encoder import EncoderPrediction, TuningEncoder
+from dte_lab.memory_needs import out_of_memory_advised
 from dte_lab.pipeline import DTEPipeline
 from dte_lab.training.batches import batches_of, prepare
 from dte_lab.training.callbacks import Log, Probe, SampleGrids, Save, StepResult
@@ -64,8 +65,8 @@ def pretrain(
     Returns the encoder with its EMA weights loaded. Once all steps are done a call only does that.
 
     Raises DTEError when out_dir holds a run with other settings, the batch cannot be shared out
-    evenly or bitsandbytes is missing, RuntimeError when the loss stops being finite (the last
-    checkpoint stays).
+    evenly, bitsandbytes is missing or memory is used up, RuntimeError when the loss stops being
+    finite (the last checkpoint stays).
     """
     config, out_dir, started = config or PretrainConfig(), Path(out_dir), time.monotonic()
     run = set_up(backbone, encoder, dataset, config, out_dir, initialise)
@@ -75,15 +76,16 @@ def pretrain(
         run, config, out_dir, bar, eval_images, eval_prompts, probe_images, validation, callback
     )
     batches = iter(batches_of(dataset, config, run.first, run.accelerator.device, run.processes))
-    for step in range(run.first, config.steps):
-        result = take_step(run, batches, config, step, out_dir)
-        weight = torch.tensor(ema_weight(step, config.ema_decay), device=backbone.device)
-        update_ema(run.average, encoder, weight)
-        result.last = out_of_time(run.accelerator, config, started) or step + 1 == config.steps
-        for after in after_step:
-            after(result)
-        if result.last:
-            break
+    with out_of_memory_advised(backbone, "pre-training", config.batch_size // run.processes.count):
+        for step in range(run.first, config.steps):
+            result = take_step(run, batches, config, step, out_dir)
+            weight = torch.tensor(ema_weight(step, config.ema_decay), device=backbone.device)
+            update_ema(run.average, encoder, weight)
+            result.last = out_of_time(run.accelerator, config, started) or step + 1 == config.steps
+            for after in after_step:
+                after(result)
+            if result.last:
+                break
     bar.close()
     run.accelerator.wait_for_everyone()
     encoder.load_state_dict(run.average.state_dict())
