@@ -3,6 +3,7 @@
 Nothing but safetensors is read, and a part that lacks a tensor is refused (common/weights.py).
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,11 @@ def _small_part(kind: type, folder: Path) -> Any:
 def check_folders(root: Path) -> None:
     """Raise DTEError when `root` holds no backbone that `load_backbone` can load."""
     if not root.is_dir():
+        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(root)):
+            raise DTEError(
+                f"There is no folder {root}; if that is a repository of the hub, fetch it with "
+                f"hf download {root} --local-dir FOLDER, and give the folder."
+            )
         raise DTEError(
             f"No backbone at {root}: give small, sd15 or the folder of a model like Stable "
             "Diffusion 1.5; Stable Diffusion XL and its successors are not supported."

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -206,3 +207,17 @@ def test_decoded_latents_are_unscaled_and_clipped(tiny_backbone):
     z = torch.tensor([0.2, -0.4, 3.0, 9.0])[None, :, None, None]
     expected = torch.tensor([0.4, -0.8, 1.0])[None, :, None, None]
     torch.testing.assert_close(backbone.decode_latents(z), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("runwayml/stable-diffusion-v1-5", "hf download runwayml/stable-diffusion-v1-5 --local"),
+        ("/some/where/else", "No backbone at /some/where/else"),
+        ("../other", "No backbone at ../other"),
+        ("word", "No backbone at word"),
+    ],
+)
+def test_a_name_of_the_hub_is_told_how_to_become_a_folder(name, said):
+    with pytest.raises(DTEError, match=re.escape(said)):
+        load_backbone(name)
