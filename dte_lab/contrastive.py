@@ -56,7 +56,7 @@ def regularise(
         word = class_word if given else _nearest(v_star, table)[:, 0]
         terms[kind] = method.regulariser_weight, norm_loss(v_star - word, table.mean_norm)
     if kind in ("contrastive", "hinge", "norm"):
-        terms["norm"] = method.norm_weight, norm_loss(v_star, table.mean_norm)
+        terms["norm"] = method.norm_weight, excess_norm_loss(v_star, table.mean_norm)
     return terms
 
 
@@ -103,6 +103,11 @@ def norm_loss(v_star: Float[Tensor, "batch dim"], mean_norm: float) -> Float[Ten
     encoder. ("ours")
     """
     return (v_star / mean_norm).square().sum(dim=-1).mean()
+
+
+def excess_norm_loss(v_star: Float[Tensor, "batch dim"], mean_norm: float) -> Float[Tensor, ""]:
+    """max(0, ||v*|| / mean norm of the words - 1)^2, mean over B."""
+    return F.relu(v_star.norm(dim=-1) / mean_norm - 1).square().mean()
 
 
 def hinge_loss(

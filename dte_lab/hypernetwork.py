@@ -38,14 +38,18 @@ class TokenHead(nn.Module):
         patch_channels = min(patch_channels, clip_dim)
         self.narrow = nn.Conv2d(clip_dim, patch_channels, 1, bias=False)
         self.read = nn.Linear(patch_channels * grid**2, token_dim, bias=False)
-        for last in (self.out.weight, self.out.bias, self.read.weight):
+        self.narrow_tokens = nn.Linear(width, patch_channels, bias=False)
+        self.read_tokens = nn.Linear(patch_channels * grid**2, token_dim, bias=False)
+        for last in (self.out.weight, self.out.bias, self.read.weight, self.read_tokens.weight):
             nn.init.zeros_(last)
 
     def forward(
         self, tokens: Float[Tensor, "batch n width"], patches: Float[Tensor, "batch clip p p"]
     ) -> Float[Tensor, "batch dim"]:
         from_tokens = self.out(F.silu(self.hidden(tokens.mean(dim=1))))  # (B, dim)
-        return from_tokens + self.read(self.places(patches))
+        places = self.narrow_tokens(tokens).flatten(1)  # (B, grid^2 * patch_channels)
+        from_places = self.read_tokens(places / places.shape[1] ** 0.5)
+        return from_tokens + from_places + self.read(self.places(patches))
 
     def places(self, patches: Float[Tensor, "batch clip p p"]) -> Float[Tensor, "batch places"]:
         """What `read` reads: `patch_channels` numbers of each of grid^2 places.
