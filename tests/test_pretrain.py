@@ -22,6 +22,7 @@ from dte_lab.training.config import PretrainConfig, learning_rate
 from dte_lab.training.optimizer import build_optimizer
 from dte_lab.training.predictions import read_predictions
 from dte_lab.training.pretrain import pretrain
+from dte_lab.training.run import accelerator_for
 from dte_lab.training.step import Frozen, Processes, training_step
 
 CONFIG = PretrainConfig(
@@ -491,3 +492,9 @@ def test_what_the_features_see(tiny_backbone, shared):
     other = prepare(tiny_backbone, pictures, config, part=5)
     assert torch.equal(again.noise, batch.noise)
     assert not torch.equal(other.noise, batch.noise)
+
+
+def test_runs_of_one_process_have_each_their_own_precision(tiny_backbone):
+    for precision in ("no", "bf16", "no"):
+        config = PretrainConfig(mixed_precision=precision)
+        assert accelerator_for(tiny_backbone, config).mixed_precision == precision

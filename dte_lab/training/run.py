@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -84,6 +85,7 @@ def accelerator_for(backbone: Backbone, config: PretrainConfig) -> Accelerator:
     each writes into it what it gathered from all.
     Raises DTEError where the launch would share out the encoder's weights.
     """
+    AcceleratorState._reset_state()  # a run before, in this process, may have had another precision
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         cpu=backbone.device.type == "cpu",
