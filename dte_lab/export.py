@@ -55,7 +55,7 @@ def export(
     if not token or re.search(r"\s", token) or not token.isprintable():
         raise DTEError(f"The token {token!r} is no single word: use for example <my-thing>.")
     embedding, lora, kohya = export_paths(concept, out_dir, name)
-    origin = origin_text({"concept": concept.origin, "token": token})
+    origin = origin_text(export_origin(concept, token))
     files = {embedding: save({token: _plain(concept.v_star[0])}, origin)}
     if concept.offsets:
         state = peft_state_dict(concept.offsets)
@@ -66,6 +66,11 @@ def export(
     for path, data in files.items():
         write_atomically(path, data)
     return list(files)
+
+
+def export_origin(concept: Concept, token: str) -> dict[str, str]:
+    """What the files of `export` are made of, as origin.py writes it into them."""
+    return {"concept": concept.origin, "token": token}
 
 
 def export_paths(concept: Concept, out_dir: Path | str, name: str | None = None) -> list[Path]:

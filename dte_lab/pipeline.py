@@ -101,7 +101,7 @@ class DTEPipeline:
 
     def personalize(
         self,
-        image: PictureSource | Sequence[PictureSource],
+        image: PictureSource | Sequence[PictureSource] | list[Picture],
         num_steps: int | None = None,
         seed: int = 0,
         callback: Callable[[dict], object] | None = None,
@@ -114,13 +114,13 @@ class DTEPipeline:
     ) -> Concept:
         """Predict v* and the offsets from pictures of one concept, then tune them.
 
-        image: any picture that sources.py knows, a list of them, or what an upload widget gives.
-        mask: a picture of the same size, white where the thing is, or one (or None) for each; by
-        default a picture's own transparency. The rest becomes white, and does not count in tuning.
-        fit: see `square`. num_steps: 0 (prediction only), 12 as in the paper, or any other number;
-        None for what the backbone recommends. callback: see `tune`. config: by default as the
-        backbone recommends; its num_steps is overridden. method: by default the one that the
-        encoder was trained with; the pictures stay in the concept, and in its file, only where its
+        image: any picture that sources.py knows, a list of them, or what an upload widget or
+        `read_pictures` gives. mask: a picture of the same size, white where the thing is, or one
+        (or None) for each; by default a picture's own transparency. The rest becomes white and
+        does not count in tuning. fit: see `square`. num_steps: 0 (prediction only), 12 as in the
+        paper, or another number; None for what the backbone recommends. callback: see `tune`.
+        config: by default as the backbone recommends; its num_steps is overridden. method: by
+        default the encoder's own; the pictures stay in the concept, and in its file, only where its
         `prediction_interval` needs them. prediction: what to tune in place of the encoder's own.
         Raises DTEError for what cannot be read or means nothing, and when the memory is used up.
         """

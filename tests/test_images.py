@@ -511,3 +511,11 @@ def test_a_crop_that_throws_away_much_and_a_busy_background_are_told():
     busy = Image.fromarray(noise(64, 64))
     assert "background of picture 1 is busy" in warned(Picture(busy))[0]
     assert warned(Picture(busy, Image.new("L", (64, 64), 255))) == []
+
+
+def test_pictures_that_were_read_are_taken_as_they_are(recwarn):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 80, 3), dtype=np.uint8)
+    pictures = read_pictures([noise], [np.full((40, 80), 255, np.uint8)])
+    assert len(recwarn) == 1 + 1 and pictures[0].mask is None  # an all-white mask says nothing
+    recwarn.clear()
+    assert read_pictures(pictures) is pictures and not recwarn

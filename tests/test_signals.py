@@ -55,10 +55,9 @@ def identity(x):
     return x
 
 
-@pytest.mark.parametrize("number", LINES)
-@pytest.mark.parametrize("code", [IMPORTING, WORKING, SHARING], ids=["start", "work", "processes"])
-def test_a_signal_is_answered_by_one_line(code, number, tmp_path):
-    script = tmp_path / "script.py"
+def started(code, folder):
+    """A process that runs `code` and has come to where it is slow, and its children."""
+    script = folder / "script.py"
     script.write_text(code)
     path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
     command = subprocess.Popen(
@@ -66,7 +65,13 @@ def test_a_signal_is_answered_by_one_line(code, number, tmp_path):
         env={**os.environ, "PYTHONPATH": path},
     )  # fmt: skip
     assert command.stdout.readline() == "ready\n"
-    children = psutil.Process(command.pid).children(recursive=True)
+    return command, psutil.Process(command.pid).children(recursive=True)
+
+
+@pytest.mark.parametrize("number", LINES)
+@pytest.mark.parametrize("code", [IMPORTING, WORKING, SHARING], ids=["start", "work", "processes"])
+def test_a_signal_is_answered_by_one_line(code, number, tmp_path):
+    command, children = started(code, tmp_path)
     assert bool(children) == (code == SHARING)
     command.send_signal(number)
     _, error = command.communicate(timeout=30)
@@ -77,15 +82,7 @@ def test_a_signal_is_answered_by_one_line(code, number, tmp_path):
 
 
 def test_processes_end_with_a_killed_parent(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SHARING)
-    path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
-    command = subprocess.Popen(
-        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        env={**os.environ, "PYTHONPATH": path},
-    )  # fmt: skip
-    assert command.stdout.readline() == "ready\n"
-    children = psutil.Process(command.pid).children(recursive=True)
+    command, children = started(SHARING, tmp_path)
     command.kill()
     assert children and not psutil.wait_procs(children, timeout=15)[1]
 

@@ -211,13 +211,11 @@ def learn(
     fit: str,
 ) -> dict[str, "Concept"]:
     """The concept as predicted, where an encoder says more than words do, and as tuned."""
-    results, masks = {}, [picture.mask for picture in pictures]
-    images = [picture.image for picture in pictures]
-    options = {"seed": seed, "mask": masks, "fit": fit}
+    results, options = {}, {"seed": seed, "fit": fit}
     if pipe.has_trained_encoder or not steps:
-        results["predicted only"] = pipe.personalize(images, 0, **options)
+        results["predicted only"] = pipe.personalize(pictures, 0, **options)
     if steps:
-        results["tuned"] = pipe.personalize(images, steps, config=config, **options)
+        results["tuned"] = pipe.personalize(pictures, steps, config=config, **options)
     return results
 
 

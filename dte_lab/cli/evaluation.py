@@ -107,13 +107,12 @@ def export(
     """Write a concept as LoRA (PEFT, diffusers; kohya) and textual-inversion embedding."""
     quiet_libraries()
     from dte_lab import Concept
-    from dte_lab.export import export, export_paths, recipe
+    from dte_lab.export import export, export_origin, export_paths, recipe
 
     loaded = Concept.load(concept)
     outputs = export_paths(loaded, out, name)
     keep_inputs(outputs, [concept])
-    origin = {"concept": loaded.origin, "token": token}
-    check_free(dict.fromkeys(outputs, origin), overwrite)
+    check_free(dict.fromkeys(outputs, export_origin(loaded, token)), overwrite)
     paths = export(loaded, out, name, token)
     typer.echo(f"wrote {', '.join(path.name for path in paths)} to {out}")
     typer.echo(f"in diffusers:\n\n{recipe(loaded, paths, token)}\n")

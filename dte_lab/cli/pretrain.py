@@ -13,7 +13,6 @@ from dte_lab.common.errors import DTEError
 from dte_lab.world.sprites import SAMPLE_CONCEPTS
 
 if TYPE_CHECKING:
-    import torch
     from torch.utils.data import Dataset
 
     from dte_lab.backbone import Backbone
@@ -92,7 +91,7 @@ def pretrain(
     validate_every: Every = None,
 ) -> None:
     """Pre-train the tuning encoder; writes OUT/encoder. Several processes: accelerate launch."""
-    from dte_lab.backbone import load_backbone
+    from dte_lab.backbone import DTYPES, load_backbone
     from dte_lab.config import EncoderConfig, MethodConfig
     from dte_lab.encoder import TuningEncoder
     from dte_lab.hardware.device import checked_device
@@ -112,7 +111,7 @@ def pretrain(
     parts = load_backbone(
         backbone,
         checked_device(device),
-        checked_precision(mixed_precision),
+        DTYPES.get(mixed_precision, DTYPES["fp32"]),  # "no"
         gradient_checkpointing=gradient_checkpointing,
     )
     dataset, shown = training_pictures(parts, data, stream, crops, pictures)
@@ -191,13 +190,3 @@ def training_pictures(
         "probe_images": shown,
         "initialise": partial(fit_token_head, backbone=backbone),
     }
-
-
-def checked_precision(name: str) -> "torch.dtype":
-    """The torch.dtype of frozen parts; DTEError for a word that is none of --mixed-precision."""
-    import torch
-
-    dtypes = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if name not in dtypes:
-        raise DTEError(f"--mixed-precision is no, bf16 or fp16, not {name}.")
-    return dtypes[name]

@@ -67,7 +67,8 @@ def read_picture(source: PictureSource, mask: PictureSource | None = None) -> Pi
     image, name = _loaded(found[0]), found[0].name
     alpha = image.getchannel("A") if image.mode == "RGBA" else None
     if mask is not None:
-        marked, mask_name = _loaded(each_picture(mask)[0]), each_picture(mask)[0].name
+        mask = each_picture(mask)[0]
+        marked, mask_name = _loaded(mask), mask.name
         alpha = marked.getchannel("A") if marked.mode == "RGBA" else marked.convert("L")
         if alpha.size != image.size:
             raise ImageError(
@@ -87,17 +88,18 @@ def read_picture(source: PictureSource, mask: PictureSource | None = None) -> Pi
 
 
 def read_pictures(
-    sources: PictureSource | list[PictureSource],
+    sources: PictureSource | list[PictureSource] | list[Picture],
     masks: PictureSource | list[PictureSource | None] | None = None,
     fit: str = "crop",
 ) -> list[Picture]:
     """All pictures of a concept, see `read_picture`; masks: one for each of them, or None.
 
-    Warns as `warn_of_backgrounds`. Raises ImageError, too, for a picture of one colour.
+    What this returns is taken as it is. Warns as `warn_of_backgrounds`, refuses a blank picture.
     """
+    if sources and isinstance(sources, list) and all(isinstance(x, Picture) for x in sources):
+        return sources
     sources = each_picture(sources)
-    if masks is None:
-        masks = [None] * len(sources)
+    masks = [None] * len(sources) if masks is None else masks
     masks = masks if isinstance(masks, list | tuple) else [masks]
     if len(masks) != len(sources):
         raise ImageError(f"{len(sources)} pictures need as many masks, not {len(masks)}.")
@@ -141,9 +143,8 @@ def square(image: Image.Image, resolution: int, fit: str = "crop") -> Image.Imag
     side = min(width, height) if fit == "crop" else max(width, height)
     left, top = (width - side) // 2, (height - side) // 2
     # Cropped first: with resize(box=...) the filter would see pixels outside the square.
-    box = (left, top, left + side, top + side)
     if fit == "crop":
-        image = image.crop(box)
+        image = image.crop((left, top, left + side, top + side))
     else:
         padded = Image.new(image.mode, (side, side), "white" if image.mode == "RGB" else 0)
         padded.paste(image, (-left, -top))
