@@ -12,11 +12,16 @@ hidden units of each layer: a gate, linear in the state, opens them there alone 
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection
 
+from dte_lab.common.errors import DTEError
+from dte_lab.common.files import write_atomically
 from dte_lab.world.align import ridge
 from dte_lab.world.clip import CELLS, WORDS, cells
 
@@ -47,6 +52,23 @@ class PictureWords:
         basis *= ENTRY / ((flat - mean) @ basis.T).square().mean().sqrt()
         return cls(mean, basis, width)
 
+    @classmethod
+    def load(cls, path: Path) -> "PictureWords":
+        """What `save` wrote. Raises DTEError for a file that holds something else."""
+        try:
+            state = load_file(path)
+            return cls(state["mean"].float(), state["basis"].float())
+        except (OSError, SafetensorError, KeyError) as error:
+            raise DTEError(f"{path} holds no words of pictures ({error}).") from error
+
+    def save(self, path: Path) -> None:
+        """Write `picture_words.safetensors`, in half precision."""
+        state = {"mean": self.mean.half().contiguous(), "basis": self.basis.half().contiguous()}
+        write_atomically(path, save(state))
+
+    def to(self, device: torch.device | str) -> "PictureWords":
+        return PictureWords(self.mean.to(device), self.basis.to(device), self.width)
+
     def __call__(self, latents: Tensor) -> Tensor:
         words = latents.new_zeros(len(latents), self.width)
         words[:, :CODE] = (latents.flatten(1) - self.mean) @ self.basis.T
@@ -56,7 +78,11 @@ class PictureWords:
 
 @torch.no_grad()
 def start_words(
-    text: CLIPTextModelWithProjection, names: list[list[int]], codes: Tensor, grammar: set[int], weights: Tensor
+    text: CLIPTextModelWithProjection,
+    names: list[list[int]],
+    codes: Tensor,
+    grammar: set[int],
+    weights: Tensor,
 ) -> None:
     """Embeddings of the words of names, and a first attention that copies them to all positions.
 
