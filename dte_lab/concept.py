@@ -1,7 +1,7 @@
 """A personalized concept: everything `generate` needs beside the backbone, in one small file."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -59,6 +59,15 @@ class Concept:
         """Digits that tell which pictures it was made from; without them, which numbers it has."""
         known = self.info.get("origin")
         return known or digest([self.v_star.detach().float().cpu().numpy().tobytes()])
+
+    def word_alone(self) -> "Concept":
+        """The same v* without the offsets: what the word alone says."""
+        offsets = {key: (a, torch.zeros_like(b)) for key, (a, b) in self.offsets.items()}
+        return replace(self, offsets=offsets)
+
+    def weights_alone(self, word: Float[Tensor, "1 dim"]) -> "Concept":
+        """The same offsets with another v*, of a word that says nothing of it such as "thing"."""
+        return replace(self, v_star=word.to(self.v_star))
 
     def save(self, path: Path | str) -> None:
         """Write a safetensors file, atomically. Raises OSError when the folder is not writable."""

@@ -99,7 +99,8 @@ class MethodConfig:
     text can be read; and `granularity`, see dual_path.py.
     Regulariser of v*: `regulariser`, one of contrastive.py's; `num_positives` N(v*) and
     `temperature` tau; `contrastive_weight` and `norm_weight` of the paper's two terms,
-    `regulariser_weight` of any other.
+    `norm_free`, how long v* may be for nothing, in units of a word's norm (0 as the paper's term
+    reads, 1 as what it is there for), `regulariser_weight` of any other.
     Sampling: `prediction_interval` steps between two predictions of v* and the offsets from the
     current noisy latent, 1 as in the paper; 0 for the static prediction alone. With
     `unconditional_offsets` both halves of classifier-free guidance run with the offsets, as with
@@ -116,6 +117,7 @@ class MethodConfig:
     temperature: float = 0.1
     contrastive_weight: float = 0.01
     norm_weight: float = 0.01
+    norm_free: float = 1.0
     regulariser_weight: float = 0.01
     prediction_interval: int = 0
     unconditional_offsets: bool = True
@@ -133,7 +135,7 @@ class MethodConfig:
         check_one_of("regulariser", self.regulariser, REGULARISERS)
         check_whole("num_positives", self.num_positives, 1)
         check_number("temperature", self.temperature, above=0)
-        for name in ("contrastive_weight", "norm_weight", "regulariser_weight"):
+        for name in ("contrastive_weight", "norm_weight", "norm_free", "regulariser_weight"):
             check_number(name, getattr(self, name), 0)
         check_whole("prediction_interval", self.prediction_interval, 0)
         if not isinstance(self.unconditional_offsets, bool):

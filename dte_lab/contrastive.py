@@ -56,7 +56,8 @@ def regularise(
         word = class_word if given else _nearest(v_star, table)[:, 0]
         terms[kind] = method.regulariser_weight, norm_loss(v_star - word, table.mean_norm)
     if kind in ("contrastive", "hinge", "norm"):
-        terms["norm"] = method.norm_weight, norm_loss(v_star, table.mean_norm)
+        value = norm_loss(v_star, table.mean_norm, method.norm_free)
+        terms["norm"] = method.norm_weight, value
     return terms
 
 
@@ -96,13 +97,16 @@ def contrastive_loss(
     return (both - pull).mean()
 
 
-def norm_loss(v_star: Float[Tensor, "batch dim"], mean_norm: float) -> Float[Tensor, ""]:
-    """(||v*|| / mean norm of the words)^2, mean over B: the paper's L2 term in relative units.
+def norm_loss(
+    v_star: Float[Tensor, "batch dim"], mean_norm: float, free: float = 0.0
+) -> Float[Tensor, ""]:
+    """max(0, ||v*|| / mean norm of the words - free)^2, mean over B.
 
-    Dividing by the words' mean norm makes the weight mean the same for every text
-    encoder. ("ours")
+    With free = 0 it is the paper's L2 term in units of a word's norm, so that the weight means the
+    same for every text encoder. That pulls v* to zero for thousands of steps, until nothing is left
+    to hear; the paper wants it for embeddings that grow. With free = 1 only they are held. ("ours")
     """
-    return (v_star / mean_norm).square().sum(dim=-1).mean()
+    return F.relu(v_star.norm(dim=-1) / mean_norm - free).square().mean()
 
 
 def hinge_loss(

@@ -204,6 +204,12 @@ class PromptEncoder:
         rows = self.table.nearest_rows(v_star)[1].squeeze(-1)
         return self.table.embeddings.to(v_star.device)[rows]
 
+    def word(self, text: str) -> Float[Tensor, "1 dim"]:
+        """The embedding of a word, the mean of its tokens'."""
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        table = self.text_encoder.get_input_embeddings().weight.detach()
+        return table[torch.tensor(ids, device=table.device)].float().mean(dim=0, keepdim=True)
+
     def tokenize(self, prompts: Sequence[str], num_vectors: int = 1) -> PromptTokens:
         """Token ids of prompts, and where the vectors go.
 

@@ -37,7 +37,9 @@ def evaluate(
         typer.Option(help="Instead, such as dte:0,12 or dte@alpha_blend=1:12; repeatable."),
     ] = None,
     concepts: Annotated[int, typer.Option(min=2, help="How many held-out concepts.")] = 60,
-    split: Annotated[str, typer.Option(help="test; val to choose settings on.")] = "test",
+    split: Annotated[
+        str, typer.Option(help="test; val to choose settings on; fxemoji, an unseen style.")
+    ] = "test",
     seeds: Annotated[int, typer.Option(min=2, help="Pictures per edit.")] = 2,
     backbone: SmallBackbone = "small",
     encoder: Encoder = None,

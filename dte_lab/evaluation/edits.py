@@ -1,6 +1,6 @@
 """What is asked of every method: one picture of each held-out concept, a fixed list of edits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -10,7 +10,14 @@ from dte_lab.common.errors import DTEError
 from dte_lab.world.captions import caption
 from dte_lab.world.data import to_tensor
 from dte_lab.world.scenes import BOX, SIZE, SPRITE_PX, render
-from dte_lab.world.sprites import STYLES, concepts, split_names, sprite
+from dte_lab.world.sprites import (
+    STYLES,
+    UNSEEN_STYLE,
+    concepts,
+    split_names,
+    sprite,
+    unseen_names,
+)
 
 INPUT_SCENES = ("white", "grass", "table")  # no edit asks for these but the style edits for white
 SCENE_EDITS = (
@@ -32,6 +39,13 @@ class Item:
     def group(self) -> str:
         return concepts()[self.name].group
 
+    @property
+    def others(self) -> list["Item"]:
+        """The other concepts of its split, in the same style and scene."""
+        thing = concepts()[self.name]
+        names = names_of(UNSEEN_STYLE if self.style == UNSEEN_STYLE else thing.split)
+        return [replace(self, name=name) for name in names if name != self.name]
+
     def picture(self) -> Float[Tensor, "1 3 height width"]:
         """In [-1, 1], 64 pixels wide."""
         return to_tensor(render(self.name, self.style, self.scene, self.seed)[None])
@@ -51,19 +65,26 @@ class Edit:
 def items(count: int, split: str = "test") -> list[Item]:
     """`count` concepts of a split, evenly spread over its order, the three styles in rotation.
 
-    Raises DTEError when there is no such split, or it has fewer.
+    The split "fxemoji" has those val and test things that exist in this style, which no training
+    has seen, drawn in it. Raises DTEError when there is no such split, or it has fewer.
     """
-    if not (names := split_names(split)):
+    if not (names := names_of(split)):
         splits = sorted({concept.split for concept in concepts().values()})
-        raise DTEError(f"Unknown split {split!r}: use one of {', '.join(splits)}.")
+        known = ", ".join([*splits, UNSEEN_STYLE])
+        raise DTEError(f"Unknown split {split!r}: use one of {known}.")
     if not 1 <= count <= len(names):
         raise DTEError(f"The split {split} has {len(names)} concepts: ask for 1 to {len(names)}.")
     chosen = [names[i * len(names) // count] for i in range(count)]
-    return [Item(name, STYLES[i % 3], INPUT_SCENES[(i // 3) % 3]) for i, name in enumerate(chosen)]
+    styles = (UNSEEN_STYLE,) * 3 if split == UNSEEN_STYLE else STYLES
+    return [Item(name, styles[i % 3], INPUT_SCENES[(i // 3) % 3]) for i, name in enumerate(chosen)]
+
+
+def names_of(split: str) -> list[str]:
+    return unseen_names() if split == UNSEEN_STYLE else split_names(split)
 
 
 def edits(item: Item, scenes: tuple[str, ...] = SCENE_EDITS) -> list[Edit]:
-    """The scenes, places and colours, in the item's own style; then its two other styles."""
+    """The scenes, places and colours, in the item's own style; then the other styles."""
     asked = [Edit(s, caption("S*", None, s), item.style, s, False) for s in scenes]
     others = [s for s in STYLES if s != item.style]
     return asked + [Edit(s, caption("S*", s, "white"), s, "white", True) for s in others]

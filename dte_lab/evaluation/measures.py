@@ -26,12 +26,12 @@ from dte_lab.objective import Batch, objective
 from dte_lab.pipeline import DTEPipeline
 from dte_lab.world.captions import caption
 from dte_lab.world.scenes import BOX, SCENES
-from dte_lab.world.sprites import concepts, split_names
 
 PICTURE_MEASURES = {
     "clip_i_small": "cosine of CLIP embeddings to the input picture",
     "identity": "cosine of EfficientNet-Lite0 features of the object region to the input's",
     "identity_margin": "identity minus the mean of the same to each other held-out concept",
+    "nearest": "share of pictures whose region is more like the input's than any other concept's",
     "clip_t_small": "cosine of CLIP embeddings to the prompt, with 'a thing' for S*",
     "scene": "share of pictures whose scene, read from the pixels of the border, is the prompt's",
     "truth_similarity": "as identity, but to the true rendering of the edit",
@@ -79,7 +79,8 @@ class Measures:
         own = object_mask(item.name, item.style)
         features = self._features(object_region(x, own))  # (E*S, 1280)
         identity = (features @ self._features(object_region(given, own)).T).view(E, S)
-        margin = identity - (features @ self._others(item).T).mean(-1).view(E, S)
+        to_others = (features @ self._others(item).T).view(E, S, -1)
+        margin, nearest = identity - to_others.mean(-1), identity > to_others.amax(-1)
         features = features.view(E, S, -1)
         pairs = (features @ features.mT)[:, ~torch.eye(S, dtype=torch.bool)]  # (E, S * (S - 1))
         to_truth = [self._to_truth(drawn[i], item, edit) for i, edit in enumerate(edits)]
@@ -89,7 +90,8 @@ class Measures:
             similarity, error = to_truth[i]
             values = {
                 "clip_i_small": clip_i[i], "identity": identity[i], "identity_margin": margin[i],
-                "clip_t_small": clip_t[i], "scene": scene[i], "truth_similarity": similarity,
+                "nearest": nearest[i].double(), "clip_t_small": clip_t[i],
+                "scene": scene[i], "truth_similarity": similarity,
                 "truth_rmse": error, "diversity": 1 - pairs[i],
             }  # fmt: skip
             rows.append({name: value.mean().item() for name, value in values.items()})
@@ -117,8 +119,7 @@ class Measures:
         mask, so that the mask's outline does not tell which is the right one.
         """
         if self._latest is None or self._latest[0] != item:
-            names = [n for n in split_names(concepts()[item.name].split) if n != item.name]
-            x = torch.cat([replace(item, name=name).picture() for name in names])
+            x = torch.cat([other.picture() for other in item.others])
             x = object_region(x, object_mask(item.name, item.style))
             self._latest = item, self._features(x)
         return self._latest[1]

@@ -22,6 +22,7 @@ from dte_lab.evaluation.specifications import Specification, idle_options, metho
 from dte_lab.lora import projection_shapes, truncate
 from dte_lab.pipeline import DTEPipeline
 
+SAYS_NOTHING = "thing"
 BASELINES = {
     "ti": textual_inversion,
     "lora": dreambooth_lora,
@@ -115,7 +116,15 @@ class Methods:
             words = pipe.nearest_words(v_star)
             info = last.info | {"num_steps": steps, "seconds": seconds, "words_after": words}
             concepts[steps] = replace(last, v_star=v_star, offsets=offsets, info=info)
-        return concepts
+        return {steps: self.part_of(concept, spec.part) for steps, concept in concepts.items()}
+
+    def part_of(self, concept: Concept, part: str | None) -> Concept:
+        """Of PARTS, what alone is drawn; None for the whole concept."""
+        if part == "word":
+            return concept.word_alone()
+        if part == "weights":
+            return concept.weights_alone(self.pipe.prompt_encoder.word(SAYS_NOTHING))
+        return concept
 
     def pipe_of(self, spec: Specification) -> DTEPipeline:
         """The pipeline with the encoder of a method that is no anchor.

@@ -37,6 +37,7 @@ class Row:
     clip_i_small: float | None = None
     identity: float | None = None
     identity_margin: float | None = None
+    nearest: float | None = None
     clip_t_small: float | None = None
     scene: float | None = None
     truth_similarity: float | None = None

@@ -124,6 +124,7 @@ def least_steps(rows: Sequence[Row], share: float = 0.95) -> dict[str, dict[str,
 
 HEADINGS = {
     "fidelity": "harmonic mean", "ahead": "DTE ahead by", "identity_scaled": "identity, 0 to 1",
+    "nearest": "own thing nearest",
     "scene": "scene is right", "truth_similarity": "style edit: similarity to truth",
     "identity": "similarity to input", "clip_i_small": "CLIP-I (small)",
     "clip_t_small": "CLIP-T (small)",

@@ -5,6 +5,7 @@ dte@alpha_blend=1:12            a variant: any field of MethodConfig, or of Tune
 dte@prediction_interval=5:12    v* and the offsets predicted anew at every 5th step of sampling
 dte@offsets_on=hard:12          the offsets on the hard path, as the paper's text can be read
 dte@rank=1:12                   the prediction cut to a lower rank before tuning (SVD)
+dte@part=word:12                what v* alone draws; part=weights: the offsets, with "thing" as v*
 dte@encoder=small/none:12       another encoder, by name or folder; this one had no regulariser
 ti:12,500   lora:12   lora-prior:12   e4t:12       baselines, with the fields of BaselineConfig that
                                 they read; e4t takes encoder=, too
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field, fields, replace
 
 from dte_lab.baselines import BaselineConfig
 from dte_lab.common.errors import DTEError
-from dte_lab.common.settings import check_whole
+from dte_lab.common.settings import check_one_of, check_whole
 from dte_lab.config import REGULARISERS, MethodConfig
 from dte_lab.dual_path import GRANULARITIES, OFFSETS_ON
 from dte_lab.tuning import TuneConfig
@@ -37,15 +38,24 @@ BASELINE_OPTIONS = {  # the fields of BaselineConfig that each baseline reads
     "e4t": ("batch_size", "token_learning_rate", "multiplicative_learning_rate"),
 }
 ANCHORS = ("oracle", "other")
+PARTS = ("word", "weights")
 OPTIONS = {
-    "dte": ("encoder", "rank", *METHOD_OPTIONS, *TUNE_OPTIONS),
+    "dte": ("encoder", "rank", "part", *METHOD_OPTIONS, *TUNE_OPTIONS),
     **BASELINE_OPTIONS,
     "e4t": ("encoder", *BASELINE_OPTIONS["e4t"]),
     **dict.fromkeys(ANCHORS, ()),
 }
 
 STEP_GRID = "0,1,2,4,8,12,25,50,100,500"
-TABLE = ["dte:0,12", "ti:12", "lora:12", "lora-prior:12", "e4t:12"]
+TABLE = [
+    "dte:0,12",
+    "dte@part=word:0,12",
+    "dte@part=weights:0,12",
+    "ti:12",
+    "lora:12",
+    "lora-prior:12",
+    "e4t:12",
+]
 EXPERIMENTS = {
     "table": TABLE,
     "long": [
@@ -84,8 +94,8 @@ class Specification:
     """A method to compare; `label` is its specification without the steps.
 
     encoder: name or folder, None for the pipeline's own (of e4t: the backbone's). rank: to which
-    the prediction is cut. method: what differs from the encoder's MethodConfig. given: the names of
-    all options.
+    the prediction is cut. part: of PARTS, what alone is drawn. method: what differs from the
+    encoder's MethodConfig. given: the names of all options.
     """
 
     label: str
@@ -93,6 +103,7 @@ class Specification:
     steps: tuple[int, ...] = ()
     encoder: str | None = None
     rank: int | None = None
+    part: str | None = None
     method: dict[str, object] = field(default_factory=dict)
     tuning: TuneConfig = field(default_factory=TuneConfig)
     baseline: BaselineConfig = field(default_factory=BaselineConfig)
@@ -136,18 +147,22 @@ def parse(spec: str) -> Specification:
             raise DTEError(f"{spec!r}: write {option}=VALUE, once.")
         values[option] = value if option == "encoder" else _value(value)
     method = {key: v for key, v in values.items() if key in METHOD_OPTIONS}
-    others = {key: v for key, v in values.items() if key not in ("encoder", "rank", *method)}
+    others = {
+        key: v for key, v in values.items() if key not in ("encoder", "rank", "part", *method)
+    }
     try:
         MethodConfig(**method)
         tuning = TuneConfig(**(others if name == "dte" else {}))
         baseline = BaselineConfig(**({} if name == "dte" else others))
         if "rank" in values:
             check_whole("rank", values["rank"], 1)
+        if "part" in values:
+            check_one_of("part", values["part"], PARTS)
     except (ValueError, TypeError) as error:
         raise DTEError(f"{spec!r}: {error}") from error
     return Specification(
-        label, name, steps, values.get("encoder"), values.get("rank"), method, tuning, baseline,
-        tuple(values),
+        label, name, steps, values.get("encoder"), values.get("rank"), values.get("part"), method,
+        tuning, baseline, tuple(values),
     )  # fmt: skip
 
 

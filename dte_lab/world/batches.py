@@ -144,8 +144,8 @@ class PicturePairs:
         (token,) = tokenizer(PLACEHOLDER, add_special_tokens=False).input_ids
         self.is_slot = self.ids == token
 
-    def __call__(self, size: int, row: int | None = None) -> PairBatch:
-        """row: of the drawing to show, None for random ones."""
+    def __call__(self, size: int, rows: tuple[int, int] | None = None) -> PairBatch:
+        """rows: of the drawings to show, from the first to before the second; None for all."""
         drawings, shares, device = self.drawings, self.shares, self.drawings.device
 
         def below(count: int) -> Int[Tensor, " batch"]:
@@ -160,7 +160,7 @@ class PicturePairs:
                 chance(shares.wide), drawings.small + below(wide), small
             )  # fmt: skip
 
-        first = some() if row is None else torch.full((size,), row, device=device)
+        first = some() if rows is None else rows[0] + below(rows[1] - rows[0])
         second = some().where(chance(shares.mixed), first)
         variant = chance(shares.varied) * (1 + below(len(VARIANTS) - 1))
         whole = (first == second) & (variant == 0)

@@ -17,7 +17,12 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from dte_lab.common.files import write_atomically
-from dte_lab.world.sprites import ASSETS, ATLAS_COLUMNS, SPRITE_SIZE, STYLES
+from dte_lab.world.sprites import (
+    ASSETS,
+    ATLAS_COLUMNS,
+    SPRITE_SIZE,
+    STYLES,
+)
 
 PACKAGES = {
     "noto": "emoji-datasource-google-16.0.0.tgz",
@@ -127,9 +132,13 @@ def main(packages: Path) -> None:
             sprite = sprite.resize((SPRITE_SIZE, SPRITE_SIZE), Image.Resampling.LANCZOS)
             row, column = divmod(i, ATLAS_COLUMNS)
             atlas.paste(sprite, (column * SPRITE_SIZE, row * SPRITE_SIZE))
-        buffer = io.BytesIO()
-        atlas.save(buffer, "webp", lossless=True, quality=100, method=6)
-        write_atomically(ASSETS / f"{style}.webp", buffer.getvalue())
+        write_atlas(style, atlas)
     write_atomically(ASSETS / "concepts.json", json.dumps(concepts, indent=0).encode())
     splits = split_concepts(concepts)
     write_atomically(ASSETS / "splits.json", json.dumps(splits, indent=1).encode())
+
+
+def write_atlas(style: str, atlas: Image.Image) -> None:
+    buffer = io.BytesIO()
+    atlas.save(buffer, "webp", lossless=True, quality=100, method=6)
+    write_atomically(ASSETS / f"{style}.webp", buffer.getvalue())

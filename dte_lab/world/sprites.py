@@ -12,6 +12,8 @@ from dte_lab.common.errors import DTEError
 
 ASSETS = Path(__file__).parent / "assets"
 STYLES = ("noto", "twemoji", "fluent")
+UNSEEN_STYLE = "fxemoji"  # of some val and test things; no training has seen any of its drawings
+UNSEEN_SIZE = 48  # px in its atlas
 SPRITE_SIZE = 64  # px in the atlas: the native size of the Noto and Twemoji packages
 ATLAS_COLUMNS = 32
 
@@ -49,9 +51,13 @@ def split_names(split: str) -> list[str]:
 
 
 @cache
+def unseen_names() -> list[str]:
+    """Names of the val and test things that have a drawing in UNSEEN_STYLE, in its atlas' order."""
+    return json.loads((ASSETS / f"{UNSEEN_STYLE}.json").read_text())
+
+
+@cache
 def _atlas(style: str) -> Image.Image:
-    if style not in STYLES:
-        raise DTEError(f"Unknown style {style!r}: use one of {', '.join(STYLES)}.")
     return Image.open(ASSETS / f"{style}.webp").convert("RGBA")
 
 
@@ -63,9 +69,17 @@ def sprite(name: str, style: str, size: int = 48) -> np.ndarray:
     """
     if name not in concepts():
         raise DTEError(f"Unknown concept {name!r}: use one of dte_lab.world.concepts().")
-    row, column = divmod(concepts()[name].index, ATLAS_COLUMNS)
-    left, top = column * SPRITE_SIZE, row * SPRITE_SIZE
-    image = _atlas(style).crop((left, top, left + SPRITE_SIZE, top + SPRITE_SIZE))
+    if style in STYLES:
+        index, side = concepts()[name].index, SPRITE_SIZE
+    elif style == UNSEEN_STYLE and name in unseen_names():
+        index, side = unseen_names().index(name), UNSEEN_SIZE
+    else:
+        raise DTEError(
+            f"There is no {name} in the style {style!r}: use one of {', '.join(STYLES)}."
+        )
+    row, column = divmod(index, ATLAS_COLUMNS)
+    left, top = column * side, row * side
+    image = _atlas(style).crop((left, top, left + side, top + side))
     # Pillow resizes RGBA premultiplied ("RGBa"), so no dark or bright fringe appears.
     image = image.convert("RGBa").resize((size, size), Image.Resampling.LANCZOS)
     return np.asarray(image, np.float32) / 255

@@ -28,14 +28,13 @@ from tqdm.auto import tqdm
 
 from dte_lab.common.errors import DTEError
 from dte_lab.common.files import write_atomically
-from dte_lab.world.build import read_member
+from dte_lab.world.build import read_member, write_atlas
 from dte_lab.world.scenes import COLOURS, SPRITE_PX
-from dte_lab.world.sprites import ASSETS
+from dte_lab.world.sprites import ASSETS, ATLAS_COLUMNS, UNSEEN_SIZE, UNSEEN_STYLE
 from dte_lab.world.wide_names import Emoji, HeldOut, icon_name
 
 LIST = ASSETS / "wide.json"
 REGISTRY = "https://registry.npmjs.org"
-UNSEEN_STYLE = "fxemoji"
 INKS = tuple(sorted(COLOURS.keys() - {"white"}))  # what many scenes would swallow is left out
 LEAST_INK = 0.02  # share of the square: what is emptier was drawn with fonts, or not at all
 
@@ -207,6 +206,21 @@ def load(cache: Path) -> Wide:
         tensors = {key: file.get_tensor(key) for key in file.keys()}
     parts = {key: [Drawing(**d) for d in value] for key, value in json.loads(text).items()}
     return Wide(parts["drawings"], tensors["drawings"], parts["held_out"], tensors["held_out"])
+
+
+def write_unseen(wide: Wide) -> None:
+    """Write `assets/fxemoji.{webp,json}` from what `dte world build --wide` made: one drawing each
+    of those val and test things that this style has.
+    """
+    rows = {d.name: row for d, row in zip(wide.held_out, wide.held_out_rgba, strict=True)}
+    size = ATLAS_COLUMNS * UNSEEN_SIZE, -(-len(rows) // ATLAS_COLUMNS) * UNSEEN_SIZE
+    atlas = Image.new("RGBA", size)
+    for i, name in enumerate(sorted(rows)):
+        row, column = divmod(i, ATLAS_COLUMNS)
+        drawn = Image.frombytes("RGBa", (UNSEEN_SIZE, UNSEEN_SIZE), rows[name].numpy().tobytes())
+        atlas.paste(drawn.convert("RGBA"), (column * UNSEEN_SIZE, row * UNSEEN_SIZE))
+    write_atlas(UNSEEN_STYLE, atlas)
+    write_atomically(ASSETS / f"{UNSEEN_STYLE}.json", json.dumps(sorted(rows), indent=0).encode())
 
 
 def make_list(versions: dict[str, str], folder: Path) -> dict:

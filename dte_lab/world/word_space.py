@@ -25,6 +25,7 @@ from dte_lab.common.files import write_atomically
 from dte_lab.world.align import ridge
 from dte_lab.world.clip import CELLS, WORDS, cells
 
+PICTURE_WORDS = "picture_words.safetensors"
 CODE = 160  # dimensions of a word that say what its thing looks like; see train_clip
 ENTRY = 0.3  # root mean square of their entries
 GATE = 5.0  # what a gate adds where it is open, and takes away where it is shut
@@ -62,7 +63,7 @@ class PictureWords:
             raise DTEError(f"{path} holds no words of pictures ({error}).") from error
 
     def save(self, path: Path) -> None:
-        """Write `picture_words.safetensors`, in half precision."""
+        """Write PICTURE_WORDS, in half precision."""
         state = {"mean": self.mean.half().contiguous(), "basis": self.basis.half().contiguous()}
         write_atomically(path, save(state))
 
