@@ -16,6 +16,7 @@ import torch
 
 from dte_lab.backbone import DTYPES, Backbone
 from dte_lab.common.errors import DTEError, is_out_of_memory
+from dte_lab.common.settings import check_one_of, check_whole
 from dte_lab.sd15 import UNET
 
 NEEDS = Path(__file__).parent / "sd15_memory.json"
@@ -25,15 +26,22 @@ WORKLOADS = ("tuning", "pre-training", "sampling")
 
 @dataclass(frozen=True)
 class Setting:
-    """What memory depends on; `batch` is noise levels in tuning, pictures elsewhere."""
+    """What memory depends on; `batch` is noise levels in tuning, pictures elsewhere.
+
+    Raises DTEError for a batch or dtype that can be none.
+    """
 
     backbone: str = "sd15"
     resolution: int = 512
     batch: int = 4
     dtype: str = "fp16"
-    rank: int = 4
+    rank: int | str = 4
     gradient_checkpointing: bool = False
     offload: bool = False
+
+    def __post_init__(self) -> None:
+        check_whole("batch", self.batch, 1, 1024)
+        check_one_of("dtype", self.dtype, tuple(DTYPES))
 
     def __str__(self) -> str:
         options = [

@@ -18,7 +18,8 @@ from PIL.Image import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dte_lab.backbone import DTYPES, Backbone, load_backbone, new_scheduler
+from dte_lab.backbone import DTYPES, Backbone, checked_dtype, load_backbone, new_scheduler
+from dte_lab.common.device import checked_device
 from dte_lab.common.images import (
     Picture,
     read_image,
@@ -59,18 +60,19 @@ class DTEPipeline:
         cls,
         backbone: str | Path = "small",
         encoder: str | Path | None = None,
-        device: str = "cpu",
-        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = "cpu",
+        dtype: torch.dtype | str | None = None,
         **options: Any,
     ) -> Self:
         """Load a backbone ("small", "sd15" or a directory) and its encoder.
 
         encoder: as `load_encoder` takes it; by default the folder `encoder` of the backbone. Where
         there is none, as for "sd15", tuning starts from the nearest word, see zero_shot.py.
-        dtype and options: see `load_backbone`.
+        device, dtype and options: see `load_backbone`.
         Raises DTEError when one is missing or they do not fit together, and when a GPU is too small
         for Stable Diffusion 1.5 to draw a single picture.
         """
+        device, dtype = checked_device(device), dtype if dtype is None else checked_dtype(dtype)
         if backbone == "sd15":
             name = next((n for n, d in DTYPES.items() if d == dtype), "fp16")
             asked = Setting(batch=1, dtype=name, offload=options.get("offload", False))
@@ -83,7 +85,7 @@ class DTEPipeline:
 
     def to(self, device: torch.device | str) -> Self:
         self.backbone.to(device)
-        self.encoder.to(device)
+        self.encoder.to(self.backbone.device)
         self.prompt_encoder = PromptEncoder(self.backbone)
         return self
 

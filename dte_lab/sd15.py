@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from dte_lab.common.errors import DTEError
+from dte_lab.common.settings import check_whole
 
 # SD 1.5's text tower is the one of openai/clip-vit-large-patch14, which has the projection and the
 # image tower too: both come from there.
@@ -208,8 +209,9 @@ def random_parts(
     """The parts of a `Backbone` with random weights, by name.
 
     changes: unet, vae, text or vision, each a dict of settings that differ from SD 1.5's.
-    Raises DTEError when `resolution` is not a multiple of 64.
+    Raises DTEError when `resolution` is not a multiple of 64, or over 4096.
     """
+    check_whole("resolution", resolution, 64, 4096)
     if resolution % 64:
         raise DTEError(f"The resolution must be a multiple of 64, not {resolution}.")
     unet, vae, text, vision = (

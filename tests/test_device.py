@@ -5,8 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from dte_lab import DTEPipeline, load_backbone
+from dte_lab.common.device import checked_device
 from dte_lab.common.errors import DTEError
-from dte_lab.hardware.device import PeakMemory, checked_device
+from dte_lab.export import diffusers_pipeline
+from dte_lab.hardware.device import PeakMemory
 
 
 @pytest.fixture
@@ -16,6 +19,7 @@ def cuda(monkeypatch):
 
     def there(found):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: found)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 4 * found)
 
     return there
 
@@ -28,6 +32,30 @@ def test_a_gpu_is_taken_where_there_is_one_and_nothing_is_asked(cuda, monkeypatc
     assert checked_device("cpu") == "cpu" and checked_device("cuda:3") == "cuda:3"
     monkeypatch.setenv("LOCAL_RANK", "2")  # of several processes each has its own
     assert checked_device("cuda") == "cuda:2" and checked_device("cuda:3") == "cuda:3"
+
+
+def test_a_gpu_that_is_not_there_is_one_sentence(cuda, monkeypatch):
+    cuda(True)
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    for device in ("cuda:4", "cuda:99999999999", "cuda", torch.device("cuda:7")):
+        with pytest.raises(DTEError, match=r"cuda:\d+ is not there: torch finds 4 CUDA device"):
+            checked_device(device)
+    assert checked_device(torch.device("cuda:2")) == "cuda:2"
+    assert checked_device(torch.device("cpu")) == "cpu"
+
+
+def test_from_python_a_device_is_no_other(monkeypatch, tiny_path, tiny_backbone):
+    monkeypatch.setattr("dte_lab.backbone.load_parts", lambda *_: pytest.fail("loaded"))
+    for device in ("foo", "cpu:3", 0, torch.device("meta")):
+        for call in (
+            lambda: load_backbone(tiny_path, device),  # noqa: B023
+            lambda: DTEPipeline.from_pretrained(tiny_path, device=device),  # noqa: B023
+            lambda: tiny_backbone.to(device),  # noqa: B023
+            lambda: diffusers_pipeline(tiny_path, device),  # noqa: B023
+        ):
+            with pytest.raises(DTEError, match="a device is auto, cpu, cuda, cuda:N or mps, not"):
+                call()
+    assert tiny_backbone.device.type == "cpu"
 
 
 @pytest.mark.parametrize("word", ["foo", "CPU", "", "meta", "xla", "cpu:x", "-1"])

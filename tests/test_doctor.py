@@ -67,7 +67,7 @@ def test_the_device_is_tried(monkeypatch):
 def test_a_gpu_says_its_precisions(monkeypatch, capability, says):
     ones = torch.ones
     monkeypatch.setattr("torch.ones", lambda *size, device: ones(*size))
-    monkeypatch.setattr("dte_lab.hardware.device.checked_device", lambda device: "cuda:1")
+    monkeypatch.setattr("dte_lab.common.device.checked_device", lambda device: "cuda:1")
     for name, value in {
         "get_device_capability": capability, "mem_get_info": (8e9, 16e9), "get_device_name": "X",
     }.items():  # fmt: skip
@@ -78,7 +78,7 @@ def test_a_gpu_says_its_precisions(monkeypatch, capability, says):
 
 @pytest.mark.parametrize(("gigabytes", "good"), [(16, True), (6, False)])
 def test_the_card_is_held_against_the_default_batch(monkeypatch, gigabytes, good):
-    monkeypatch.setattr("dte_lab.hardware.device.checked_device", lambda device: "cuda:0")
+    monkeypatch.setattr("dte_lab.common.device.checked_device", lambda device: "cuda:0")
     monkeypatch.setattr("dte_lab.memory_needs.room", lambda device: ("X", gigabytes * 10**9))
     (finding,) = doctor._room("sd15", None)
     assert finding.good == good and "batch 4 takes" in finding.text

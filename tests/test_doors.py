@@ -1,5 +1,6 @@
 """The command and the pipeline refuse the same values with the same sentence, before slow work."""
 
+import inspect
 import io
 import math
 import os
@@ -9,54 +10,198 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
+from dte_lab import Concept, DTEPipeline, EncoderConfig, MethodConfig, TuneConfig, load_backbone
 from dte_lab.cli import main
+from dte_lab.cli.app import app
 from dte_lab.common.errors import DTEError
+from dte_lab.common.images import read_pictures
+from dte_lab.evaluation import base_model
+from dte_lab.evaluation.methods import Methods
+from dte_lab.evaluation.run import EvaluationConfig, measure_methods
+from dte_lab.export import export
+from dte_lab.hardware.memory import advise, needs
+from dte_lab.memory_needs import Setting
 from dte_lab.objective import weighted_error
-from dte_lab.pipeline import DTEPipeline
 from dte_lab.prompts import check_prompts
+from dte_lab.training.config import PretrainConfig
+from dte_lab.training.pictures import ClassPictures
+from dte_lab.training.streams import StreamedPictures
 
-VALUES = [  # option, argument of `generate`, value
-    ("--guidance-scale", "guidance_scale", math.inf),
-    ("--guidance-scale", "guidance_scale", math.nan),
-    ("--guidance-scale", "guidance_scale", -1.0),
-    ("--guidance-scale", "guidance_scale", 1e38),
-    ("--num-inference-steps", "num_inference_steps", 0),
-    ("--num-inference-steps", "num_inference_steps", 1001),
-    ("--alpha", "alpha_blend", -0.1),
-    ("--alpha", "alpha_blend", 1.5),
-    ("--alpha", "alpha_blend", math.nan),
-    ("--batch-size", "batch_size", 0),
-    ("--batch-size", "batch_size", -3),
-    ("--negative-prompt", "negative_prompt", "a\udcff"),
-    ("--prompt", "prompts", "a cat"),
-    ("--prompt", "prompts", ""),
-    ("--prompt", "prompts", "S* a\udcff"),
-    ("--prompt", "prompts", "S* and S2* on the beach"),
+DEVICES, WORDS, COUNTS = ("foo", "", "CPU", "cuda:x", "xla"), ("int8", ""), (-1, "one", "1.5")
+PRETRAIN = {  # option: (setting of PretrainConfig, values)
+    "--steps": ("steps", (0, *COUNTS)),
+    "--minutes": ("max_minutes", (-1.0, math.nan, math.inf, "soon")),
+    "--batch-size": ("batch_size", (0, *COUNTS)),
+    "--gradient-accumulation": ("gradient_accumulation", (0, *COUNTS)),
+    "--learning-rate": ("learning_rate", (-1.0, math.nan, math.inf, "fast")),
+    "--warmup": ("warmup_steps", COUNTS),
+    "--seed": ("seed", COUNTS),
+    "--mixed-precision": ("mixed_precision", ("fp32", "")),
+    "--num-workers": ("num_workers", COUNTS),
+    "--log-every": ("log_every", (0, *COUNTS)),
+    "--checkpoint-every": ("checkpoint_every", (0, *COUNTS)),
+    "--validate-every": ("validate_every", (0, *COUNTS)),
+}
+LOADED = {  # what every command says that loads a backbone
+    "--device": (lambda v: load_backbone(device=v), DEVICES),
+    "--backbone": (load_backbone, ("nowhere", "SD15", "a/model")),
+}
+DTYPE = {"--dtype": (lambda v: load_backbone(dtype=v), WORDS)}
+GENERATE = {  # the argument of DTEPipeline.generate, values
+    "--guidance-scale": ("guidance_scale", (math.inf, math.nan, -1.0, 1e38, "much")),
+    "--num-inference-steps": ("num_inference_steps", (0, 1001, "few", "2.5")),
+    "--alpha": ("alpha_blend", (-0.1, 1.5, math.nan, "half")),
+    "--seed": ("seeds", ("one", "1.5")),
+    "--negative-prompt": ("negative_prompt", ("a\udcff",)),
+    "--prompt": ("prompts", ("a cat", "", "S* a\udcff", "S* and S2* on the beach")),
+}
+
+
+def generate(argument):
+    """A call of `DTEPipeline.generate` with one value, of a pipeline of which nothing is used."""
+    pipe = DTEPipeline.__new__(DTEPipeline)
+    pipe.backbone = pipe.prompt_encoder = SimpleNamespace()
+    return lambda value: pipe.generate(None, **{"prompts": "S*", argument: value})
+
+
+def setting(kind, argument):
+    return lambda value: kind(**{argument: value})
+
+
+drawn = {option: (generate(argument), values) for option, (argument, values) in GENERATE.items()}
+DOORS = {  # command: {option: (what takes its value in Python, values that mean nothing)}
+    "personalize": drawn | DTYPE | LOADED | {
+        "--steps": (setting(TuneConfig, "num_steps"), COUNTS),
+        "--learning-rate": (setting(TuneConfig, "offset_learning_rate"), (-1.0, math.nan, "x")),
+        "--batch-size": (setting(TuneConfig, "batch_size"), (0, *COUNTS)),
+        "--fit": (lambda v: read_pictures(PHOTO, fit=v), ("stretch", "")),
+    },
+    "generate": drawn | DTYPE | LOADED | {"--batch-size": (generate("batch_size"), (0, *COUNTS))},
+    "pretrain": LOADED | {
+        option: (setting(PretrainConfig, argument), values)
+        for option, (argument, values) in PRETRAIN.items()
+    } | {
+        "--rank": (setting(EncoderConfig, "rank"), (0, *COUNTS)),
+        "--regulariser": (setting(MethodConfig, "regulariser"), ("l3", "")),
+        "--crops": (lambda v: ClassPictures([], 16, v), COUNTS),
+        "--pictures": (lambda v: StreamedPictures("x", 16, pictures=v), (0, *COUNTS)),
+    },
+    "evaluate": LOADED | {
+        "--experiment": (lambda v: Methods(None).experiment(v), ("tables", "")),
+        "--method": (lambda v: measure([v]), ("dte", "dtee:1", "ti@x=1:2", "ti@batch_size=0:2")),
+        "--concepts": (lambda v: measure(concepts=v), (1, 5000, *COUNTS)),
+        "--split": (lambda v: measure(split=v), ("tests", "")),
+        "--seeds": (lambda v: measure(seeds=v), (1, *COUNTS)),
+        "--processes": (lambda v: measure(processes=v), (0, *COUNTS)),
+    },
+    "memory": {
+        "--backbone": (lambda v: needs(Setting(v)), ("small", "sdxl", "")),
+        "--resolution": (lambda v: needs(Setting(resolution=v)), (0, -64, 100, 10**9, "large")),
+        "--batch": (lambda v: Setting(batch=v), (0, 10**9, *COUNTS)),
+        "--dtype": (lambda v: Setting(dtype=v), WORDS),
+        "--rank": (lambda v: needs(Setting(rank=v)), (0, *COUNTS)),
+        "--card": (lambda v: advise(Setting(), v, 0), (0.0, -1.0, math.nan, math.inf, "T4")),
+    },
+    "parameters": {"--width": (setting(EncoderConfig, "width"), (0, 9, *COUNTS))},
+    "export": {
+        "--name": (lambda v: export(CONCEPT, "x", name=v), ("a/b", "..", "")),
+        "--token": (lambda v: export(CONCEPT, "x", token=v), ("two words", "", "a\udcff")),
+    },
+    "world evaluate": {
+        "--backbone": (load_backbone, ("nowhere",)),
+        "--captions": (lambda v: base_model.main("x.json", n=v), (3, *COUNTS)),
+    },
+}  # fmt: skip
+ELSEWHERE = {  # files and folders; what the loading of pictures and encoders answers; a report
+    ("pretrain", "--data"), ("doctor", "--backbone"), ("doctor", "--device"),
+}  # fmt: skip
+PHOTO = Image.new("RGB", (16, 16), "white")  # neither blank nor busy at its corners
+PHOTO.putpixel((8, 8), (255, 0, 0))
+CONCEPT = Concept(torch.ones(1, 4), {}, "small")
+START = {  # arguments without which a command does not begin
+    "personalize": ["PHOTO", "--prompt", "S*", "--out", "OUT"],
+    "generate": ["CONCEPT", "--prompt", "S*", "--out", "OUT"],
+    "pretrain": ["--out", "OUT"],
+    "evaluate": ["--out", "OUT"],
+    "export": ["CONCEPT", "--out", "OUT"],
+    "world evaluate": ["--out", "OUT.json"],
+}
+
+
+def measure(methods=("dte:1",), processes=1, **options):
+    measure_methods("x", None, methods, EvaluationConfig(**options), processes=processes)
+
+
+ROWS = [
+    (command, option, value)
+    for command, options in DOORS.items()
+    for option, (_, values) in options.items()
+    for value in values
 ]
 
 
-@pytest.mark.parametrize(("option", "argument", "value"), VALUES)
-def test_both_doors_say_the_same(option, argument, value, tmp_path, photo_file, capsys):
-    pipe = DTEPipeline.__new__(DTEPipeline)  # nothing of it is used
-    pipe.backbone = pipe.prompt_encoder = SimpleNamespace()
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """start(command): its arguments, of files that are there."""
+    folder = tmp_path_factory.mktemp("doors")
+    PHOTO.save(folder / "photo.png")
+    CONCEPT.save(folder / "concept.safetensors")
+    words = {"PHOTO": folder / "photo.png", "CONCEPT": folder / "concept.safetensors"}
+    words |= {"OUT": folder / "out", "OUT.json": folder / "out.json"}
+    return lambda command: [str(words.get(x, x)) for x in START.get(command, [])]
+
+
+@pytest.mark.parametrize(("command", "option", "value"), ROWS)
+def test_both_doors_say_the_same(command, option, value, start, capsys):
     with pytest.raises(DTEError) as caught:
-        pipe.generate(None, **{"prompts": "S*", argument: value})
-    prompt = [] if option == "--prompt" else ["--prompt", "S*"]
-    out = ["--out", str(tmp_path / "out"), f"{option}={value}"]
-    for start in (["personalize", str(photo_file)], ["generate", "missing.safetensors"]):
+        DOORS[command][option][0](value)
+    arguments = start(command)
+    if option == "--prompt":
+        arguments = [x for x in arguments if x not in ("--prompt", "S*")]
+    with pytest.raises(SystemExit) as ended:
+        main([*command.split(), *arguments, f"{option}={value}"])
+    said = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("loading ")]
+    shown = str(caught.value).encode("utf-8", "backslashreplace").decode()
+    assert ended.value.code == 2 and " ".join(said).split() == f"error: {shown}".split()
+
+
+def options_of(app, above=""):
+    """(command, option) of every option that takes a number or a word."""
+    for command in app.registered_commands:
+        name = f"{above}{command.name or command.callback.__name__}"
+        for parameter in inspect.signature(command.callback).parameters.values():
+            kind, option = parameter.annotation.__origin__, parameter.annotation.__metadata__[0]
+            words = option.param_decls or (f"--{parameter.name.replace('_', '-')}",)
+            if kind is not bool and "Path" not in str(kind):
+                yield name, words[-1]
+    for group in app.registered_groups:
+        yield from options_of(group.typer_instance, f"{above}{group.name} ")
+
+
+def test_every_option_is_tried():
+    known = {(command, option) for command, option, _ in ROWS} | ELSEWHERE
+    found = {x for x in options_of(app) if not x[0].startswith(("world train", "world drawings"))}
+    assert found == known
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_doctor_says_of_a_device_what_loading_says(device, capsys):
+    with pytest.raises(DTEError) as caught:
+        load_backbone(device=device)
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", f"--device={device}"])
+    lines = capsys.readouterr().out.splitlines()
+    assert ended.value.code == 1
+    assert [x.split(None, 2)[2] for x in lines if x.startswith("FAIL")] == [str(caught.value)]
+
+
+def test_options_of_pictures_that_are_not_named(start, capsys):
+    for option in ("--stream", "--crops=2", "--pictures=9"):
         with pytest.raises(SystemExit) as ended:
-            main([*start, *prompt, *out])
-        said = capsys.readouterr().err
-        shown = str(caught.value).encode("utf-8", "backslashreplace").decode()
-        assert ended.value.code == 2 and said.split() == f"error: {shown}".split()
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.fixture
-def photo_file(tmp_path, picture):
-    picture.save(tmp_path / "photo.png")
-    return tmp_path / "photo.png"
+            main(["pretrain", *start("pretrain"), option])
+        assert ended.value.code == 2 and "that --data names" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["S2* at night, S*", "S* and s*", "S*, s_1*", "s*"])

@@ -193,7 +193,8 @@ def test_the_command_refuses_before_it_loads_anything(
 ):
     card(2)
     picture.save(tmp_path / "a.png")
-    monkeypatch.setattr("dte_lab.hardware.device.checked_device", lambda device: "cuda:0")
+    for module in ("common.device", "pipeline"):
+        monkeypatch.setattr(f"dte_lab.{module}.checked_device", lambda device: "cuda:0")
     monkeypatch.setattr("dte_lab.pipeline.load_backbone", lambda *_, **__: pytest.fail("loaded"))
     given = tmp_path / "a.png"
     if command == "generate":

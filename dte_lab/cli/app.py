@@ -35,12 +35,13 @@ from dte_lab.cli.common import (
     TuningBatch,
     given,
     load_pipeline,
-    prepare_folder,
+    number,
+    whole,
 )
 from dte_lab.cli.drawings import DrawingOptions, contact_sheet, picture_origins, save_pictures
 from dte_lab.cli.pretrain import pretrain
 from dte_lab.common.errors import DTEError, is_out_of_memory
-from dte_lab.common.files import keep_inputs
+from dte_lab.common.files import keep_inputs, prepare_folder
 from dte_lab.common.images import Picture, read_pictures, square
 from dte_lab.common.origin import check_free, origin_text, pictures_digest
 from dte_lab.common.quiet import close_bars, quiet_libraries, warnings_in_one_line
@@ -62,26 +63,33 @@ Prompts = Annotated[
     ),
 ]
 Seeds = Annotated[
-    list[int], typer.Option("--seed", help="One picture per prompt and seed; repeatable.")
+    list[int],
+    typer.Option("--seed", parser=whole, help="One picture per prompt and seed; repeatable."),
 ]
 Alpha = Annotated[
     float | None,
-    typer.Option("--alpha", help="Blend of the dual path: 1 soft only, 0 hard only."),
+    typer.Option("--alpha", parser=number, help="Of the dual path: 1 soft only, 0 hard only."),
 ]
 TuningSteps = Annotated[
     int | None,
-    typer.Option("--steps", help="0 for none; by default 12, for sd15 without encoder 30."),
+    typer.Option(
+        "--steps", parser=whole, help="0 for none; by default 12, for sd15 without encoder 30."
+    ),
 ]
 TuningRate = Annotated[
     float | None,
-    typer.Option("--learning-rate", help="Of the offsets; 0.006. Falls after 25 steps."),
+    typer.Option(
+        "--learning-rate", parser=number, help="Of the offsets; 0.006. Falls after 25 steps."
+    ),
 ]
 Guidance = Annotated[
     float | None,
-    typer.Option("--guidance-scale", help="By default the model's: small 1.5, others 7.5."),
+    typer.Option(
+        "--guidance-scale", parser=number, help="By default the model's: small 1.5, others 7.5."
+    ),
 ]
 Negative = Annotated[str, typer.Option("--negative-prompt", help="What not to draw.")]
-InferenceSteps = Annotated[int, typer.Option("--num-inference-steps")]
+InferenceSteps = Annotated[int, typer.Option("--num-inference-steps", parser=whole)]
 Masks = Annotated[
     list[Path],
     typer.Option("--mask", help="White where the thing is; one for each picture, in their order."),

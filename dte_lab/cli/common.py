@@ -1,16 +1,35 @@
-"""What the commands share: their options, the output folder, and loading a pipeline."""
+"""What the commands share: their options, and loading a pipeline.
 
-import tempfile
+Numbers and words are handed on as they were typed: what is asked for is checked in one place, where
+it is asked from Python as well.
+"""
+
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dte_lab.common.errors import DTEError
 from dte_lab.common.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from dte_lab import DTEPipeline
+
+
+def whole(text: str) -> int | str:
+    """A whole number; or what was typed, which the check of its setting answers."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def number(text: str) -> float | str:
+    """A number; or what was typed, which the check of its setting answers."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
 
 Out = Annotated[Path, typer.Option("--out", help="Folder for what is written.")]
 Overwrite = Annotated[
@@ -32,14 +51,22 @@ Device = Annotated[
 ]
 TuningBatch = Annotated[
     int | None,
-    typer.Option("--batch-size", help="Noise levels per step, and pictures drawn at once."),
+    typer.Option(
+        "--batch-size", parser=whole, help="Noise levels per step, and pictures drawn at once."
+    ),
 ]
-DrawingBatch = Annotated[int | None, typer.Option("--batch-size", help="Pictures drawn at once.")]
+DrawingBatch = Annotated[
+    int | None, typer.Option("--batch-size", parser=whole, help="Pictures drawn at once.")
+]
 DType = Annotated[
     str | None,
     typer.Option("--dtype", help="fp16, bf16 or fp32; fp16 for sd15 on a GPU, fp32 elsewhere."),
 ]
-Rank = Annotated[int | None, typer.Option("--rank", min=1, max=16, help="Rank of the offsets.")]
+Rank = Annotated[
+    int | None, typer.Option("--rank", parser=whole, help='Of the offsets, or "full"; 4.')
+]
+Steps = Annotated[int | None, typer.Option(parser=whole, help="Train this many steps in all.")]
+Minutes = Annotated[float | None, typer.Option(parser=number, help="Stop this call after so long.")]
 Checkpointing = Annotated[
     bool,
     typer.Option("--gradient-checkpointing", help="Train with less memory, about a third slower."),
@@ -55,22 +82,6 @@ def given(**options: object) -> dict[str, object]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def prepare_folder(out: Path) -> None:
-    """Make the output folder and try it, so that a full run cannot end without a place to write.
-
-    Raises DTEError when it cannot be made or written.
-    """
-    if out.exists() and not out.is_dir():
-        raise DTEError(f"{out} is a file; --out needs a folder.")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        reason = error.strerror or error
-        raise DTEError(f"the output folder {out} cannot be written ({reason}).") from error
-
-
 def load_pipeline(
     backbone: str, encoder: Path | None, device: str | None = None, dtype: str | None = None,
     tuning_batch: int | None = None, **options: bool,
@@ -83,21 +94,20 @@ def load_pipeline(
     typer.echo(f"loading the backbone {backbone} ...", err=True)
     quiet_libraries()
     from dte_lab import DTEPipeline
-    from dte_lab.backbone import DTYPES
-    from dte_lab.common.settings import check_one_of
-    from dte_lab.hardware.device import checked_device
+    from dte_lab.backbone import checked_dtype
+    from dte_lab.common.device import checked_device
     from dte_lab.memory_needs import Setting, check_room
     from dte_lab.recommended import STABLE_DIFFUSION
     from dte_lab.zero_shot import ZeroShotStart
 
-    if dtype is not None:
-        check_one_of("--dtype", dtype, tuple(DTYPES))
     device = checked_device(device)
+    if dtype is not None:
+        checked_dtype(dtype)
     if backbone == "sd15" and tuning_batch is not None:
         batch = tuning_batch or STABLE_DIFFUSION.batch_size
         check_room(Setting(batch=batch, dtype=dtype or "fp16", **options), "tuning", device)
     pipe = DTEPipeline.from_pretrained(
-        backbone, encoder=encoder, device=device, dtype=DTYPES.get(dtype), **options
+        backbone, encoder=encoder, device=device, dtype=dtype, **options
     )
     if isinstance(pipe.encoder, ZeroShotStart):
         typer.echo(

@@ -16,10 +16,10 @@ from dte_lab.cli.common import (
     Overwrite,
     SmallBackbone,
     load_pipeline,
-    prepare_folder,
+    whole,
 )
 from dte_lab.common.errors import DTEError
-from dte_lab.common.files import keep_inputs
+from dte_lab.common.files import keep_inputs, prepare_folder
 from dte_lab.common.origin import check_free
 from dte_lab.common.quiet import quiet_libraries
 
@@ -36,30 +36,29 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Instead, such as dte:0,12 or dte@alpha_blend=1:12; repeatable."),
     ] = None,
-    concepts: Annotated[int, typer.Option(min=2, help="How many held-out concepts.")] = 60,
+    concepts: Annotated[int, typer.Option(parser=whole, help="How many held-out concepts.")] = 60,
     split: Annotated[
         str, typer.Option(help="test; val to choose settings on; fxemoji, an unseen style.")
     ] = "test",
-    seeds: Annotated[int, typer.Option(min=2, help="Pictures per edit.")] = 2,
+    seeds: Annotated[int, typer.Option(parser=whole, help="Pictures per edit.")] = 2,
     backbone: SmallBackbone = "small",
     encoder: Encoder = None,
     device: Device = "cpu",
-    processes: Annotated[int, typer.Option(min=1, help="That share the concepts.")] = 1,
+    processes: Annotated[int, typer.Option(parser=whole, help="That share the concepts.")] = 1,
 ) -> None:
     """Compare the tuning encoder with what people use instead; goes on where it stopped."""
     name = "quick" if quick else experiment
     load = partial(load_pipeline, backbone, encoder, device)
     try:
-        from dte_lab.evaluation.edits import QUICK_SCENES, items
+        from dte_lab.evaluation.edits import QUICK_SCENES
         from dte_lab.evaluation.methods import Methods
-        from dte_lab.evaluation.run import EvaluationConfig, measure_methods, parse_all
+        from dte_lab.evaluation.run import EvaluationConfig, check_run, measure_methods
         from dte_lab.evaluation.specifications import methods_of
 
         config = EvaluationConfig(seeds=seeds, split=split, concepts=concepts)
         if quick:
             config = replace(config, concepts=6, scenes=QUICK_SCENES, num_inference_steps=10)
-        parse_all(method or methods_of(name))  # mistakes are told before anything is loaded,
-        items(config.concepts, config.split)  # and raise DTEError
+        check_run(method or methods_of(name), config, processes)  # before anything is loaded
         prepare_folder(out)
         pipe = load()
         specs = method or Methods(pipe).experiment(name)

@@ -6,27 +6,41 @@ from typing import Annotated
 
 import typer
 
-from dte_lab.cli.common import AnyBackbone, Checkpointing, Device, Encoder, Offload
-from dte_lab.common.errors import DTEError
+from dte_lab.cli.common import (
+    AnyBackbone,
+    Checkpointing,
+    Device,
+    Encoder,
+    Offload,
+    given,
+    number,
+    whole,
+)
 from dte_lab.common.quiet import quiet_libraries
 
 
 def memory(
     backbone: Annotated[str, typer.Option(help="sd15.")] = "sd15",
-    resolution: Annotated[int, typer.Option(help="Side of the picture in pixels.")] = 512,
-    batch: Annotated[int, typer.Option(min=1, help="Noise levels, or pictures, per step.")] = 4,
+    resolution: Annotated[
+        int, typer.Option(parser=whole, help="Side of the picture in pixels.")
+    ] = 512,
+    batch: Annotated[
+        int, typer.Option(parser=whole, help="Noise levels, or pictures, per step.")
+    ] = 4,
     dtype: Annotated[str, typer.Option(help="Of frozen parts: fp16, bf16 or fp32.")] = "fp16",
-    rank: Annotated[int, typer.Option(min=1, max=16, help="Rank of the offsets.")] = 4,
+    rank: Annotated[int, typer.Option(parser=whole, help='Of the offsets, or "full".')] = 4,
     gradient_checkpointing: Checkpointing = False,
     offload: Offload = False,
-    card: Annotated[float | None, typer.Option(help="GPU memory in GB to fit into.")] = None,
+    card: Annotated[
+        float | None, typer.Option(parser=number, help="GPU memory in GB to fit into.")
+    ] = None,
 ) -> None:
     """Predict peak GPU memory and time of tuning, pre-training and sampling, without a GPU."""
     quiet_libraries()
-    from dte_lab.hardware.memory import ACHIEVED, DTYPES, Setting, advise, needs
+    from dte_lab.hardware.memory import ACHIEVED, Setting, advise, check_card, needs
 
-    if dtype not in DTYPES:
-        raise DTEError(f"--dtype is one of {', '.join(DTYPES)}, not {dtype}.")
+    if card is not None:
+        check_card(card)
     setting = Setting(backbone, resolution, batch, dtype, rank, gradient_checkpointing, offload)
     found = needs(setting)
     typer.echo(f"{setting}\npeak of all tensors on the GPU, predicted from a trace of the step:")
@@ -44,7 +58,9 @@ def memory(
 
 
 def parameters(
-    width: Annotated[int | None, typer.Option(min=8, help="Of the hypernetwork's tokens.")] = None,
+    width: Annotated[
+        int | None, typer.Option(parser=whole, help="Of the hypernetwork's tokens.")
+    ] = None,
 ) -> None:
     """Count the parameters of the hypernetwork for Stable Diffusion 1.5, by rank and in full."""
     quiet_libraries()
@@ -56,14 +72,12 @@ def parameters(
     from dte_lab.lora import projection_shapes
     from dte_lab.sd15 import UNET
 
-    settings = EncoderConfig()
+    settings = EncoderConfig(**given(width=width))
     with torch.device("meta"):
         shapes = projection_shapes(UNet2DConditionModel(**UNET))
     typer.echo(f"{'rank':<6}{'hypernetwork':>18}{'of which heads':>18}{'offsets':>14}")
     for rank in (1, 2, 4, 8, 16, "full"):
-        n = count_parameters(
-            shapes, rank, width or settings.width, settings.num_heads, settings.trunk_depth
-        )
+        n = count_parameters(shapes, rank, settings.width, settings.num_heads, settings.trunk_depth)
         typer.echo(f"{rank:<6}{n['hypernetwork']:>18,}{n['heads']:>18,}{n['offsets']:>14,}")
 
 

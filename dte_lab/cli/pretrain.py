@@ -7,9 +7,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dte_lab.cli.common import AnyBackbone, Checkpointing, Device, Out, Rank, given
-from dte_lab.cli.training import Minutes, Steps
+from dte_lab.cli.common import (
+    AnyBackbone,
+    Checkpointing,
+    Device,
+    Minutes,
+    Out,
+    Rank,
+    Steps,
+    given,
+    number,
+    whole,
+)
 from dte_lab.common.errors import DTEError
+from dte_lab.common.files import prepare_folder
 from dte_lab.world.sprites import SAMPLE_CONCEPTS
 
 if TYPE_CHECKING:
@@ -19,7 +30,9 @@ if TYPE_CHECKING:
     from dte_lab.encoder import TuningEncoder
     from dte_lab.training.config import PretrainConfig
 
-SharedBatchSize = Annotated[int | None, typer.Option(min=1, help="Of all processes together.")]
+SharedBatchSize = Annotated[
+    int | None, typer.Option(parser=whole, help="Of all processes together.")
+]
 FrozenPrecision = Annotated[str, typer.Option(help="no, bf16 or fp16: of frozen parts, autocast.")]
 Pictures = Annotated[
     str | None,
@@ -32,12 +45,12 @@ Stream = Annotated[
     bool, typer.Option("--stream", help="Read a Hugging Face dataset without storing it.")
 ]
 FromStream = Annotated[
-    int | None, typer.Option(min=1, help="How many pictures of a stream the cache takes.")
+    int | None, typer.Option(parser=whole, help="How many pictures of a stream the cache takes.")
 ]
 Crops = Annotated[
     int,
     typer.Option(
-        min=0,
+        parser=whole,
         help="Pairs of random crops of each picture, one to learn from, one as the target; "
         "0: its centre, as both.",
     ),
@@ -46,12 +59,14 @@ CacheFolder = Annotated[
     Path | None,
     typer.Option(help="Write latents and CLIP features there first, and train from them."),
 ]
-Rate = Annotated[float | None, typer.Option(min=0, help="The highest; 1e-3.")]
-Warmup = Annotated[int | None, typer.Option(min=0, help="Steps until the highest rate; 200.")]
-Accumulation = Annotated[
-    int | None, typer.Option(min=1, help="Batches a step is made of, one after the other.")
+Rate = Annotated[float | None, typer.Option(parser=number, help="The highest; 1e-3.")]
+Warmup = Annotated[
+    int | None, typer.Option(parser=whole, help="Steps until the highest rate; 200.")
 ]
-Seed = Annotated[int | None, typer.Option(min=0, help="Of weights, pictures and noise.")]
+Accumulation = Annotated[
+    int | None, typer.Option(parser=whole, help="Batches a step is made of, one after the other.")
+]
+Seed = Annotated[int | None, typer.Option(parser=whole, help="Of weights, pictures and noise.")]
 Regulariser = Annotated[
     str | None, typer.Option(help="Of v*: contrastive, or none or another to compare it with.")
 ]
@@ -59,9 +74,10 @@ Optimizer8bit = Annotated[
     bool, typer.Option("--optimizer-8bit", help="AdamW8bit of bitsandbytes, if installed.")
 ]
 Workers = Annotated[
-    int | None, typer.Option(min=0, help="Reading pictures; on a GPU one per core, of 8 at most.")
+    int | None,
+    typer.Option(parser=whole, help="Reading pictures; on a GPU one per core, of 8 at most."),
 ]
-Every = Annotated[int | None, typer.Option(min=1, help="In steps.")]
+Every = Annotated[int | None, typer.Option(parser=whole, help="In steps.")]
 
 
 def pretrain(
@@ -91,11 +107,10 @@ def pretrain(
     validate_every: Every = None,
 ) -> None:
     """Pre-train the tuning encoder; writes OUT/encoder. Several processes: accelerate launch."""
-    from dte_lab.backbone import DTYPES, load_backbone
+    from dte_lab.backbone import load_backbone
     from dte_lab.config import EncoderConfig, MethodConfig
     from dte_lab.encoder import TuningEncoder
-    from dte_lab.hardware.device import checked_device
-    from dte_lab.training.pretrain import PretrainConfig
+    from dte_lab.training.config import PretrainConfig
     from dte_lab.training.pretrain import pretrain as train
 
     options = given(
@@ -107,15 +122,14 @@ def pretrain(
     config = PretrainConfig(
         mixed_precision=mixed_precision, optimizer_8bit=optimizer_8bit, **options
     )
-    method = MethodConfig(**given(regulariser=regulariser))
-    parts = load_backbone(
-        backbone,
-        checked_device(device),
-        DTYPES.get(mixed_precision, DTYPES["fp32"]),  # "no"
-        gradient_checkpointing=gradient_checkpointing,
-    )
+    method, changes = MethodConfig(**given(regulariser=regulariser)), given(rank=rank)
+    EncoderConfig(**changes)  # mistakes are told before anything is loaded
+    check_data(data, stream, crops, pictures)
+    prepare_folder(out)
+    dtype = "fp32" if mixed_precision == "no" else mixed_precision
+    parts = load_backbone(backbone, device, dtype, gradient_checkpointing=gradient_checkpointing)
     dataset, shown = training_pictures(parts, data, stream, crops, pictures)
-    settings = EncoderConfig.of(parts.recommended, **given(rank=rank))
+    settings = EncoderConfig.of(parts.recommended, **changes)
     encoder = TuningEncoder.from_backbone(parts, settings, method, seed=config.seed)
     if cache is not None:
         dataset, config = cached(cache, dataset, parts, encoder, config)
@@ -124,6 +138,15 @@ def pretrain(
     if data is not None:
         dataset, shown["validation"] = with_validation(dataset)
     train(parts, encoder, dataset, config, out_dir=out, **shown)
+
+
+def check_data(data: str | None, stream: bool, crops: int, pictures: int | None) -> None:
+    """Raise DTEError for numbers that mean nothing, and without data for options that read it."""
+    from dte_lab.training.pictures import check_counts
+
+    check_counts(crops, pictures)
+    if data is None and (stream or crops or pictures):
+        raise DTEError("--stream, --pictures and --crops belong to the pictures that --data names.")
 
 
 def cached(

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from dte_lab.cli.common import Device, Out, Rank, SmallBackbone, given
+from dte_lab.cli.common import Device, Out, Rank, SmallBackbone, given, whole
 
 world = typer.Typer(help="Build, train and evaluate the small world.", no_args_is_help=True)
 train = typer.Typer(help="Train a part of the small base model.", no_args_is_help=True)
@@ -163,7 +163,7 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="JSON file for the measures.")],
     backbone: SmallBackbone = "small",
     captions: Annotated[
-        int, typer.Option(min=4, help="Captions drawn, seen and novel each.")
+        int, typer.Option(parser=whole, help="Captions drawn, seen and novel each.")
     ] = 500,
 ) -> None:
     """Measure the base model: autoencoder, CLIP, and what its pictures show."""
@@ -173,6 +173,6 @@ def evaluate(
 
 
 def checked(device: str | None) -> str:
-    from dte_lab.hardware.device import checked_device
+    from dte_lab.common.device import checked_device
 
     return checked_device(device)

@@ -7,6 +7,7 @@ one that writes into the same folder removes it.
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -86,6 +87,23 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def prepare_folder(out: Path | str) -> None:
+    """Make the output folder and try it, so that a full run cannot end without a place to write.
+
+    Raises DTEError when it cannot be made or written.
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise DTEError(f"{out} is a file: results need a folder.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise DTEError(f"the output folder {out} cannot be written ({reason}).") from error
 
 
 def keep_inputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dte_lab.backbone import Backbone, load_backbone
-from dte_lab.common.files import write_atomically
+from dte_lab.common.errors import DTEError
+from dte_lab.common.files import prepare_folder, write_atomically
+from dte_lab.common.settings import check_whole
 from dte_lab.common.stats import interval, kernel_distance, psnr
 from dte_lab.evaluation.base_model_tables import measures_table
 from dte_lab.evaluation.judges import ImageJudge, SentenceJudge
@@ -220,11 +222,21 @@ def word_neighbours(backbone: Backbone, count: int = 100, seed: int = 0) -> dict
     }
 
 
+def check_asked(out: Path, n: int) -> None:
+    """Raise DTEError for what `main` cannot do, before it begins."""
+    check_whole("captions", n, 4)
+    if out.is_dir():
+        raise DTEError(f"{out} is a folder: the measures need a file.")
+    prepare_folder(out.parent)
+
+
 def main(out: Path, backbone: str = "small", n: int = 500) -> dict:
     """Write, print and return the measures (see `results/world.json`).
 
-    Raises ImportError when the outside judges are not installed.
+    n: captions, seen and novel each. Raises DTEError for less than the 4 of which the time is taken
+    and where `out` cannot be written, ImportError when the outside judges are not installed.
     """
+    check_asked(Path(out), n)
     b = load_backbone(backbone)
     judge, classifier = Judge(b), Classifier(split_names("train"))
     results: dict = {"guidance_scale": GUIDANCE_SCALE, "steps": STEPS}

@@ -17,10 +17,11 @@ from tqdm.auto import tqdm
 
 from dte_lab.baselines import BaselineConfig
 from dte_lab.common.errors import DTEError
-from dte_lab.common.files import write_atomically
+from dte_lab.common.files import prepare_folder, write_atomically
 from dte_lab.common.images import to_pil
 from dte_lab.common.processes import in_processes
 from dte_lab.common.resume import as_json, check_settings
+from dte_lab.common.settings import check_number, check_one_of, check_whole
 from dte_lab.evaluation.edits import SCENE_EDITS, Item, edits, items
 from dte_lab.evaluation.measures import Measures, concept_losses
 from dte_lab.evaluation.methods import Methods
@@ -30,6 +31,7 @@ from dte_lab.evaluation.specifications import ANCHORS, Specification, parse, spl
 from dte_lab.evaluation.trials import Sampling, Trial, anchor_trial, rows_of, trials
 from dte_lab.pipeline import DTEPipeline
 from dte_lab.tuning import TuneConfig
+from dte_lab.world.scenes import SCENES
 
 KEPT = 6  # concepts whose pictures are kept
 
@@ -39,7 +41,8 @@ class EvaluationConfig(Sampling):
     """What is asked of every method, and how its pictures are drawn.
 
     concepts: how many of the split. seed: of every method's optimisation. with_losses: measure the
-    diffusion LOSSES, too. Raises DTEError for fewer than 2 seeds, which have no diversity.
+    diffusion LOSSES, too. Raises DTEError for fewer than 2 seeds, which have no diversity, or than
+    2 concepts, of which each is held against another, and for values that mean nothing.
     """
 
     split: str = "test"
@@ -49,8 +52,13 @@ class EvaluationConfig(Sampling):
     with_losses: bool = False
 
     def __post_init__(self) -> None:
-        if self.seeds < 2:
-            raise DTEError("Diversity needs at least 2 seeds.")
+        for name in ("seeds", "concepts"):
+            check_whole(name, getattr(self, name), 2)
+        check_whole("seed", self.seed)
+        check_whole("num_inference_steps", self.num_inference_steps, 1, 1000)
+        check_number("guidance_scale", self.guidance_scale, 0, 100)
+        for scene in self.scenes:
+            check_one_of("scenes", scene, SCENES)
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,8 @@ def measure_methods(
     with methods that are not among these.
     """
     config, methods = config or EvaluationConfig(), Methods(pipe)
-    parsed = parse_all(specs)
+    parsed = check_run(specs, config, processes)
+    prepare_folder(out_dir)
     for spec in parsed:
         methods.check(spec, guided=config.guidance_scale > 1)
     if processes > 1 and load is None:
@@ -109,6 +118,15 @@ def measure_methods(
     summary = summarise(rows)
     write_run(out_dir, settings, summary)
     return summary
+
+
+def check_run(
+    specs: Sequence[str], config: EvaluationConfig, processes: int = 1
+) -> list[Specification]:
+    """What `measure_methods` is asked for. Raises DTEError as it does, without a pipe."""
+    check_whole("processes", processes, 1)
+    items(config.concepts, config.split)
+    return parse_all(specs)
 
 
 def parse_all(specs: Sequence[str]) -> list[Specification]:

@@ -1,36 +1,11 @@
-"""Which device is there, and how much of its memory was in use."""
+"""How much of a device's memory was in use."""
 
 import ctypes
 import gc
-import os
 import platform
 from pathlib import Path
 
 import torch
-
-from dte_lab.common.errors import DTEError
-
-
-def checked_device(device: str | None) -> str:
-    """The device to use; None and auto: cuda where there is one. Several processes have a GPU each.
-
-    Raises DTEError for what is no device, and for CUDA where it is not there.
-    """
-    if device in (None, "auto"):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except (RuntimeError, TypeError):
-        kind = None
-    if kind not in ("cpu", "cuda", "mps"):
-        raise DTEError(f"a device is auto, cpu, cuda, cuda:N or mps, not {device!r}.")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise DTEError(
-            "torch finds no CUDA device: use --device cpu, or ask dte doctor what is there."
-        )
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise DTEError("torch finds no MPS device: use --device cpu.")
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
 
 
 def give_back_free_memory() -> None:

@@ -81,7 +81,7 @@ def _version(name: str) -> str | None:
 def _device(device: str | None) -> Iterator[Finding]:
     import torch
 
-    from dte_lab.hardware.device import checked_device
+    from dte_lab.common.device import checked_device
 
     try:
         chosen = checked_device(device)
@@ -153,7 +153,7 @@ def _backbone(name: str, device: str | None) -> Finding:
 
 def _room(backbone: str, device: str | None) -> Iterator[Finding]:
     """Whether the device holds Stable Diffusion 1.5 and its tuning with the default batch."""
-    from dte_lab.hardware.device import checked_device
+    from dte_lab.common.device import checked_device
     from dte_lab.memory_needs import Setting, advice, needed, room
     from dte_lab.recommended import STABLE_DIFFUSION
 

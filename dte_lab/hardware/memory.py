@@ -17,11 +17,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dte_lab import placeholder_token
 from dte_lab.backbone import DTYPES, Backbone
 from dte_lab.common.errors import DTEError
+from dte_lab.common.settings import check_number
 from dte_lab.config import EncoderConfig, MethodConfig
 from dte_lab.dual_path import dual_path
 from dte_lab.encoder import EncoderPrediction, TuningEncoder, encoder_dimensions
 from dte_lab.hardware.trace import TracedMemory
 from dte_lab.memory_needs import WORKLOADS, Setting
+from dte_lab.recommended import STABLE_DIFFUSION
 from dte_lab.sd15 import random_parts
 from dte_lab.tokens import PromptEncoder
 from dte_lab.training.batches import prepare
@@ -72,19 +74,17 @@ def predict(setting: Setting, parts: tuple[str, ...] = WORKLOADS) -> dict[str, i
 def needs(setting: Setting, parts: tuple[str, ...] = WORKLOADS) -> dict[str, Need]:
     """What each part takes.
 
-    Raises DTEError for a backbone other than sd15.
+    Raises DTEError for a backbone other than sd15, and a resolution or rank that it cannot have.
     """
     if setting.backbone != "sd15":
         raise DTEError(f"Memory is predicted for sd15 alone, not for {setting.backbone}.")
+    settings = EncoderConfig.of(STABLE_DIFFUSION, rank=setting.rank)
     peaks, flops, memory = {}, {}, TracedMemory()
     with FakeTensorMode(allow_non_fake_inputs=True), memory:
         backbone = _sd15(setting, memory)
         if setting.gradient_checkpointing:
             backbone.unet.enable_gradient_checkpointing()
-        encode, settings = (
-            PromptEncoder(backbone),
-            EncoderConfig.of(backbone.recommended, rank=setting.rank),
-        )
+        encode = PromptEncoder(backbone)
         dimensions = encoder_dimensions(backbone, encode.table, settings)
         encoder = TuningEncoder(**dimensions, settings=asdict(settings))
         encoder.bind(backbone, encode.table)
@@ -191,11 +191,17 @@ def _sample(
     return (memory.flops - before + (NUM_INFERENCE_STEPS - 1) * step) // batch
 
 
+def check_card(card: float) -> None:
+    """Raise DTEError for what is no number of GB."""
+    check_number("card", card, above=0)
+
+
 def advise(setting: Setting, card: float, peak: int) -> str:
     """What makes tuning fit a card of so many GB, in one sentence; 1 GB is kept free for CUDA.
 
-    peak: the bytes that tuning takes with `setting`.
+    peak: the bytes that tuning takes with `setting`. Raises DTEError as `check_card` does.
     """
+    check_card(card)
     room = (card - 1) * 1e9
     tried = {str(setting): peak}
     if peak <= room:

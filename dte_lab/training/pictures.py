@@ -22,6 +22,7 @@ from dte_lab import placeholder_token
 from dte_lab.common.errors import DTEError
 from dte_lab.common.images import read_image, to_square_tensor
 from dte_lab.common.random import stream
+from dte_lab.common.settings import check_whole
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 MOST_SKIPPED = 20  # one after the other, before a run ends
@@ -56,6 +57,13 @@ class ExampleList(list[Example]):
         return [example.concept for example in self]
 
 
+def check_counts(crops: int, pictures: int | None = None) -> None:
+    """Of pairs of random crops of each picture, and of pictures of a stream. Raises DTEError."""
+    check_whole("crops", crops, 0)
+    if pictures is not None:
+        check_whole("pictures", pictures, 1)
+
+
 class ClassPictures(Dataset):
     """Items of `pretrain`; item i shows example i modulo their number.
 
@@ -67,6 +75,7 @@ class ClassPictures(Dataset):
     def __init__(
         self, examples: Examples, resolution: int, crops: int = 0, source: str = ""
     ) -> None:
+        check_counts(crops)
         self.examples, self.resolution, self.crops = examples, resolution, crops
         self.source = f"{source} with {crops} crops" if crops else source
 

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from dte_lab.backbone import Backbone
 from dte_lab.common.attention import short_attention
+from dte_lab.common.files import prepare_folder
 from dte_lab.common.resume import LOG
 from dte_lab.common.schedule import ema_weight, update_ema
 from dte_lab.encoder import EncoderPrediction, TuningEncoder
@@ -69,6 +70,7 @@ def pretrain(
     finite (the last checkpoint stays).
     """
     config, out_dir, started = config or PretrainConfig(), Path(out_dir), time.monotonic()
+    prepare_folder(out_dir)
     run = set_up(backbone, encoder, dataset, config, out_dir, initialise)
     hidden = not (progress and run.accelerator.is_main_process)
     bar = tqdm(total=config.steps, initial=run.first, desc="pretrain", disable=hidden)

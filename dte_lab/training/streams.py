@@ -18,6 +18,7 @@ from dte_lab.training.pictures import (
     MOST_SKIPPED,
     PICTURES,
     check_columns,
+    check_counts,
     example_of_row,
     hub_library,
     make_item,
@@ -39,6 +40,7 @@ class StreamedPictures(IterableDataset):
         self, source: str | Path, resolution: int, crops: int = 0, pictures: int | None = None,
         seed: int = 0,
     ) -> None:  # fmt: skip
+        check_counts(crops, pictures)
         library = hub_library(str(source))
         if is_webdataset(source):
             files = str(Path(source) / "*.tar") if Path(source).is_dir() else str(source)
