@@ -47,6 +47,7 @@ def evaluate(
     processes: Annotated[int, typer.Option(parser=whole, help="That share the concepts.")] = 1,
 ) -> None:
     """Compare the tuning encoder with what people use instead; goes on where it stopped."""
+    quiet_libraries()
     name = "quick" if quick else experiment
     load = partial(load_pipeline, backbone, encoder, device)
     try:

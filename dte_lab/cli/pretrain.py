@@ -21,6 +21,7 @@ from dte_lab.cli.common import (
 )
 from dte_lab.common.errors import DTEError
 from dte_lab.common.files import prepare_folder
+from dte_lab.common.quiet import quiet_libraries
 from dte_lab.world.sprites import SAMPLE_CONCEPTS
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ def pretrain(
     validate_every: Every = None,
 ) -> None:
     """Pre-train the tuning encoder; writes OUT/encoder. Several processes: accelerate launch."""
+    quiet_libraries()
     from dte_lab.backbone import load_backbone
     from dte_lab.config import EncoderConfig, MethodConfig
     from dte_lab.encoder import TuningEncoder
