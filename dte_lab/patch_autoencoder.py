@@ -3,8 +3,8 @@
 A linear path (8x8 patches times a PCA basis) makes it good from the first second, a small
 convolutional path adds what a linear map cannot. Both make 24 numbers of each patch; the four
 patches of a cell of 16x16 pixels are stacked into the channels of one latent, so that the denoiser
-has one position for each cell that the caption tells of (see train_clip). The interface is that of
-diffusers' AutoencoderKL, so a stock StableDiffusionPipeline takes it.
+has one position for each cell that the caption tells of (see world/painter.py). The interface is
+that of diffusers' AutoencoderKL, so a stock StableDiffusionPipeline takes it.
 """
 
 from typing import NamedTuple

@@ -195,6 +195,39 @@ def made_up(make):
 
 
 @pytest.fixture(scope="session")
+def wide_cache(tmp_path_factory):
+    """The folder of a wide world: 24 boxes of colour with names, and 4 of things held out."""
+    import json
+
+    from safetensors.torch import save_file
+
+    from dte_lab.world.wide import sha256
+
+    rng, root = np.random.default_rng(0), tmp_path_factory.mktemp("wide")
+    names = [f"{of} {thing}" for of in ("war", "toy", "steel") for thing in ("axe", "lamp", "box")]
+    names += ["axe", "lamp", "box", "a lamp of a toy box", "war toy", "steel toy"] * 2
+    names += ["solitaire", "lamp of war", "box of war"]
+    listed, pixels = {}, {}
+    for key, chosen in (
+        ("drawings", names),
+        ("held_out", ["strawberry", "peacock", "tractor", "cupcake"]),
+    ):
+        rgba = np.zeros((len(chosen), 48, 48, 4), np.uint8)
+        for drawing in rgba:
+            top, left = rng.integers(2, 20, 2)
+            drawing[top : top + 24, left : left + 24] = [*rng.integers(0, 255, 3), 255]
+        pixels[key] = torch.from_numpy(rgba)
+        listed[key] = [
+            {"icon": f"{key}-{i}", "name": name, "style": "game", "colour": ("red", None)[i % 2]}
+            for i, name in enumerate(chosen)
+        ]
+    text = json.dumps(listed)
+    (root / "wide.json").write_text(text)
+    save_file(pixels, root / "wide.safetensors", {"json": sha256(text)})
+    return root
+
+
+@pytest.fixture(scope="session")
 def small_pipe():
     """The shipped models, for tests that leave them as they are."""
     from dte_lab import DTEPipeline

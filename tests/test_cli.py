@@ -395,6 +395,8 @@ def test_failed_write_keeps_what_was_there(refused, photo, model, tmp_path, monk
         (["personalize", "a.png", *PROMPTS, "--out", "x", "--alpha", "2"], "alpha_blend"),
         (["personalize", "a.png", *PROMPTS, "--out", "x", "--seed", "one"], "seed is a whole"),
         (["world", "train", "bogus"], "bogus"),
+        (["world", "train", "text", "--out", "x", "--parts", "y"], "--wide"),
+        (["world", "pack", "--out", "x"], "one run at least"),
     ],
 )
 def test_wrong_usage_is_one_line_too(refused, arguments, words):
@@ -410,19 +412,28 @@ def test_help_and_version(dte):
         assert code == 0 and "Usage" in out and not err
 
 
+PARTS = ["--out", "x", "--parts", "y", "--wide", "z"]
+
+
 @pytest.mark.parametrize(
     ("command", "module", "arguments"),
     [
         ("world build", "dte_lab.world.build", ["--packages", "npm"]),
         ("world train autoencoder", "dte_lab.world.train_autoencoder", ["--out", "x"]),
-        ("world train clip", "dte_lab.world.train_clip", ["--out", "x", "--parts", "y"]),
+        (
+            "world train autoencoder",
+            "dte_lab.world.train_autoencoder",
+            ["--out", "x", "--parts", "y", "--wide", "z", "--count", "700"],
+        ),
+        ("world train text", "dte_lab.world.train_text", [*PARTS, "--seed", "3"]),
+        ("world train unet", "dte_lab.world.train_unet", [*PARTS, "--count", "2000"]),
+        ("world train towers", "dte_lab.world.train_towers", PARTS),
         ("world evaluate", "dte_lab.evaluation.base_model", ["--out", "x.json"]),
         (
             "world pack",
             "dte_lab.world.pack",
-            ["--autoencoder", "a", "--clip", "b", "--unet", "c", "--out", "x"],
+            ["--autoencoder", "a", "--text", "b", "--unet", "c", "--towers", "d", "--out", "x"],
         ),
-        ("world train unet", "dte_lab.world.train_unet", ["--out", "x", "--parts", "y"]),
     ],
 )
 def test_training_commands_fit_the_functions_they_call(

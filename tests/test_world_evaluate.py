@@ -7,27 +7,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dte_lab.common.errors import DTEError
 from dte_lab.common.stats import interval, kernel_distance, psnr
 from dte_lab.evaluation.base_model import Classifier, classify_scene, evaluation_items
-from dte_lab.patch_autoencoder import PatchAutoencoder
-from dte_lab.world import SCENES, train_text
+from dte_lab.world import SCENES
 from dte_lab.world.captions import held_out
 from dte_lab.world.clip import build_image_tower, build_text_tower, build_tokenizer, tokenize
-from dte_lab.world.data import indices, latent_bank, random_batch, to_tensor
+from dte_lab.world.data import random_batch, to_tensor
 from dte_lab.world.pack import main as pack
 from dte_lab.world.scenes import render
 from dte_lab.world.sprites import STYLES, split_names
 from dte_lab.world.train_autoencoder import reconstruction_loss
-from dte_lab.world.train_text import (
-    CANONICAL_SEED,
-    CODE,
-    TARGET,
-    CanonicalPictures,
-    TextPainter,
-    first_end_state,
-    start_from_pictures,
-)
-from dte_lab.world.train_towers import Towers
+from dte_lab.world.train_towers import Towers, end_states
 
 
 def test_scene_classifier_is_exact_on_true_renderings():
@@ -92,59 +83,14 @@ def test_image_tower_starts_with_white_patches():
     assert (covariance - covariance.diag().diag()).abs().max() < 0.05
 
 
-@pytest.fixture(scope="module")
-def pictures():
-    vae = PatchAutoencoder(width=16, fine_width=16)  # as it starts: linear, and quick
-    x, _, _ = random_batch(np.random.default_rng(0), 256)
-    vae.initialise_from_pca(x)
-    vae.register_to_config(scaling_factor=1 / vae.encode(x).latent_dist.mode().std().item())
-    with pytest.MonkeyPatch.context() as patch:  # half of the things, six scenes
-        patch.setattr(train_text, "split_names", lambda split: split_names(split)[::2])
-        patch.setattr(train_text, "SCENES", SCENES[:6])
-        return CanonicalPictures(vae)
-
-
-def test_components_are_of_the_latents_and_pictures_are_decoded(pictures):
-    items = [(pictures.names[7], "noto", SCENES[1]), (pictures.names[90], "fluent", SCENES[5])]
-    shown = torch.stack(list(indices(items, pictures.names).values()), dim=1)
-    latents = pictures.look_up(shown)
-    expected = latent_bank(pictures.vae, [(*item, CANONICAL_SEED) for item in items])
-    # in half precision, but for the last bit: other batches are summed in another order
-    torch.testing.assert_close(latents, expected.float(), rtol=1e-3, atol=1e-4)
-    components = pictures.components(latents)
-    assert components.shape == (2, TARGET)
-    back = components @ torch.linalg.pinv(pictures.basis).T + pictures.mean
-    assert (back - latents.flatten(1)).pow(2).mean() < 0.1
-    true = to_tensor(np.stack([render(*item, CANONICAL_SEED) for item in items]))
-    assert (pictures.pictures(latents) - true).pow(2).mean() < 0.2 * true.var()
-
-
-def test_words_start_where_their_pictures_are(pictures):
-    tokenizer = build_tokenizer()
-    text = build_text_tower(tokenizer)
-    start_from_pictures(text, tokenizer, pictures)
-    table = text.get_input_embeddings().weight.detach()
-    # The words of a name add up to about its code, for names and only for names.
-    codes, sums = pictures.codes(), []
-    for ids in tokenizer(pictures.names).input_ids:
-        sums.append(table[ids[1:-1], :CODE].sum(0))
-    match = torch.cosine_similarity(torch.stack(sums), codes, dim=-1)
-    assert match.median() > 0.8
-    (beach,) = tokenizer("beach").input_ids[1:-1]
-    assert not table[beach, :CODE].any() and table[beach, -1] < 0
-
-
-def test_first_end_is_the_state_that_clip_projects(pictures):
-    tokenizer = build_tokenizer()
+def test_first_end_is_the_state_that_clip_projects():
+    tokenizer = build_tokenizer([])
     text = build_text_tower(tokenizer).eval()
     ids = tokenize(tokenizer, ["a picture of a red apple", "a dog"])
     with torch.no_grad():
         out = text(ids)
-    states = first_end_state(out.last_hidden_state, ids, tokenizer.eos_token_id)
+    states = end_states(text, ids)
     assert torch.allclose(text.text_projection(states), out.text_embeds, atol=1e-5)
-    read, components, kind = TextPainter(text, channels=96, kinds=7)(ids)
-    assert read.shape == (2, 16, 96)
-    assert components.shape == (2, TARGET) and kind.shape == (2, 7)
 
 
 def test_kernel_distance_against_loops():
@@ -181,5 +127,5 @@ def test_pack_halves_floats_and_keeps_the_rest(tmp_path):
     assert packed["w"].dtype == torch.float16 and packed["ids"].dtype == torch.int64
     config = json.loads((tmp_path / "out" / "vae" / "config.json").read_text())
     assert config == {"width": 3}  # not where it was trained
-    with pytest.raises(FileNotFoundError, match="unet is missing"):
+    with pytest.raises(DTEError, match="unet is missing: let the run of unet end first"):
         pack({"unet": tmp_path / "run"}, tmp_path / "out")

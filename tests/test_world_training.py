@@ -1,90 +1,121 @@
 """The whole recipe of the base model in two steps a part: train, pack, load, draw, personalize."""
 
 import json
+import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from dte_lab import DTEPipeline
 from dte_lab.backbone import load_backbone
+from dte_lab.common.checkpoint import CHECKPOINT, read_state
+from dte_lab.common.errors import DTEError
 from dte_lab.encoder import TuningEncoder
 from dte_lab.evaluation.base_model import generate
 from dte_lab.patch_autoencoder import PatchAutoencoder
+from dte_lab.tokens import TokenTable
 from dte_lab.training.first_words import fit_token_head, name_embeddings
 from dte_lab.world import (
+    drawings,
     pack,
     render_image,
     sampling,
+    split_names,
+    spoken,
     train_autoencoder,
-    train_clip,
     train_text,
     train_towers,
     train_unet,
+    training,
 )
-from dte_lab.world.align import align, cell_blocks
-from dte_lab.world.clip import MAX_LENGTH, WORDS, cells
 from dte_lab.world.data import random_batch, random_items, rendered
+from dte_lab.world.latents import scaled_latents
+from dte_lab.world.painter import TextPainter
+from dte_lab.world.training import TrainConfig
+from dte_lab.world.word_space import PICTURE_WORDS, PictureWords
 
-TINY = {"steps": 2, "batch_size": 2, "bank_size": 256}
+TINY = {"steps": 2, "batch_size": 8}
+THINGS = {"train": 54, "extra": 2, "val": 4}  # of the small world: 168 drawings
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def tiny_world():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling, "STEPS", 2)
-        patch.setattr(train_text, "latent_bank", one_of_sixty(train_text.latent_bank))
-        patch.setattr(train_text, "COMPONENTS_FROM", 300)
-        for part in (train_autoencoder, train_towers):
-            patch.setattr(part, "random_batch", a_few)
-        return train_all(tmp_path_factory.mktemp("runs"))
+        patch.setattr(drawings, "split_names", lambda split: split_names(split)[: THINGS[split]])
+        patch.setattr(spoken, "CAPTION_BANK", 150)
+        patch.setattr(spoken, "MEASURED", 12)
+        patch.setattr(train_towers, "STATES", 150)
+        patch.setattr(train_unet, "ALIGNED_ON", 64)
+        patch.setattr(train_autoencoder, "random_batch", a_few)
+        yield
 
 
 def a_few(rng, size, split="train"):
     return random_batch(rng, 24, split)
 
 
-def one_of_sixty(bank):
-    """A bank that draws the first of each thing's styles and scenes alone, for all of them."""
-    return lambda vae, items: bank(vae, items[::60]).repeat_interleave(60, dim=0)
-
-
-def train_all(root):
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_world, wide_cache):
+    """Folders of all runs, and `parts`, which is packed with each of them as they end."""
+    root = tmp_path_factory.mktemp("runs")
+    parts = root / "parts"
     train_autoencoder.main(root / "autoencoder", **TINY)
-    pack.main({"autoencoder": root / "autoencoder"}, root / "parts")
-    train_clip.main(root / "clip", root / "parts", **TINY)
-    pack.main({"clip": root / "clip"}, root / "parts")
-    train_unet.main(root / "unet", root / "parts", **TINY)
-    runs = {part: root / part for part in ("autoencoder", "clip", "unet")}
-    pack.main(runs, root / "small")
+    pack.main({"autoencoder": root / "autoencoder"}, parts)
+    for name, module in (("text", train_text), ("unet", train_unet), ("towers", train_towers)):
+        shutil.copytree(parts, root / f"before-{name}")
+        module.main(root / name, parts, wide_cache, **TINY)
+        pack.main({name: root / name}, parts)
     return root
 
 
 @pytest.fixture(scope="module")
 def backbone(runs):
-    return load_backbone(runs / "small")
+    return load_backbone(runs / "parts")
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 def test_every_run_logs_and_shows_samples(runs):
-    for run in ("autoencoder", "clip/text", "clip/towers", "unet"):
-        lines = [json.loads(line) for line in (runs / run / "log.jsonl").read_text().splitlines()]
-        assert lines[0]["step"] == 2 and lines[0]["loss"] > 0
+    for run in ("autoencoder", "text", "unet", "towers"):
+        first, last = lines(runs / run)
+        assert first["step"] == 2 and first["loss"] > 0
+        assert last["step"] == 2 and all(np.isfinite(list(last.values())))
         assert (runs / run / "config.json").is_file()
-    assert (runs / "unet" / "samples-000002.png").is_file()
+    for picture in ("autoencoder/samples.png", "text/samples.png", "unet/samples-000002.png"):
+        assert (runs / picture).is_file()
 
 
-def test_scaled_latents_have_unit_variance(backbone):
+def test_all_that_was_trained_is_packed_in_half_precision_under_40_mb(runs):
+    files = {f.relative_to(runs / "parts"): load_file(f) for f in runs.glob("parts/**/*.safe*")}
+    assert len(files) == 6
+    assert all(v.dtype == torch.float16 for f in files.values() for v in f.values())
+    assert sum(v.numel() * 2 for f in files.values() for v in f.values()) < 40e6
 
-    x, _, _ = random_batch(np.random.default_rng(5), 256)
-    assert backbone.encode_images(x).std().item() == pytest.approx(1, abs=0.1)
 
+def test_the_last_text_encoder_is_the_one_that_stays(runs):
+    """The denoiser's run moves it, that of the towers gives it a projection."""
 
-def test_weights_are_stored_in_half_precision_under_35_mb(runs):
-    files = list((runs / "small").rglob("*.safetensors"))
-    assert len(files) == 4
-    assert sum(file.stat().st_size for file in files) < 35e6
+    def weights(run):
+        return load_file(runs / run / "text_encoder" / "model.safetensors")
+
+    text, unet, towers, packed = map(weights, ("text", "unet", "towers", "parts"))
+    name = "text_model.encoder.layers.0.mlp.fc1.weight"
+    assert not torch.equal(text[name].half(), unet[name].half())
+    assert torch.equal(unet[name].half(), towers[name].half())
+    assert torch.equal(packed[name], towers[name].half())
+    projection = "text_projection.weight"
+    assert not torch.equal(unet[projection].half(), towers[projection].half())
+    assert torch.equal(packed[projection], towers[projection].half())
+    moved = [runs / run / "painter.safetensors" for run in ("text", "unet")]
+    assert not torch.equal(*(load_file(file)["weight"] for file in moved))
 
 
 def test_the_trained_folder_is_a_backbone_that_draws(backbone):
@@ -100,9 +131,28 @@ def test_it_can_be_personalized(backbone):
     assert picture.size == (64, 64)
 
 
-def test_decoder_alone_is_trained_further(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_autoencoder, "random_batch", a_few)
-    train_autoencoder.main(tmp_path / "more", runs / "parts", **TINY)
+def test_known_words_are_those_that_captions_say(backbone, runs):
+    words = json.loads((runs / "parts" / "words.json").read_text())
+    assert words == sorted(set(words))
+    train = {word for name in split_names("train")[:54] for word in name.split()}
+    grammar = set("a an picture of on in at under the background noto twemoji fluent".split())
+    assert train | grammar | {"war", "axe", "steel", "beach", "wooden"} <= set(words)
+    assert not {"solitaire", "strawberry", "S*"} & set(words)  # of one drawing; held out; no word
+    assert set(TokenTable(backbone).words) <= set(words)
+
+
+def test_a_word_of_a_picture_is_that_of_its_latents(runs, backbone):
+    x, _, _ = random_batch(np.random.default_rng(1), 3, "val")
+    z = scaled_latents(backbone.vae, x)
+    v = PictureWords.load(runs / "parts" / PICTURE_WORDS)(z)
+    assert torch.equal(v, PictureWords.load(runs / "text" / PICTURE_WORDS)(z))
+    assert v.shape == (3, backbone.text_encoder.config.hidden_size)
+
+
+def test_decoder_alone_is_trained_further_and_on_the_wide_world(
+    runs, tmp_path, wide_cache, tiny_world
+):
+    train_autoencoder.main(tmp_path / "more", runs / "parts", wide_cache, **TINY)
     before = PatchAutoencoder.from_pretrained(runs / "parts" / "vae", torch_dtype=torch.float32)
     after = PatchAutoencoder.from_pretrained(tmp_path / "more" / "vae")
     assert after.config.scaling_factor == before.config.scaling_factor
@@ -112,13 +162,59 @@ def test_decoder_alone_is_trained_further(runs, tmp_path, monkeypatch):
         if not torch.equal(p, before.get_parameter(name))
     }
     assert moved == {"decoder", "linear_decode"}
+    assert {"border_ratio", "border_ratio_noisy", "border_ratio_true"} <= set(
+        lines(tmp_path / "more")[-1]
+    )
 
 
-def test_a_finished_run_ends_at_once(runs, monkeypatch):
-    monkeypatch.setattr(train_autoencoder, "random_batch", a_few)
+def test_scaled_latents_have_unit_variance(backbone):
+    x, _, _ = random_batch(np.random.default_rng(5), 256)
+    assert backbone.encode_images(x).std().item() == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize(
+    ("name", "module"), [("text", train_text), ("unet", train_unet)], ids=["text", "unet"]
+)
+def test_a_run_that_stops_goes_on_as_if_it_had_not(
+    runs, tmp_path, tiny_world, wide_cache, monkeypatch, name, module
+):
+    """Bit for bit, from the state of its first step, which another folder keeps."""
+    often = partial(TrainConfig, log_every=1, checkpoint_minutes=0)
+    monkeypatch.setattr(module, "TrainConfig", often)
+    real, calls = training.TrainStep.__call__, []
+
+    def step(self):
+        calls.append(0)
+        if len(calls) == 2:
+            assert read_state(tmp_path / "whole" / CHECKPOINT)[1]["step"] == "1"
+            shutil.copytree(tmp_path / "whole", tmp_path / "pieces")
+        return real(self)
+
+    monkeypatch.setattr(training.TrainStep, "__call__", step)
+    for out in ("whole", "pieces"):
+        module.main(tmp_path / out, runs / f"before-{name}", wide_cache, **TINY)
+    assert len(calls) == 3
+    files = sorted(tmp_path.glob("whole/**/*.safetensors"))
+    assert len(files) >= 3
+    for file in files:
+        pieces = load_file(tmp_path / "pieces" / file.relative_to(tmp_path / "whole"))
+        assert all(torch.equal(v, pieces[k]) for k, v in load_file(file).items()), file
+
+
+def test_a_finished_run_ends_at_once(runs, tiny_world):
     before = (runs / "autoencoder" / "log.jsonl").read_text()
     train_autoencoder.main(runs / "autoencoder", **TINY)
     assert (runs / "autoencoder" / "log.jsonl").read_text() == before
+
+
+def test_what_is_missing_is_said_in_one_sentence(runs, tmp_path, wide_cache, tiny_world):
+    with pytest.raises(DTEError, match="holds no wide world: dte world build --wide"):
+        train_text.main(tmp_path / "a", runs / "parts", tmp_path, **TINY)
+    pack.main({"autoencoder": runs / "autoencoder"}, tmp_path / "parts")
+    with pytest.raises(DTEError, match="text_encoder"):
+        train_unet.main(tmp_path / "b", tmp_path / "parts", wide_cache, **TINY)
+    with pytest.raises(DTEError, match="painter.safetensors is not there"):
+        TextPainter.load(runs / "towers")
 
 
 def test_fitted_token_head_knows_the_words_of_pictures(tiny_backbone, tiny_config):
@@ -156,45 +252,3 @@ def test_the_token_head_narrows_patches_to_where_they_differ_most(tiny_backbone,
     most = torch.linalg.svdvals(channels.double())[:4].square().sum()
     kept = (encoder.token_head.narrow.weight.flatten(1) @ channels).square().sum()
     torch.testing.assert_close(kept.double(), most, rtol=1e-4, atol=0)
-
-
-def centred(x):
-    return (x - x.mean((0, 1))).flatten(0, 1)
-
-
-def test_aligned_heads_look_at_their_cell_and_read_it():
-    torch.manual_seed(0)
-    unet = train_unet.build_unet().eval()
-    shown = torch.randn(64, 96, 4, 4)
-    latents = shown + 2 * torch.randn(96, 1, 1)  # of a mean that no caption tells
-    basis = torch.linalg.qr(torch.randn(192, 192))[0]
-    states = torch.randn(64, MAX_LENGTH, 192)  # words are noise; a cell says which and what it is
-    states[:, WORDS:] = 4 * basis[:16] + cells(shown) @ basis[16:112]
-    x_t, t = torch.randn_like(latents), torch.randint(1000, (64,))
-    align(unet, x_t, t, states, latents)
-    for block in cell_blocks(unet):
-        seen = []
-        hook = block.norm2.register_forward_hook(lambda m, i, out, seen=seen: seen.append(out))
-        with torch.no_grad():
-            unet(x_t, t, states)
-        hook.remove()
-        attention = block.attn2
-        query, key, value = (
-            layer(x).unflatten(2, (4, 48))[:, :, :2]  # the first two heads
-            for layer, x in (
-                (attention.to_q, seen[0]), (attention.to_k, states), (attention.to_v, states),
-            )
-        )  # fmt: skip
-        scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / 48**0.5
-        share = scores.softmax(-1)[..., WORDS:].diagonal(dim1=2, dim2=3)
-        assert share.mean() > 0.3  # of 32 tokens
-        for head, part in ((0, slice(0, 48)), (1, slice(48, 96))):
-            truth = centred(cells(latents)[..., part])
-            read = centred(value[:, WORDS:, head])
-            assert torch.corrcoef(torch.stack([read.flatten(), truth.flatten()]))[0, 1] > 0.98
-            least_squares = torch.linalg.lstsq(centred(states[:, WORDS:]), truth, driver="gelsd")
-            rows = slice(48 * head, 48 * head + 48)
-            torch.testing.assert_close(
-                attention.to_v.weight[rows].T, least_squares.solution, rtol=0, atol=3e-3
-            )
-        assert not attention.to_out[0].weight[:, :96].any()

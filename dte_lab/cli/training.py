@@ -17,13 +17,17 @@ world.add_typer(train, name="train")
 
 Steps = Annotated[int | None, typer.Option(min=1, help="Train this many steps in all.")]
 Minutes = Annotated[float | None, typer.Option(min=0, help="Stop this call after so long.")]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="Pictures a step; 1,024 on a GPU.")]
-BankSize = Annotated[int | None, typer.Option(min=1, help="Pictures rendered beforehand.")]
+BatchSize = Annotated[int | None, typer.Option(min=4, help="Pictures a step; 1,024 on a GPU.")]
+Count = Annotated[
+    int | None, typer.Option(min=480, help="Learn from so many drawings, the small world's first.")
+]
+Seed = Annotated[int | None, typer.Option(min=0, help="Of weights, pictures and noise.")]
+WIDE = typer.Option("--wide", help="Folder of `dte world build --wide`.")
 Precision = Annotated[
     Literal["no", "bf16"],
     typer.Option(help="bf16 is faster where the processor has it (avx512_bf16, or a GPU)."),
 ]
-TrainedPart = Annotated[Path, typer.Option(help="OUT of its `dte world train`.")]
+TrainedPart = Annotated[Path | None, typer.Option(help="OUT of its `dte world train`.")]
 
 
 @world.command()
@@ -62,10 +66,12 @@ def autoencoder(
     parts: Annotated[
         Path | None, typer.Option(help="Folder with vae: train only its decoder further.")
     ] = None,
+    wide: Annotated[Path | None, WIDE] = None,
     steps: Steps = None,
     minutes: Minutes = None,
     batch_size: BatchSize = None,
-    bank_size: BankSize = None,
+    count: Count = None,
+    seed: Seed = None,
     device: Device = "cpu",
     mixed_precision: Precision = "no",
 ) -> None:
@@ -73,48 +79,78 @@ def autoencoder(
     from dte_lab.world import train_autoencoder
 
     options = given(
-        parts=parts, steps=steps, minutes=minutes, batch_size=batch_size, bank_size=bank_size
-    )
+        parts=parts, wide=wide, steps=steps, minutes=minutes, batch_size=batch_size, count=count,
+        seed=seed,
+    )  # fmt: skip
     train_autoencoder.main(out, device=checked(device), mixed_precision=mixed_precision, **options)
 
 
 @train.command()
-def clip(
+def text(
     out: Out,
     parts: Annotated[Path, typer.Option(help="Folder with vae.")],
+    wide: Annotated[Path, WIDE],
     steps: Steps = None,
     minutes: Minutes = None,
     batch_size: BatchSize = None,
-    bank_size: BankSize = None,
+    count: Count = None,
+    seed: Seed = None,
     device: Device = "cpu",
     mixed_precision: Precision = "no",
 ) -> None:
-    """Train CLIP; writes OUT/tokenizer, text_encoder, image_encoder and feature_extractor."""
-    from dte_lab.world import train_clip
+    """Train the text tower by painting; writes OUT/tokenizer, text_encoder and the word space."""
+    from dte_lab.world import train_text
 
-    options = given(steps=steps, minutes=minutes, batch_size=batch_size, bank_size=bank_size)
-    train_clip.main(out, parts, device=checked(device), mixed_precision=mixed_precision, **options)
+    options = given(steps=steps, minutes=minutes, batch_size=batch_size, count=count, seed=seed)
+    train_text.main(
+        out, parts, wide, device=checked(device), mixed_precision=mixed_precision, **options
+    )
 
 
 @train.command()
 def unet(
     out: Out,
-    parts: Annotated[Path, typer.Option(help="Folder with vae, text_encoder and tokenizer.")],
+    parts: Annotated[
+        Path, typer.Option(help="Folder with vae and what `text` wrote; goes on with its unet.")
+    ],
+    wide: Annotated[Path, WIDE],
     steps: Steps = None,
     minutes: Minutes = None,
     batch_size: BatchSize = None,
-    bank_size: BankSize = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights, pictures and noise.")] = None,
+    count: Count = None,
+    seed: Seed = None,
     device: Device = "cpu",
     mixed_precision: Precision = "no",
 ) -> None:
-    """Train the UNet on the latents of the small world; writes OUT/unet and OUT/scheduler."""
+    """Train the UNet and, with it, the text tower; writes OUT/unet, text_encoder and scheduler."""
     from dte_lab.world import train_unet
 
-    options = given(
-        steps=steps, minutes=minutes, batch_size=batch_size, bank_size=bank_size, seed=seed
+    options = given(steps=steps, minutes=minutes, batch_size=batch_size, count=count, seed=seed)
+    train_unet.main(
+        out, parts, wide, device=checked(device), mixed_precision=mixed_precision, **options
     )
-    train_unet.main(out, parts, device=checked(device), mixed_precision=mixed_precision, **options)
+
+
+@train.command()
+def towers(
+    out: Out,
+    parts: Annotated[Path, typer.Option(help="Folder with tokenizer and the final text_encoder.")],
+    wide: Annotated[Path, WIDE],
+    steps: Steps = None,
+    minutes: Minutes = None,
+    batch_size: BatchSize = None,
+    count: Count = None,
+    seed: Seed = None,
+    device: Device = "cpu",
+    mixed_precision: Precision = "no",
+) -> None:
+    """Train CLIP's picture tower; writes OUT/image_encoder, text_encoder, feature_extractor."""
+    from dte_lab.world import train_towers
+
+    options = given(steps=steps, minutes=minutes, batch_size=batch_size, count=count, seed=seed)
+    train_towers.main(
+        out, parts, wide, device=checked(device), mixed_precision=mixed_precision, **options
+    )
 
 
 @train.command()
@@ -147,15 +183,19 @@ def encoder(
 @world.command()
 def pack(
     out: Out,
-    autoencoder: TrainedPart,
-    clip: TrainedPart,
-    unet: TrainedPart,
-    encoder: Annotated[Path | None, typer.Option(help="OUT of its training.")] = None,
+    autoencoder: TrainedPart = None,
+    text: TrainedPart = None,
+    unet: TrainedPart = None,
+    towers: TrainedPart = None,
+    encoder: TrainedPart = None,
 ) -> None:
-    """Gather the trained parts into one backbone folder, in half precision, as it ships."""
+    """Gather trained parts into one backbone folder, in half precision, as it ships."""
     from dte_lab.world import pack
 
-    pack.main(given(autoencoder=autoencoder, clip=clip, unet=unet, encoder=encoder), out)
+    runs = given(autoencoder=autoencoder, text=text, unet=unet, towers=towers, encoder=encoder)
+    if not runs:
+        raise typer.BadParameter("Give the folder of one run at least, such as --text.")
+    pack.main(runs, out)
 
 
 @world.command()

@@ -2,8 +2,9 @@
 
     python -m dte_lab.evaluation.base_model_curve RUN --out results/world_curve.json
 
-RUN is the folder of `dte world train unet`, which keeps the EMA weights of steps 500, 1,000, 2,000,
-4,000, ...; the other parts are those of the small backbone. The judges are those of base_model.py.
+RUN is the folder of `dte world train unet`, which keeps the EMA weights of UNet and text tower at
+steps 500, 1,000, 2,000, 4,000, ...; the other parts are those of the backbone that it became. The
+judges are those of base_model.py.
 """
 
 import json
@@ -15,6 +16,7 @@ import typer
 from diffusers import UNet2DConditionModel
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import CLIPTextModelWithProjection
 
 from dte_lab.backbone import Backbone, load_backbone
 from dte_lab.common.files import write_atomically
@@ -45,15 +47,19 @@ def main(
     run: Annotated[Path, typer.Argument(help="Folder of `dte world train unet`.")],
     out: Annotated[Path, typer.Option(help="JSON file for the curve.")],
     captions: Annotated[int, typer.Option(min=4, help="Captions drawn at each point.")] = 500,
+    backbone: Annotated[str, typer.Option(help="small, or the folder it was packed into.")] = "small",
 ) -> None:
     """Judge the weights that a run of the UNet kept, and those it ended with."""
-    classifier, b = Classifier(split_names("train")), load_backbone("small")
+    classifier, b = Classifier(split_names("train")), load_backbone(backbone)
     items = evaluation_items(captions, 20_002, False)
     config = json.loads((run / "config.json").read_text())
     folders = sorted(run.glob("unet-*")) + [run / "unet"]
     points = []
     for folder in tqdm(folders, desc="curve"):
         b.unet = load_weights(UNet2DConditionModel.from_pretrained, folder).eval()
+        text = run / folder.name.replace("unet", "text_encoder")
+        load = CLIPTextModelWithProjection.from_pretrained
+        b.text_encoder = load_weights(load, text, dtype=torch.float32).eval()
         x = generate(b, [caption(*item) for item in items], seed=0).clamp(-1, 1)
         hits = classifier.hits(classifier.features(x), items) | {"scene": scene_hits(x, items)}
         steps = config["steps"] if folder.name == "unet" else int(folder.name.split("-")[1])

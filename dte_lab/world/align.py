@@ -1,6 +1,6 @@
 """Start the denoiser reading: two heads of each cross-attention look at their own cell.
 
-The last end tokens of a caption say what each cell of the picture holds (see train_clip). Which
+The last end tokens of a caption say what each cell of the picture holds (see painter). Which
 token belongs to which position is the same for all captions, and a network that starts at random
 needs hours to find out. This is ours: three ridge regressions say it at the start. Training changes
 these weights as it does all others.

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from dte_lab.world.captions import caption, noun_phrase, random_caption, scene_words
-from dte_lab.world.clip import tokenize
+from dte_lab.world.clip import WORDS, tokenize
 from dte_lab.world.drawings import WHITE, Drawings
 from dte_lab.world.pairs import VARIANTS
 from dte_lab.world.scenes import SCENES, SPRITE_PX
@@ -53,28 +53,27 @@ class Captions:
         self, tokenizer: CLIPTokenizer, drawings: Drawings, wide_share: float, bank_size: int,
         seed: int = 0,
     ) -> None:  # fmt: skip
-        """wide_share: of the bank, drawings of the wide world by their names. bank_size: captions.
+        """wide_share: of the bank, drawings of the wide world by their names. bank_size: captions,
+        of which the few that are too long are left out.
 
         Those of `train` things alone are said by their names; `extra` things are pictures only.
         """
         rng = np.random.default_rng((seed, 78))
         self.drawings, allowed = drawings, drawings.allowed.cpu().numpy()
-        train = set(split_names("train"))
-        shown = [i for i in range(drawings.small) if drawings.names[i // len(STYLES)] in train]
+        shown = range(len(STYLES) * len(drawings.train_names))
         self.named = named_drawings(drawings)
-        rows, scenes, texts = [], [], []
+        shows, texts = [], []  # (row, scene) of each
         while len(texts) < bank_size:
             is_wide = len(self.named) > 0 and rng.random() < wide_share
-            row = int(rng.choice(self.named if is_wide else shown))
-            scene = int(rng.integers(len(SCENES)))
-            if not allowed[row, scene]:
-                continue
-            rows.append(row)
-            scenes.append(scene)
-            texts.append(self.say(row, SCENES[scene], rng))
-        self.ids = tokenize(tokenizer, texts).to(drawings.device)  # (bank_size, T)
-        self.rows = torch.tensor(rows, device=drawings.device)
-        self.scenes = torch.tensor(scenes, device=drawings.device)
+            rows = self.named if is_wide else shown
+            row, scene = rows[rng.integers(len(rows))], int(rng.integers(len(SCENES)))
+            if allowed[row, scene]:
+                shows.append((row, scene))
+                texts.append(self.say(row, SCENES[scene], rng))
+        ids, shows = tokenize(tokenizer, texts), torch.tensor(shows)
+        fits = ids[:, WORDS - 1] == tokenizer.eos_token_id  # the cells' tokens are left alone
+        self.ids, shows = ids[fits].to(drawings.device), shows[fits].to(drawings.device)  # (N, T)
+        self.rows, self.scenes = shows.unbind(1)
 
     def say(self, row: int, scene: str, rng: np.random.Generator) -> str:
         """A caption of a drawing in a scene."""
@@ -89,8 +88,21 @@ class Captions:
         self, size: int
     ) -> tuple[Int[Tensor, "batch tokens"], Float[Tensor, "batch 3 64 64"]]:
         """Ids, and the pictures in [-1, 1]."""
-        which = torch.randint(len(self.ids), (size,), device=self.ids.device)
-        return self.ids[which], self.drawings.plain(self.rows[which], self.scenes[which])
+        which = self.random(size)
+        return self.ids[which], self.pictures(which)
+
+    def random(self, size: int) -> Int[Tensor, " size"]:
+        """Numbers of random captions of the bank."""
+        return torch.randint(len(self.ids), (size,), device=self.ids.device)
+
+    def pictures(self, which: Int[Tensor, " batch"]) -> Float[Tensor, "batch 3 64 64"]:
+        """What captions of the bank say, in [-1, 1], before random ones of the backgrounds."""
+        return self.drawings.plain(self.rows[which], self.scenes[which])
+
+    def words(self) -> list[str]:
+        """Words in the names that captions say, sorted."""
+        wide = [self.drawings.wide[row - self.drawings.small].name for row in self.named]
+        return sorted({word for name in self.drawings.train_names + wide for word in name.split()})
 
 
 def named_drawings(drawings: Drawings) -> list[int]:
@@ -154,14 +166,10 @@ class PicturePairs:
         def chance(share: float) -> Bool[Tensor, " batch"]:
             return torch.rand(size, device=device) < share
 
-        def some() -> Int[Tensor, " batch"]:
-            small, wide = below(drawings.small), len(drawings) - drawings.small
-            return small if not wide else torch.where(
-                chance(shares.wide), drawings.small + below(wide), small
-            )  # fmt: skip
-
-        first = some() if rows is None else rows[0] + below(rows[1] - rows[0])
-        second = some().where(chance(shares.mixed), first)
+        first = drawings.random(size, shares.wide)
+        if rows is not None:
+            first = rows[0] + below(rows[1] - rows[0])
+        second = drawings.random(size, shares.wide).where(chance(shares.mixed), first)
         variant = chance(shares.varied) * (1 + below(len(VARIANTS) - 1))
         whole = (first == second) & (variant == 0)
         here = torch.full_like(first, WHITE) if shares.on_white else below(len(SCENES))

@@ -24,7 +24,8 @@ from dte_lab.world.captions import caption
 from dte_lab.world.scenes import SCENES, SIZE
 from dte_lab.world.sprites import STYLES, concepts, split_names
 
-VOCABULARY = 4000  # tokens at most
+VOCABULARY = 9000  # tokens at most
+WIDTH = 192  # of the text tower: of words and states
 WORDS = 16  # tokens with start and end: the longest caption of the grammar fits
 CELLS = 16  # end tokens after these: one per position of the latents, row by row
 MAX_LENGTH = WORDS + CELLS
@@ -32,8 +33,8 @@ PROJECTION = 128
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
-def build_tokenizer() -> CLIPTokenizer:
-    """Byte-pair vocabulary from the captions, names and tags of the train concepts alone.
+def build_tokenizer(words: list[str]) -> CLIPTokenizer:
+    """Byte-pair vocabulary from the captions, names and tags of the train concepts, and `words`.
 
     Words of val and test concepts are left out, so every whole word of the vocabulary is one that
     the towers have been trained on; unseen words fall apart into pieces.
@@ -41,6 +42,7 @@ def build_tokenizer() -> CLIPTokenizer:
     texts = [caption("thing", style, scene) for style in STYLES for scene in SCENES]
     for name in split_names("train"):
         texts += [caption(name, None, None)] * 8 + [*concepts()[name].tags] * 2
+    texts += [*words] * 8
     texts += 2 * [*string.ascii_lowercase, *string.digits, *string.punctuation]
     trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     trained.normalizer = normalizers.Lowercase()
@@ -69,13 +71,13 @@ def build_text_tower(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
     """Five layers of width 192; the last hidden state conditions the denoiser.
 
     As in Stable Diffusion, end tokens fill the caption up, and the denoiser reads them, too. The
-    last CELLS learn to say what is in their cell of the picture (ours: see train_clip).
+    last CELLS learn to say what is in their cell of the picture (ours: see painter).
     """
     return CLIPTextModelWithProjection(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=192,
-            intermediate_size=768,
+            hidden_size=WIDTH,
+            intermediate_size=4 * WIDTH,
             num_hidden_layers=5,
             num_attention_heads=6,
             max_position_embeddings=MAX_LENGTH,

@@ -4,6 +4,8 @@ A GPU sees thousands of pictures a second, and more than a processor could draw.
 scenes.py is the same for one picture, in numpy.
 """
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -13,8 +15,8 @@ from dte_lab.world.captions import held_out
 from dte_lab.world.data import from_bytes
 from dte_lab.world.pairs import BACKGROUNDS, VARIANTS, behind, vary
 from dte_lab.world.scenes import BOX, LIGHT, SCENES, SPRITE_PX
-from dte_lab.world.sprites import STYLES, sprite
-from dte_lab.world.wide import Wide
+from dte_lab.world.sprites import STYLES, split_names, sprite
+from dte_lab.world.wide import Wide, load
 
 WHITE = SCENES.index("white")
 
@@ -42,6 +44,8 @@ class Drawings:
         count = len(STYLES) * len(names) + extra if count is None else count
         self.names = names[: max(1, count // len(STYLES))]
         self.small = len(STYLES) * len(self.names)
+        train = set(split_names("train"))
+        self.train_names = [name for name in self.names if name in train]  # the first, if any
         self.wide = wide.drawings[: max(0, count - self.small)] if wide else []
         parts = [small_drawings(self.names)] + ([wide.rgba[: len(self.wide)]] if wide else [])
         self.rgba = torch.cat(parts).to(self.device)  # (N, 48, 48, 4)
@@ -66,6 +70,14 @@ class Drawings:
 
     def __len__(self) -> int:
         return len(self.rgba)
+
+    def random(self, size: int, wide_share: float) -> Int[Tensor, " size"]:
+        """Rows of random drawings; wide_share: of the wide world's, if there are any."""
+        small = torch.randint(self.small, (size,), device=self.device)
+        if not self.wide:
+            return small
+        other = torch.randint(self.small, len(self), (size,), device=self.device)
+        return other.where(torch.rand(size, device=self.device) < wide_share, small)
 
     def things(
         self,
@@ -113,6 +125,27 @@ class Drawings:
     ) -> Int[Tensor, " batch"]:
         """The scenes, but the next where a whole drawing in it is kept to measure with."""
         return torch.where(whole, self.next_allowed[rows, scene], scene)
+
+
+def drawings_to_train_on(
+    cache: Path | None, count: int | None, device: torch.device | str
+) -> Drawings:
+    """Of `train` and `extra` things and, where there is a cache, the wide world.
+
+    count: see `Drawings`. Raises DTEError for a cache that holds no wide world.
+    """
+    names = split_names("train") + split_names("extra")
+    return Drawings(names, load(cache) if cache else None, count, device)
+
+
+def drawings_never_seen(cache: Path, device: torch.device | str) -> Drawings:
+    """To watch training with: of `val` things, then those in the style that no training sees.
+
+    Raises DTEError for a cache that holds no wide world.
+    """
+    wide = load(cache)
+    unseen = Wide(wide.held_out, wide.held_out_rgba, [], wide.held_out_rgba[:0])
+    return Drawings(split_names("val"), unseen, device=device)
 
 
 def next_allowed(allowed: Bool[Tensor, "drawings scenes"]) -> Int[Tensor, "drawings scenes"]:

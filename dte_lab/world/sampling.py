@@ -1,7 +1,7 @@
 """Draw captions with the base model alone, through diffusers' stock pipeline."""
 
 import torch
-from diffusers import SchedulerMixin, UNet2DConditionModel
+from diffusers import SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
 from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -26,21 +26,32 @@ def draw(
     batch: int = 50,
 ) -> Float[Tensor, "captions 3 height width"]:
     """A picture in [-1, 1] of each caption: 25 steps, guidance 3, fixed noise."""
-    pipe = stock_pipeline(vae, text_encoder, tokenizer, unet, scheduler)
 
     def states(texts: list[str]) -> Float[Tensor, "texts tokens dim"]:
         # the pipeline would take the projected embedding
         return text_encoder(tokenize(tokenizer, texts).to(unet.device)).last_hidden_state
 
+    pipe = stock_pipeline(vae, text_encoder, tokenizer, unet, scheduler)
+    told = torch.cat([states(captions[k : k + batch]) for k in range(0, len(captions), batch)])
+    return draw_states(pipe, told, states([""]), seed, batch)
+
+
+@torch.no_grad()
+def draw_states(
+    pipe: StableDiffusionPipeline,
+    told: Float[Tensor, "captions tokens dim"],
+    nothing: Float[Tensor, "1 tokens dim"],
+    seed: int,
+    batch: int = 50,
+) -> Float[Tensor, "captions 3 height width"]:
+    """The same of states of captions; nothing: of the empty one."""
     generator = torch.Generator().manual_seed(seed)
-    pictures = []
-    starts = range(0, len(captions), batch)
-    for start in tqdm(starts, desc="pictures", disable=len(starts) < 2):
-        texts = captions[start : start + batch]
+    pictures, parts = [], told.split(batch)
+    for states in tqdm(parts, desc="pictures", disable=len(parts) < 2):
         pictures.append(
             pipe(
-                prompt_embeds=states(texts),
-                negative_prompt_embeds=states([""] * len(texts)),
+                prompt_embeds=states,
+                negative_prompt_embeds=nothing.expand_as(states),
                 num_inference_steps=STEPS,
                 guidance_scale=GUIDANCE_SCALE,
                 generator=generator,

@@ -1,38 +1,41 @@
 """Train the autoencoder: L1 plus gradient loss, with noise on the latents.
 
-dte world train autoencoder --out DIR [--parts DIR]
+dte world train autoencoder --out DIR
+dte world train autoencoder --out DIR --parts DIR --wide CACHE
 
 With `parts`, which holds a vae, only its decoder is trained further: its latents stay what other
-parts have learned from.
+parts have learned from. It sees the errors that a denoiser makes, and learns to smooth the borders
+of cells where they are nobody's edges.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
 from dte_lab.common.checkpoint import save_folder
 from dte_lab.common.images import save_png
 from dte_lab.common.stats import psnr
-from dte_lab.common.weights import load_weights
 from dte_lab.patch_autoencoder import PatchAutoencoder
-from dte_lab.world.data import (
-    from_bytes,
-    picture_bank,
-    pixel_grid,
-    random_batch,
-    random_items,
-    random_rows,
-)
+from dte_lab.world.data import pixel_grid, random_batch
+from dte_lab.world.drawings import Drawings, drawings_to_train_on
+from dte_lab.world.latents import border_ratio, denoiser_noise, load_autoencoder, pictures_of
+from dte_lab.world.pairs import VARIANTS
+from dte_lab.world.scenes import SCENES
 from dte_lab.world.training import PartOptions, TrainConfig, train
 
 LATENT_NOISE = 0.08  # std of the noise on latents of unit variance: the denoiser is never exact
+TESTED_NOISE = 0.3  # the strongest, of `denoiser_noise`, in the log
 GRADIENT_WEIGHT = 0.5
+WIDE_SHARE, VARIED_SHARE = 0.6, 0.5  # of pictures: of the wide world; mirrored, turned, recoloured
+
+Noise = Callable[[Float[Tensor, "batch channels 4 4"]], Float[Tensor, "batch channels 4 4"]]
 
 
 def reconstruction_loss(
@@ -45,18 +48,22 @@ def reconstruction_loss(
     return loss
 
 
-def varied(x: Float[Tensor, "batch 3 side side"]) -> Float[Tensor, "batch 3 side side"]:
-    """Half of the pictures mirrored, half turned, half with colours exchanged.
+def white_noise(z: Float[Tensor, "batch channels 4 4"]) -> Float[Tensor, "batch channels 4 4"]:
+    return LATENT_NOISE * torch.randn_like(z)
+
+
+def random_pictures(drawings: Drawings, size: int) -> Float[Tensor, "batch 3 64 64"]:
+    """Random drawings in random scenes, in [-1, 1], some of them varied.
 
     Unseen things need an autoencoder that knows more than the training things.
     """
-
-    def half() -> Bool[Tensor, "batch 1 1 1"]:
-        return torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
-
-    x = torch.where(half(), x.flip(3), x)
-    x = torch.where(half(), x.mT, x)
-    return torch.where(half(), x.roll(1, dims=1), x)
+    device, rows = drawings.device, drawings.random(size, WIDE_SHARE)
+    zero = torch.zeros_like(rows)
+    variant = torch.randint(len(VARIANTS), (size,), device=device)
+    variant = variant.where(torch.rand(size, device=device) < VARIED_SHARE, zero)
+    scene = torch.randint(len(SCENES), (size,), device=device)
+    scene = drawings.not_kept(rows, scene, variant == 0)
+    return drawings.before(drawings.things(rows, rows, zero, variant), scene)
 
 
 @torch.no_grad()
@@ -65,73 +72,86 @@ def scale_latents(model: PatchAutoencoder, x: Float[Tensor, "pictures 3 height w
     model.register_to_config(scaling_factor=1 / model.encode(x).latent_dist.mode().std().item())
 
 
-class AutoencoderTraining:
-    """What `train` calls: the loss of random pictures of a bank, and how well it does on others.
+def train_decoder_alone(model: PatchAutoencoder) -> PatchAutoencoder:
+    model.requires_grad_(False)
+    model.decoder.requires_grad_(True)
+    model.linear_decode.requires_grad_(True)
+    return model
 
-    bank: bytes of N pictures. noise: standard deviation on unscaled latents. x_val: in [-1, 1].
+
+@dataclass
+class AutoencoderTraining:
+    """What `train` calls: the loss of random pictures, and how well it does on others.
+
+    noise: on scaled latents. x_val: in [-1, 1].
     """
 
-    def __init__(
-        self,
-        bank: UInt8[Tensor, "items 3 height width"],
-        noise: float,
-        x_val: Float[Tensor, "pictures 3 height width"],
-        batch_size: int,
-        out: Path,
-    ) -> None:
-        self.bank, self.noise, self.x_val = bank, noise, x_val
-        self.batch_size, self.out = batch_size, out
+    drawings: Drawings
+    noise: Noise
+    x_val: Float[Tensor, "pictures 3 64 64"]
+    batch_size: int
+    out: Path
 
     @contextmanager
     def loss(self, model: PatchAutoencoder) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        x = varied(from_bytes(self.bank[random_rows(self.bank, self.batch_size)]))
-        z = model.encode(x).latent_dist.mode()
-        y = model.decode(z + self.noise * torch.randn_like(z)).sample
-        yield reconstruction_loss(y, x), {}
+        x = random_pictures(self.drawings, self.batch_size)
+        z = model.encode(x).latent_dist.mode() * model.config.scaling_factor
+        yield reconstruction_loss(pictures_of(model, z + self.noise(z)), x), {}
 
     def sample(self, model: PatchAutoencoder, step: int) -> dict[str, float]:
-        z = model.encode(self.x_val).latent_dist.mode()
-        y = model.decode(z).sample
-        grid = pixel_grid(torch.stack([self.x_val[:24], y[:24]], 1).flatten(0, 1), 12)
+        z = model.encode(self.x_val).latent_dist.mode() * model.config.scaling_factor
+        torch.manual_seed(0)
+        y, noisy = (pictures_of(model, x) for x in (z, z + denoiser_noise(z, TESTED_NOISE)))
+        grid = pixel_grid(torch.stack([self.x_val[:24], noisy[:24]], 1).flatten(0, 1), 12)
         save_png(Image.fromarray(grid), self.out / "samples.png")
-        std = (z.std() * model.config.scaling_factor).item()
-        return {"val_psnr": psnr(y, self.x_val), "latent_std": std}
+        return {
+            "val_psnr": psnr(y, self.x_val),
+            "val_psnr_noisy": psnr(noisy, self.x_val),
+            "latent_std": z.std().item(),
+            "border_ratio": border_ratio(y).mean().item(),
+            "border_ratio_noisy": border_ratio(noisy).mean().item(),
+            "border_ratio_true": border_ratio(self.x_val).mean().item(),
+        }
 
 
 def main(
     out: Path,
     parts: Path | None = None,
+    wide: Path | None = None,
     steps: int = 20_000,
     minutes: float | None = None,
     seed: int = 0,
     batch_size: int = 32,
-    bank_size: int = 40_000,
+    count: int | None = None,
     device: str = "cpu",
     mixed_precision: str = "no",
 ) -> None:
-    """Train and save the EMA weights to `out/vae` in the diffusers layout."""
-    options = PartOptions(steps, minutes, seed, batch_size, bank_size, device, mixed_precision)
+    """Train and save the EMA weights to `out/vae` in the diffusers layout.
+
+    wide: cache of the wide world, or None for the small world alone. count: of its and the small
+    world's drawings, None for all.
+    """
+    options = PartOptions(steps, minutes, seed, batch_size, count, device, mixed_precision)
     out = Path(out)
     torch.manual_seed(seed)
-    bank = picture_bank(random_items(np.random.default_rng(seed), bank_size)).to(device)
-    x = from_bytes(bank[:1024]).cpu()
+    drawings = drawings_to_train_on(wide, count, device)
+    x = random_pictures(drawings, 1024).cpu()
     if parts is None:
         model = PatchAutoencoder()
         model.initialise_from_pca(x)
         scale_latents(model, x)
     else:
-        model = load_weights(PatchAutoencoder.from_pretrained, Path(parts) / "vae")
-        model.encoder.requires_grad_(False)
-        model.linear_encode.requires_grad_(False)
+        model = train_decoder_alone(load_autoencoder(parts))
     x_val, _, _ = random_batch(np.random.default_rng(10_000), 240, "val")
-    noise = LATENT_NOISE / model.config.scaling_factor
-    training = AutoencoderTraining(bank, noise, x_val.to(device), batch_size, out)
+    noise = white_noise if parts is None else denoiser_noise
+    training = AutoencoderTraining(drawings, noise, x_val.to(device), batch_size, out)
     config = TrainConfig(
         steps=steps,
         batch_size=batch_size,
-        learning_rate=1e-3,
-        muon_learning_rate=3e-3,
+        learning_rate=1e-3 if parts is None else 3e-4,
+        muon_learning_rate=3e-3 if parts is None else 1e-3,
         warmup_steps=100,
+        ema_decay=0.999 if parts is None else 0.995,
         mixed_precision=mixed_precision,
         seed=seed,
         sample_every=200,

@@ -1,269 +1,182 @@
-"""Phase 1 of CLIP's training: the text tower learns to paint; see train_clip.py."""
+"""Train the text tower anew in a word space of pictures: it learns to paint.
 
+dte world train text --out DIR --parts DIR --wide CACHE
+
+`parts` holds the vae that was trained before. The tower starts in closed form (see word_space and
+painter). Then it says the latents of dictionary captions and of words made from pictures, cell by
+cell. There is no network that makes words: that of a picture is linear. It costs half of a
+denoiser's step and teaches more: the denoiser draws no better than its captions tell, and what they
+tell is what it learns soonest. Ours.
+"""
+
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
-from torch import Tensor, nn
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+from torch import Tensor
 
+from dte_lab.common.checkpoint import CHECKPOINT
+from dte_lab.common.files import write_atomically
 from dte_lab.common.images import save_png
-from dte_lab.patch_autoencoder import PatchAutoencoder
+from dte_lab.world.batches import PLACEHOLDER, wide_words
 from dte_lab.world.captions import caption
-from dte_lab.world.clip import WORDS, build_text_tower, cells, from_cells, tokenize
-from dte_lab.world.data import (
-    Rendering,
-    caption_bank,
-    indices,
-    latent_bank,
-    one_caption,
-    pixel_grid,
-    random_items,
-    random_rows,
-)
+from dte_lab.world.clip import build_text_tower, build_tokenizer
+from dte_lab.world.data import pixel_grid
+from dte_lab.world.drawings import WHITE, Drawings, drawings_to_train_on
+from dte_lab.world.latents import load_autoencoder, pictures_of, scaled_latents
+from dte_lab.world.painter import TextPainter, start_painter
 from dte_lab.world.scenes import SCENES
-from dte_lab.world.sprites import STYLES, concepts, split_names
+from dte_lab.world.spoken import Mixture, Spoken, SpokenBatches
+from dte_lab.world.sprites import STYLES
 from dte_lab.world.training import PartOptions, TrainConfig, train
+from dte_lab.world.word_space import CODE, PICTURE_WORDS, PictureWords, start_words
+from dte_lab.world.words import WORDS_FILE, grammar_words
 
-CODE = 160  # dimensions of a word embedding that say what its thing looks like; 32 say the rest
-COMPONENTS_FROM = 4000  # pictures whose principal components are taken
-TARGET = 256  # principal components of the pictures that the first end state is to name
-PICTURE_WEIGHT, KIND_WEIGHT = 0.3, 0.05
-FULL_CAPTIONS = 0.5  # share of captions that name style and scene for sure; see random_caption
-CAPTIONS = 8  # ways to say what an item of the bank shows
-CANONICAL_SEED = 0  # one rendering per (thing, style, scene), or the target would blur several
+PAINTED = Mixture(captions=0.4, wide_names=0.4)
+FITTED = 2000  # drawings that the start is fitted on
+TRAIN_WEIGHT = 4.0  # of a train thing's name at the start; a wide drawing's counts 1
 
 
-def kinds_of(names: list[str]) -> Int[Tensor, " names"]:
-    """The kind of thing (subgroup, as a number) that each of the names is."""
-    kinds = all_kinds()
-    return torch.tensor([kinds.index(concepts()[name].subgroup) for name in names])
+def latents_of(
+    batches: SpokenBatches, rows: Int[Tensor, " n"], scene: Int[Tensor, " n"]
+) -> Float[Tensor, "n channels 4 4"]:
+    """Of whole drawings in scenes."""
+    parts = zip(rows.split(128), scene.split(128), strict=True)
+    show = batches.pairs.drawings.plain
+    return torch.cat([scaled_latents(batches.vae, show(*part)) for part in parts])
 
 
-@cache
-def all_kinds() -> list[str]:
-    return sorted({c.subgroup for c in concepts().values()})
-
-
-class CanonicalPictures:
-    """Latents of one rendering of every (train concept, style, scene), and their components.
-
-    The scene makes up half of the variance of pictures, so a plain regression learns things last.
-    Principal components are divided by the square root of their standard deviation: half way to
-    whitening.
-    """
-
-    @torch.no_grad()
-    def __init__(self, vae: PatchAutoencoder) -> None:
-        self.names, self.vae = split_names("train"), vae
-        items = [
-            (name, style, scene, CANONICAL_SEED)
-            for name in self.names
-            for style in STYLES
-            for scene in SCENES
-        ]
-        # (concepts, styles, scenes, 96 * 4 * 4)
-        sizes = len(self.names), len(STYLES), len(SCENES)
-        self.bank = latent_bank(vae, items).flatten(1).unflatten(0, sizes)
-        some = np.random.default_rng(0).permutation(len(items))[:COMPONENTS_FROM]
-        some = self.bank.flatten(0, 2)[torch.from_numpy(some).to(self.bank.device)].float()
-        self.mean = some.mean(0)
-        _, s, v = torch.linalg.svd(some - self.mean, full_matrices=False)
-        self.basis = v[:TARGET] / (s[:TARGET] / len(some) ** 0.5).sqrt()[:, None]  # (256, 1536)
-
-    def look_up(self, shown: Int[Tensor, "batch 3"]) -> Float[Tensor, "batch channels 4 4"]:
-        """Scaled latents, in single precision, of concepts, styles and scenes."""
-        return self.bank[tuple(shown.T)].float().unflatten(1, (-1, 4, 4))
-
-    def components(
-        self, latents: Float[Tensor, "batch channels 4 4"]
-    ) -> Float[Tensor, "batch components"]:
-        """Of latents: 256 numbers."""
-        return (latents.flatten(1) - self.mean) @ self.basis.T
-
-    def pictures(
-        self, latents: Float[Tensor, "batch channels 4 4"]
-    ) -> Float[Tensor, "batch 3 64 64"]:
-        """Of latents, in about [-1, 1]."""
-        return self.vae.decode(latents / self.vae.config.scaling_factor).sample
-
-    def codes(self) -> Float[Tensor, "concepts code"]:
-        """What each thing looks like in all styles, scenes averaged out: CODE numbers."""
-        z = self.bank.float()
-        z = (z - z.mean((0, 1))).mean(2).flatten(1)
-        u, s, _ = torch.linalg.svd(z - z.mean(0), full_matrices=False)
-        codes = u[:, :CODE] * s[:CODE].sqrt()
-        return (codes / codes.pow(2).mean().sqrt()).cpu()
+def fit_picture_words(vae: torch.nn.Module, drawings: Drawings) -> PictureWords:
+    """On FITTED random drawings on white."""
+    rows = torch.randperm(len(drawings))[:FITTED].to(drawings.device)
+    parts = [drawings.plain(part, torch.full_like(part, WHITE)) for part in rows.split(128)]
+    return PictureWords.fit(torch.cat([scaled_latents(vae, x) for x in parts]))
 
 
 @torch.no_grad()
-def start_from_pictures(
-    text: CLIPTextModelWithProjection, tokenizer: CLIPTokenizer, pictures: CanonicalPictures
-) -> None:
-    """Start the words of names where their pictures say (latent semantic analysis of the world).
-
-    A ridge regression of the things' codes on the words of their names gives each such word the
-    first CODE dimensions of its embedding. All other words, and the positions, have random values
-    in the others, of which the last tells names from the rest. The first attention starts by
-    averaging the words of the name (CODE dimensions) and, beside it, all words (the others).
-    """
-    grammar = [caption("thing", style, scene) for style in STYLES for scene in SCENES]
-    grammar = set(sum(tokenizer([*grammar, "an of , ."]).input_ids, []))
-    counts = torch.zeros(len(pictures.names), len(tokenizer))
-    for row, ids in zip(counts, tokenizer(pictures.names).input_ids, strict=True):
-        for token in set(ids) - grammar:
-            row[token] += ids.count(token)
-    gram = counts @ counts.T + 0.1 * torch.eye(len(counts))
-    codes = counts.T @ torch.linalg.solve(gram, pictures.codes())  # (tokens, CODE)
-    is_name = counts.sum(0) > 0
-    tokens = text.text_model.embeddings.token_embedding.weight
-    positions = text.text_model.embeddings.position_embedding.weight
-    for weight in (tokens, positions):
-        weight.normal_(0, 0.3)
-        weight[:, :CODE] = 0
-    tokens[is_name] = 0
-    tokens[is_name, :CODE] = 0.3 * nn.functional.normalize(codes[is_name]) * CODE**0.5
-    tokens[:, -1] = torch.where(is_name, 0.9, -0.9)
-    positions[:, -1] = 0
-    attention = text.text_model.encoder.layers[0].self_attn
-    nn.init.zeros_(attention.q_proj.weight)
-    attention.k_proj.weight.mul_(0.1)
-    for first in range(0, CODE, attention.head_dim):  # these heads look for names
-        attention.q_proj.bias[first] = attention.head_dim**0.5
-        attention.k_proj.weight[first] = torch.eye(len(tokens.T))[-1]
-    nn.init.eye_(attention.v_proj.weight)
-    nn.init.eye_(attention.out_proj.weight).mul_(0.5)
-
-
-class TextPainter(nn.Module):
-    """A text tower, and linear readers of its end states that are thrown away afterwards."""
-
-    def __init__(self, text: CLIPTextModelWithProjection, channels: int, kinds: int) -> None:
-        """channels: of a latent."""
-        super().__init__()
-        self.text = text
-        self.cell = nn.Linear(text.config.hidden_size, channels)
-        self.picture = nn.Linear(text.config.hidden_size, TARGET)
-        self.kind = nn.Linear(text.config.hidden_size, kinds)
-
-    def forward(
-        self, input_ids: Int[Tensor, "batch tokens"]
-    ) -> tuple[
-        Float[Tensor, "batch cells channels"],
-        Float[Tensor, "batch components"],
-        Float[Tensor, "batch kinds"],
-    ]:
-        """Ids -> cells (B, 16, 96), components (B, 256) and kinds (B, K).
-
-        The last two are read from the first end token, whose state CLIP projects.
-        """
-        states = self.text(input_ids).last_hidden_state  # (B, T, 192)
-        pooled = first_end_state(states, input_ids, self.text.config.eos_token_id)
-        return self.cell(states[:, WORDS:]), self.picture(pooled), self.kind(pooled)
+def start_text(painter: TextPainter, batches: SpokenBatches) -> list[float]:
+    """Start words and tower in closed form; returns what `start_painter` does."""
+    drawings, named = batches.pairs.drawings, batches.captions.named
+    tokenizer = batches.tokenizer
+    small = len(STYLES) * len(drawings.train_names)
+    rows = torch.tensor([*range(small), *named], device=drawings.device)
+    on_white = latents_of(batches, rows, torch.full_like(rows, WHITE))
+    codes = batches.picture_words(on_white)[:, :CODE]
+    of_train = codes[:small].unflatten(0, (-1, len(STYLES))).mean(1)
+    weights = codes.new_ones(len(of_train) + len(named))
+    weights[: len(of_train)] = TRAIN_WEIGHT
+    names = drawings.train_names + [drawings.wide[i - drawings.small].name for i in named]
+    texts = [caption(PLACEHOLDER, style, scene) for style in STYLES for scene in SCENES]
+    texts += sorted({f"{d.colour or ''} {d.style}" for d in drawings.wide}) + ["an of , ."]
+    start_words(
+        painter.text,
+        tokenizer(names, add_special_tokens=False).input_ids,
+        torch.cat([of_train, codes[small:]]),
+        weights,
+        set(sum(tokenizer(texts).input_ids, [])),
+    )
+    rows = torch.randperm(len(drawings))[:FITTED].to(drawings.device)
+    scene = torch.randint(len(SCENES), rows.shape, device=rows.device)
+    scene = drawings.not_kept(rows, scene, torch.ones_like(rows, dtype=torch.bool))
+    v = batches.picture_words(latents_of(batches, rows, torch.full_like(rows, WHITE)))
+    prompt = 1 + scene  # "a picture of S*" in it
+    ids, is_slot = batches.pairs.ids[prompt], batches.pairs.is_slot[prompt]
+    which = batches.captions.random(len(rows) // 2)
+    said = batches.captions.ids[which]
+    target = latents_of(batches, batches.captions.rows[which], batches.captions.scenes[which])
+    return start_painter(
+        painter,
+        torch.cat([ids, said]),
+        torch.cat([is_slot, torch.zeros_like(said, dtype=torch.bool)]),
+        torch.cat([v, v.new_zeros(len(said), v.shape[1])]),
+        torch.cat([latents_of(batches, rows, scene), target]),
+    )
 
 
-def first_end_state(
-    states: Float[Tensor, "batch tokens dim"],
-    input_ids: Int[Tensor, "batch tokens"],
-    eos_token_id: int,
-) -> Float[Tensor, "batch dim"]:
-    """Of states, that of the first end token, which CLIP projects."""
-    first = (input_ids == eos_token_id).int().argmax(dim=1)
-    return states[torch.arange(len(states), device=states.device), first]
-
-
+@dataclass
 class TextTraining:
-    """What `train` calls: the losses of random captions, and what unseen ones paint.
+    """What `train` calls: the error of what random batches paint, and of a fixed one, `test`."""
 
-    captions: token ids (N, count, T) of N items. labels: numbers of their concept, style and scene,
-    (N, 3). kinds: number of the kind of each concept. test: ids (n, T) and labels (n, 3).
-    """
+    batches: SpokenBatches
+    test: Spoken
+    batch_size: int
+    out: Path
 
-    def __init__(
-        self,
-        pictures: CanonicalPictures,
-        captions: Int[Tensor, "items count tokens"],
-        labels: Int[Tensor, "items 3"],
-        kinds: Int[Tensor, " concepts"],
-        batch_size: int,
-        test: tuple[Tensor, Tensor],
-        out: Path,
-    ) -> None:
-        self.pictures, self.captions, self.labels, self.kinds = pictures, captions, labels, kinds
-        self.batch_size, self.test, self.out = batch_size, test, out
-
-    def losses(
-        self, model: TextPainter, ids: Int[Tensor, "batch tokens"], labels: Int[Tensor, "batch 3"]
-    ) -> dict[str, Float[Tensor, ""]]:
-        painted, components, kind = model(ids)
-        latents = self.pictures.look_up(labels)
-        truth = self.pictures.components(latents)
-        return {
-            "cells": nn.functional.mse_loss(painted, cells(latents)),
-            "unexplained": (components - truth).pow(2).mean() / truth.pow(2).mean(),
-            "kind": nn.functional.cross_entropy(kind, self.kinds[labels[:, 0]]),
-        }
+    def errors(self, painter: TextPainter, batch: Spoken) -> Float[Tensor, " batch"]:
+        """Mean squared error of the latents that each sample paints."""
+        painted = painter.paint(painter.states(batch.ids, batch.is_slot, batch.v))
+        return (painted - batch.latents).square().mean((1, 2, 3))
 
     @contextmanager
-    def loss(self, model: TextPainter) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        rows = random_rows(self.labels, self.batch_size)
-        parts = self.losses(model, one_caption(self.captions, rows), self.labels[rows])
-        value = parts["cells"] + PICTURE_WEIGHT * parts["unexplained"] + KIND_WEIGHT * parts["kind"]
-        yield value, parts
+    def loss(self, painter: TextPainter) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        error = self.errors(painter, self.batches(self.batch_size))
+        told = self.batches.told(self.batch_size)
+        yield error.mean(), {"captions": error[:told].mean(), "pictures": error[told:].mean()}
 
-    def sample(self, model: TextPainter, step: int) -> dict[str, float]:
-        ids, labels = self.test
-        painted = from_cells(model(ids[:36])[0])
-        both = torch.stack([self.pictures.look_up(labels[:36]), painted], 1).flatten(0, 1)
-        grid = pixel_grid(self.pictures.pictures(both), 12)
+    def sample(self, painter: TextPainter, step: int) -> dict[str, float]:
+        error, half = self.errors(painter, self.test), len(self.test.ids) // 2
+        shown = Spoken(*(torch.cat([x[:half][:24], x[half:][:24]]) for x in self.test))
+        painted = painter.paint(painter.states(shown.ids, shown.is_slot, shown.v))
+        both = torch.stack([shown.latents, painted], 1).flatten(0, 1)
+        grid = pixel_grid(pictures_of(self.batches.vae, both), 12)
         save_png(Image.fromarray(grid), self.out / "samples.png")
-        return {f"test_{k}": v.item() for k, v in self.losses(model, ids, labels).items()}
+        halves = {"captions": error[:half], "unseen": error[half:]}
+        return {f"test_{name}": values.mean().item() for name, values in halves.items()}
 
 
-def train_text(
-    out: Path, tokenizer: CLIPTokenizer, vae: PatchAutoencoder, options: PartOptions
-) -> CLIPTextModelWithProjection:
-    """The trained text tower."""
-    device, pictures = options.device, CanonicalPictures(vae)
-    torch.manual_seed(options.seed)
-    text = build_text_tower(tokenizer)
-    start_from_pictures(text, tokenizer, pictures)
-    model = TextPainter(text, vae.config.patch_channels * vae.config.cell**2, len(all_kinds()))
-    rng = np.random.default_rng((options.seed, 78))
-    items = random_items(rng, options.bank_size)
+def main(
+    out: Path,
+    parts: Path,
+    wide: Path,
+    steps: int = 2600,
+    minutes: float | None = None,
+    seed: int = 0,
+    batch_size: int = 128,
+    count: int | None = None,
+    device: str = "cpu",
+    mixed_precision: str = "no",
+) -> None:
+    """Train the tower; save `tokenizer`, `text_encoder`, its reader, the map of pictures to words
+    and `words.json`, the words that captions say, to `out`.
 
-    def labels(items: list[Rendering]) -> Int[Tensor, "items 3"]:
-        return torch.stack(list(indices(items, pictures.names).values()), dim=1).to(device)
-
-    test_items = random_items(np.random.default_rng(10_000), 512)
-    test_ids = tokenize(tokenizer, [caption(*item[:3]) for item in test_items]).to(device)
-    training = TextTraining(
-        pictures,
-        caption_bank(tokenizer, items, rng, CAPTIONS, FULL_CAPTIONS).to(device),
-        labels(items),
-        kinds_of(pictures.names).to(device),
-        options.batch_size,
-        (test_ids, labels(test_items)),
-        out,
-    )
+    wide: cache of the wide world. count: of its and the small world's drawings, None for all.
+    """
+    options = PartOptions(steps, minutes, seed, batch_size, count, device, mixed_precision)
+    out = Path(out)
+    vae = load_autoencoder(parts, device)
+    drawings = drawings_to_train_on(wide, count, device)
+    tokenizer = build_tokenizer(wide_words(drawings.wide))
+    torch.manual_seed(seed)
+    begun = (out / CHECKPOINT).exists()
+    if not begun:
+        fit_picture_words(vae, drawings).save(out / PICTURE_WORDS)
+    words = PictureWords.load(out / PICTURE_WORDS).to(device)
+    batches = SpokenBatches(tokenizer, drawings, vae, words, PAINTED, seed)
+    painter = TextPainter(build_text_tower(tokenizer), vae.config.patch_channels * 4).to(device)
+    if not begun:
+        errors = start_text(painter, batches)
+        print("squared error of latents, layer by layer of the start:", errors)
+    training = TextTraining(batches, batches.unseen(wide), batch_size, out)
     config = TrainConfig(
-        steps=options.steps,
-        batch_size=options.batch_size,
-        learning_rate=1.5e-3,
-        muon_learning_rate=4e-3,
-        warmup_steps=100,
-        decay_fraction=0.4,
-        ema_decay=0.995,
-        seed=options.seed,
-        mixed_precision=options.mixed_precision,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=3e-4,
+        muon_learning_rate=6e-4,
+        warmup_steps=50,
+        decay_fraction=0.3,
+        ema_decay=0.99,
+        mixed_precision=mixed_precision,
+        seed=seed,
         sample_every=200,
     )
-    return train(
-        out, model, config, training.loss, training.sample, options.minutes, device,
-        options.settings("text"),
-    ).text  # fmt: skip
+    settings = options.settings("text")
+    average = train(out, painter, config, training.loss, training.sample, minutes, device, settings)
+    tokenizer.save_pretrained(out / "tokenizer")
+    average.save(out)
+    known = sorted({*grammar_words(), *batches.captions.words()})
+    write_atomically(out / WORDS_FILE, json.dumps(known).encode())

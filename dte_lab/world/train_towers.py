@@ -1,31 +1,37 @@
-"""Phase 2 of CLIP's training: pictures and texts meet by contrast; see train_clip.py."""
+"""Train CLIP's picture tower and both projections: pictures and texts meet by contrast.
+
+dte world train towers --out DIR --parts DIR --wide CACHE
+
+`parts` holds the tokenizer and the text_encoder that is to stay, the one that the denoiser was
+trained with: its states are frozen. The picture tower and the projections learn to match pictures
+with captions, and drawings of the small world with the name, style and scene among all.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
+from dte_lab.common.checkpoint import save_folder
+from dte_lab.common.weights import load_weights
+from dte_lab.world.batches import Captions
 from dte_lab.world.captions import caption
-from dte_lab.world.clip import build_image_tower, tokenize, whitening
-from dte_lab.world.data import (
-    caption_bank,
-    from_bytes,
-    indices,
-    one_caption,
-    picture_bank,
-    random_batch,
-    random_items,
-    random_rows,
-)
+from dte_lab.world.clip import build_image_processor, build_image_tower, tokenize, whitening
+from dte_lab.world.data import indices, random_item, rendered
+from dte_lab.world.drawings import drawings_to_train_on
 from dte_lab.world.scenes import SCENES
-from dte_lab.world.sprites import STYLES, split_names
-from dte_lab.world.train_text import CAPTIONS, first_end_state, kinds_of
+from dte_lab.world.sprites import STYLES, concepts
 from dte_lab.world.training import PartOptions, TrainConfig, train
+
+SMALL_SHARE = 0.4  # of a batch: train things of the small world, whose names, ... must be found
+STATES = 20_000  # of captions of each world, kept
+WHITENED_ON = 1500  # captions of each world
 
 
 class Towers(nn.Module):
@@ -60,39 +66,93 @@ def augment(
     return ((x + 1) * gains - 1).clamp(-1, 1)
 
 
+def first_end_state(
+    states: Float[Tensor, "batch tokens dim"],
+    input_ids: Int[Tensor, "batch tokens"],
+    eos_token_id: int,
+) -> Float[Tensor, "batch dim"]:
+    """Of states, that of the first end token, which CLIP projects."""
+    first = (input_ids == eos_token_id).int().argmax(dim=1)
+    return states[torch.arange(len(states), device=states.device), first]
+
+
+@torch.no_grad()
+def end_states(
+    text: CLIPTextModelWithProjection, ids: Int[Tensor, "texts tokens"]
+) -> Float[Tensor, "texts dim"]:
+    """The state of the first end token of each text."""
+    eos = text.config.eos_token_id
+    parts = ids.to(text.device).split(512)
+    return torch.cat([first_end_state(text(p).last_hidden_state, p, eos) for p in parts])
+
+
+class CaptionBank:
+    """Captions with the states of their first end tokens, in half precision."""
+
+    def __init__(self, text: CLIPTextModelWithProjection, captions: Captions) -> None:
+        self.captions, self.states = captions, end_states(text, captions.ids).half()
+
+    def __call__(
+        self, size: int
+    ) -> tuple[Int[Tensor, " size"], Float[Tensor, "size 3 64 64"], Float[Tensor, "size dim"]]:
+        """Numbers of random captions, what they say, and their states."""
+        which = self.captions.random(size)
+        return which, self.captions.pictures(which), self.states[which].float()
+
+
+def labels_of(captions: Captions) -> dict[str, Int[Tensor, " captions"]]:
+    """Which train thing, style and scene each caption of the small world says."""
+    row, style = captions.rows // len(STYLES), captions.rows % len(STYLES)
+    return {"concept": row, "style": style, "scene": captions.scenes}
+
+
+def class_states(
+    text: CLIPTextModelWithProjection, tokenizer: CLIPTokenizer, names: list[str]
+) -> dict[str, Float[Tensor, "texts dim"]]:
+    """States of the texts among which what is in a picture must be found."""
+    texts = {
+        "concept": [caption(name, None, None) for name in names],
+        "style": [f"a {style} picture of a thing" for style in STYLES],
+        "scene": [caption("thing", None, scene) for scene in SCENES],
+    }
+    return {k: end_states(text, tokenize(tokenizer, t)) for k, t in texts.items()}
+
+
+def kinds_of(names: list[str]) -> Int[Tensor, " names"]:
+    """The kind of thing (subgroup, as a number) that each of the names is."""
+    kinds = sorted({c.subgroup for c in concepts().values()})
+    return torch.tensor([kinds.index(concepts()[name].subgroup) for name in names])
+
+
+@dataclass
 class TowersTraining:
     """What `train` calls: the losses of random pictures with their captions, and hits on new ones.
 
-    pictures: bytes of N items. captions: token ids of theirs. labels: their numbers by "concept",
-    "style" and "scene", (N,) each. classes: for each of these the states of all texts among which
-    it must be found, (n, d). kinds: number of the kind of each concept. test: pictures and labels.
+    small, wide: captions of both worlds. labels: of the small one's by "concept", "style", "scene".
+    classes: for each of these the states of all texts among which it must be found. kinds: number
+    of the kind of each concept. test: pictures and labels.
     """
 
-    def __init__(
-        self,
-        text: CLIPTextModelWithProjection,
-        pictures: UInt8[Tensor, "items 3 height width"],
-        captions: Int[Tensor, "items count tokens"],
-        labels: dict[str, Int[Tensor, " items"]],
-        classes: dict[str, Float[Tensor, "texts dim"]],
-        kinds: Int[Tensor, " concepts"],
-        batch_size: int,
-        test: tuple[Tensor, dict[str, Tensor]],
-    ) -> None:
-        self.text, self.pictures, self.captions, self.labels = text, pictures, captions, labels
-        self.classes, self.kinds, self.batch_size, self.test = classes, kinds, batch_size, test
+    small: CaptionBank
+    wide: CaptionBank
+    labels: dict[str, Int[Tensor, " captions"]]
+    classes: dict[str, Float[Tensor, "texts dim"]]
+    kinds: Int[Tensor, " concepts"]
+    batch_size: int
+    test: tuple[Float[Tensor, "pictures 3 64 64"], dict[str, Int[Tensor, " pictures"]]]
 
     @contextmanager
     def loss(self, model: Towers) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        rows = random_rows(self.pictures, self.batch_size)
-        image = model.image(augment(from_bytes(self.pictures[rows]))).image_embeds
-        texts = end_states(self.text, one_caption(self.captions, rows))
-        logits = model.logits(image, texts)  # (B, B)
+        size = round(self.batch_size * SMALL_SHARE)
+        rows, x, states = self.small(size)
+        _, other, other_states = self.wide(self.batch_size - size)
+        image = model.image(augment(torch.cat([x, other]))).image_embeds
+        logits = model.logits(image, torch.cat([states, other_states]))  # (B, B)
         own = torch.arange(len(logits), device=logits.device)
         cross_entropy = nn.functional.cross_entropy
         losses = {"caption": (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2}
         truth = {key: label[rows] for key, label in self.labels.items()}
-        scores = {key: model.logits(image, self.classes[key]) for key in truth}
+        scores = {key: model.logits(image[:size], self.classes[key]) for key in truth}
         for key, index in truth.items():
             losses[key] = cross_entropy(scores[key], index)
         # A picture's kind: its share of the softmax over names, added up over names of one kind.
@@ -108,65 +168,75 @@ class TowersTraining:
         return {f"{k}_top1": (found[k] == v).float().mean().item() for k, v in labels.items()}
 
 
-@torch.no_grad()
-def end_states(
-    text: CLIPTextModelWithProjection, ids: Int[Tensor, "batch tokens"]
-) -> Float[Tensor, "batch dim"]:
-    """The state of the first end token, which CLIP projects."""
-    return first_end_state(text(ids).last_hidden_state, ids, text.config.eos_token_id)
-
-
-def class_states(
-    text: CLIPTextModelWithProjection, tokenizer: CLIPTokenizer, names: list[str]
-) -> dict[str, Float[Tensor, "texts dim"]]:
-    """States of the texts among which what is in a picture must be found."""
-    texts = {
-        "concept": [caption(name, None, None) for name in names],
-        "style": [f"a {style} picture of a thing" for style in STYLES],
-        "scene": [caption("thing", None, scene) for scene in SCENES],
-    }
-    return {k: end_states(text, tokenize(tokenizer, t).to(text.device)) for k, t in texts.items()}
-
-
-def train_towers(
-    out: Path, tokenizer: CLIPTokenizer, text: CLIPTextModelWithProjection, options: PartOptions
+def build_towers(
+    text: CLIPTextModelWithProjection, small: CaptionBank, wide: CaptionBank
 ) -> Towers:
-    """The trained towers, with the projection of the text tower."""
-    torch.manual_seed(options.seed)
-    device, names = options.device, split_names("train")
-    rng = np.random.default_rng((options.seed, 79))
-    items = random_items(rng, options.bank_size)
-    pictures = picture_bank(items).to(device)  # (N, 3, 64, 64)
-    captions = caption_bank(tokenizer, items, rng, CAPTIONS).to(device)
-    labels = {key: index.to(device) for key, index in indices(items, names).items()}
-    image = build_image_tower(from_bytes(pictures[:1024]).cpu())
-    model = Towers(image, text.text_projection.requires_grad_(True))
-    # The states of all captions are nearly parallel; whitened, they start apart from each other.
+    """Towers that start with white patches, and with white states of captions: as they are, these
+    are nearly parallel."""
+    banks = (small, wide)
+    x = torch.cat([bank.captions.pictures(bank.captions.random(512)) for bank in banks])
+    model = Towers(build_image_tower(x.cpu()), text.text_projection.requires_grad_(True))
+    some = torch.cat([bank.states[:WHITENED_ON] for bank in banks]).float()
     with torch.no_grad():
-        some = end_states(text, captions[:2048, 0])
         model.projection.weight.copy_(whitening(some, len(model.projection.weight)))
-    x_test, _, test_items = random_batch(np.random.default_rng(10_000), 400)
+    return model
+
+
+def main(
+    out: Path,
+    parts: Path,
+    wide: Path,
+    steps: int = 2500,
+    minutes: float | None = None,
+    seed: int = 0,
+    batch_size: int = 160,
+    count: int | None = None,
+    device: str = "cpu",
+    mixed_precision: str = "no",
+) -> None:
+    """Train, and save `image_encoder`, `feature_extractor` and, with its projection,
+    `text_encoder` to `out`.
+
+    wide: cache of the wide world. count: of its and the small world's drawings, None for all.
+    """
+    options = PartOptions(steps, minutes, seed, batch_size, count, device, mixed_precision)
+    out, parts = Path(out), Path(parts)
+    load = CLIPTextModelWithProjection.from_pretrained
+    text = load_weights(load, parts / "text_encoder", dtype=torch.float32)
+    text = text.eval().requires_grad_(False).to(device)
+    tokenizer = CLIPTokenizer.from_pretrained(parts / "tokenizer")
+    drawings = drawings_to_train_on(wide, count, device)
+    names = drawings.train_names
+    banks = [
+        CaptionBank(text, Captions(tokenizer, drawings, share, STATES, seed))
+        for share in (0.0, 1.0)
+    ]
+    torch.manual_seed(seed)
+    model = build_towers(text, *banks)
+    rng = np.random.default_rng(10_000)
+    items = [random_item(rng, names) for _ in range(400)]
     training = TowersTraining(
-        text,
-        pictures,
-        captions,
-        labels,
+        *banks,
+        {key: label.to(device) for key, label in labels_of(banks[0].captions).items()},
         class_states(text, tokenizer, names),
         kinds_of(names).to(device),
-        options.batch_size,
-        (x_test.to(device), indices(test_items, names)),
+        batch_size,
+        (rendered(items).to(device), indices(items, names)),
     )
     config = TrainConfig(
-        steps=options.steps,
-        batch_size=options.batch_size,
+        steps=steps,
+        batch_size=batch_size,
         learning_rate=1e-3,
         muon_learning_rate=3e-3,
+        warmup_steps=100,
         ema_decay=0.998,
-        seed=options.seed,
-        mixed_precision=options.mixed_precision,
+        mixed_precision=mixed_precision,
+        seed=seed,
         sample_every=250,
     )
-    return train(
-        out, model, config, training.loss, training.sample, options.minutes, device,
-        options.settings("towers"),
-    )  # fmt: skip
+    settings = options.settings("towers")
+    towers = train(out, model, config, training.loss, training.sample, minutes, device, settings)
+    text.text_projection = towers.projection
+    save_folder(text, out / "text_encoder")
+    save_folder(towers.image, out / "image_encoder")
+    build_image_processor().save_pretrained(out / "feature_extractor")

@@ -1,45 +1,47 @@
-"""Train the denoiser of the small backbone on a bank of latents rendered beforehand.
+"""Train the denoiser of the small backbone, and with it the text tower that it reads.
 
-dte world train unet --out DIR --parts DIR
+dte world train unet --out DIR --parts DIR --wide CACHE
 
-`parts` holds what was trained before: vae, text_encoder, tokenizer. All stay frozen.
+`parts` holds what was trained before: vae, tokenizer, text_encoder with its reader, and the map of
+pictures to words; the denoiser starts from its unet, if there is one, with cross-attentions that
+are aligned anew. Half of a batch says words of the dictionary, half words that pictures made.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTokenizer
 
+from dte_lab.backbone import stock_pipeline
 from dte_lab.common.checkpoint import CHECKPOINT, save_folder
 from dte_lab.common.images import save_png
 from dte_lab.common.weights import load_weights
-from dte_lab.patch_autoencoder import PatchAutoencoder
-from dte_lab.world.align import align
-from dte_lab.world.captions import caption
-from dte_lab.world.clip import tokenize
-from dte_lab.world.data import (
-    caption_bank,
-    latent_bank,
-    one_caption,
-    pixel_grid,
-    random_batch,
-    random_items,
-    random_rows,
-)
-from dte_lab.world.sampling import draw
-from dte_lab.world.training import PartOptions, TrainConfig, train
+from dte_lab.world.align import align, cell_blocks
+from dte_lab.world.clip import WIDTH, tokenize
+from dte_lab.world.data import pixel_grid
+from dte_lab.world.drawings import drawings_to_train_on
+from dte_lab.world.latents import load_autoencoder, pictures_of
+from dte_lab.world.painter import TextPainter
+from dte_lab.world.sampling import draw_states
+from dte_lab.world.spoken import Mixture, Spoken, SpokenBatches
+from dte_lab.world.training import WORD_TABLE, PartOptions, TrainConfig, train
+from dte_lab.world.word_space import PICTURE_WORDS, PictureWords
 
+DRAWN = Mixture(captions=0.5, wide_names=0.3)
+NOISES = 2  # levels of noise on each picture: its text is read once
+PAINTING = 0.25  # weight of the text tower's own error
 CAPTION_DROPOUT = 0.1  # the share of empty captions, for classifier-free guidance
 TIMESTEP_POWER = 2.0  # t / 1000 = u ** (1 / 2): more steps where the caption decides the picture
-CAPTIONS_PER_PICTURE = 2  # ways to say what a picture of the bank shows
+RATE_FACTORS = {"painter.": 0.15, f"painter.text.text_model.embeddings.{WORD_TABLE}": 2.0}
+ALIGNED_ON = 512  # samples
+SHOWN = 12  # of captions, and of words of unseen things, in a picture
 SAMPLE_EVERY = 500  # steps, and twice, four, ... times as many: pictures, and weights to judge
 
 NOISE_SCHEDULE = {
@@ -66,136 +68,192 @@ def build_unet() -> UNet2DConditionModel:
         up_block_types=("CrossAttnUpBlock2D",),
         block_out_channels=(192,),
         layers_per_block=1,
-        cross_attention_dim=192,
+        cross_attention_dim=WIDTH,
         attention_head_dim=4,  # diffusers' name for the number of heads
     )
 
 
+class TextToImage(nn.Module):
+    """What is trained together: the denoiser, and the text tower with its reader."""
+
+    def __init__(self, unet: UNet2DConditionModel, painter: TextPainter) -> None:
+        super().__init__()
+        self.unet, self.painter = unet, painter
+
+
+class NoiseLevels:
+    """Noise for scaled latents, and what is to be predicted of it; all on one device."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device, self.scheduler = device, DDPMScheduler(**NOISE_SCHEDULE)
+        # a captured step cannot fetch it from the host
+        self.scheduler.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)
+
+    def random(self, count: int) -> Int[Tensor, " count"]:
+        """Of 0 to 999, with density proportional to t ** (TIMESTEP_POWER - 1)."""
+        return (torch.rand(count, device=self.device) ** (1 / TIMESTEP_POWER) * 1000).long()
+
+    def noised(
+        self, z: Float[Tensor, "batch channels height width"], t: Int[Tensor, " batch"]
+    ) -> tuple[
+        Float[Tensor, "batch channels height width"], Float[Tensor, "batch channels height width"]
+    ]:
+        """Noisy latents, and the velocity that is to be predicted."""
+        noise = torch.randn_like(z)
+        return self.scheduler.add_noise(z, noise, t), self.scheduler.get_velocity(z, noise, t)
+
+
+def mean_by_sample(error: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:
+    return error.float().square().flatten(1).mean(1)
+
+
 @dataclass
 class DenoiserTraining:
-    """What batches are drawn from, in half precision: latents of items, states of captions."""
+    """What `train` calls: the loss of random batches.
 
-    latents: Float[Tensor, "items channels height width"]
-    text_states: Float[Tensor, "items captions tokens dim"]
-    empty_state: Float[Tensor, "1 tokens dim"]
+    empty: ids of the empty caption. batch_size: noisy latents, NOISES of each picture.
+    """
+
+    batches: SpokenBatches
+    levels: NoiseLevels
+    empty: Int[Tensor, "1 tokens"]
     batch_size: int
 
     @contextmanager
-    def loss(self, unet: UNet2DConditionModel) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        device, rows = self.latents.device, random_rows(self.latents, self.batch_size)
-        t = random_timesteps(self.batch_size, device)
-        x_t, v = noised(self.latents[rows].float(), t)  # (B, 96, 4, 4)
-        dropped = torch.rand(self.batch_size, 1, 1, device=device) < CAPTION_DROPOUT
-        states = torch.where(dropped, self.empty_state, one_caption(self.text_states, rows)).float()
-        yield nn.functional.mse_loss(unet(x_t, t, states).sample, v), {}
-
-
-def random_timesteps(count: int, device: torch.device | str) -> Int[Tensor, " count"]:
-    """Of 0 to 999, with density proportional to t ** (TIMESTEP_POWER - 1)."""
-    return (torch.rand(count, device=device) ** (1 / TIMESTEP_POWER) * 1000).long()
-
-
-def noised(
-    z: Float[Tensor, "batch channels height width"], t: Int[Tensor, " batch"]
-) -> tuple[
-    Float[Tensor, "batch channels height width"], Float[Tensor, "batch channels height width"]
-]:
-    """Noisy latents, and the velocity that is to be predicted."""
-    scheduler, noise = DDPMScheduler(**NOISE_SCHEDULE), torch.randn_like(z)
-    return scheduler.add_noise(z, noise, t), scheduler.get_velocity(z, noise, t)
-
-
-@torch.no_grad()
-def caption_states(
-    text: CLIPTextModelWithProjection, ids: Int[Tensor, "captions tokens"]
-) -> Float[Tensor, "captions tokens dim"]:
-    """Last hidden states, in half precision."""
-    parts = ids.to(text.device).split(1024)
-    return torch.cat([text(part).last_hidden_state.half() for part in parts])
+    def loss(self, model: TextToImage) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        size = self.batch_size // NOISES
+        batch, told = self.batches(size), self.batches.told(size)
+        painter = model.painter
+        states = painter.states(batch.ids, batch.is_slot, batch.v)
+        painting = mean_by_sample(painter.paint(states) - batch.latents)
+        nothing = painter.text(self.empty).last_hidden_state  # (1, T, d)
+        z = batch.latents.repeat(NOISES, 1, 1, 1)
+        dropped = torch.rand(len(z), 1, 1, device=z.device) < CAPTION_DROPOUT
+        states = torch.where(dropped, nothing, states.repeat(NOISES, 1, 1))
+        t = self.levels.random(len(z))
+        x_t, velocity = self.levels.noised(z, t)
+        error = mean_by_sample(model.unet(x_t, t, states).sample - velocity).view(NOISES, size)
+        yield (
+            error.mean() + PAINTING * painting.mean(),
+            {
+                "captions": error[:, :told].mean(),
+                "pictures": error[:, told:].mean(),
+                "painted_captions": painting[:told].mean(),
+                "painted_pictures": painting[told:].mean(),
+            },
+        )
 
 
 @dataclass
 class DenoiserSamples:
-    """Pictures of captions, weights for base_model_curve.py, and the loss on fixed noise.
+    """Pictures, weights for base_model_curve.py, and the loss on fixed noise of a fixed batch.
 
-    latents and states: of the items that are measured.
+    test: half captions, half words of things that no training sees.
     """
 
-    vae: PatchAutoencoder
-    text: CLIPTextModelWithProjection
-    tokenizer: CLIPTokenizer
-    latents: Float[Tensor, "items channels height width"]
-    states: Float[Tensor, "items tokens dim"]
+    batches: SpokenBatches
+    levels: NoiseLevels
+    test: Spoken
     out: Path
     steps: int
+    half: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.x_true, _, items = random_batch(np.random.default_rng(10_000), 24)
-        self.captions = [caption(*item[:3]) for item in items]
+        self.half = len(self.test.ids) // 2
 
-    def __call__(self, unet: UNet2DConditionModel, step: int) -> dict[str, float]:
-        pictures = draw(
-            self.vae, self.text, self.tokenizer, unet, build_scheduler(), self.captions, seed=0
-        )
-        grid = pixel_grid(torch.stack([self.x_true, pictures], 1).flatten(0, 1), 12)
-        save_png(Image.fromarray(grid), self.out / f"samples-{step:06d}.png")
+    def __call__(self, model: TextToImage, step: int) -> dict[str, float]:
+        test, unet, text = self.test, model.unet, model.painter.text
+        vae, tokenizer = self.batches.vae, self.batches.tokenizer
+        states = model.painter.states(test.ids, test.is_slot, test.v)
+        nothing = text(tokenize(tokenizer, [""]).to(states.device)).last_hidden_state
+        some = [*range(SHOWN), *range(self.half, self.half + SHOWN)]
+        pipe = stock_pipeline(vae, text, tokenizer, unet, build_scheduler())
+        drawn = draw_states(pipe, states[some], nothing, seed=0)
+        both = torch.stack([pictures_of(vae, test.latents[some]).cpu(), drawn], 1).flatten(0, 1)
+        save_png(Image.fromarray(pixel_grid(both, 12)), self.out / f"samples-{step:06d}.png")
         if step < self.steps:
             save_folder(unet, self.out / f"unet-{step:06d}")
+            save_folder(text, self.out / f"text_encoder-{step:06d}")
         # The same pictures, noise and timesteps every time: a loss curve without sampling noise.
         torch.manual_seed(0)
-        t = torch.arange(0, 1000, 1000 / len(self.latents)).long().to(self.latents.device)
-        x_t, v = noised(self.latents, t)
-        measures = {"test_loss": nn.functional.mse_loss(unet(x_t, t, self.states).sample, v)}
+        t = torch.arange(self.half, device=states.device).repeat(2) * 1000 // self.half
+        x_t, velocity = self.levels.noised(test.latents, t)
+        errors = {"loss": unet(x_t, t, states).sample - velocity}
         # From pure noise, -v is the picture that the caption alone tells.
-        noise, t = torch.randn_like(self.latents), torch.full_like(t, 999)
-        guess = -unet(noise, t, self.states).sample
-        measures["test_told_error"] = nn.functional.mse_loss(guess, self.latents)
-        return {name: value.item() for name, value in measures.items()}
+        noise, t = torch.randn_like(test.latents), torch.full_like(t, 999)
+        errors["told_error"] = -unet(noise, t, states).sample - test.latents
+        measures = {}
+        for name, error in errors.items():
+            told, unseen = mean_by_sample(error).split(self.half)
+            measures |= {f"test_{name}": told.mean().item(), f"unseen_{name}": unseen.mean().item()}
+        return measures
+
+
+@torch.no_grad()
+def start_reading(model: TextToImage, batch: Spoken, levels: NoiseLevels, trained: bool) -> None:
+    """Align the cross-attentions with what the text tower says of a batch.
+
+    trained: the unet has read another tower: what it makes of that is taken away.
+    """
+    states = model.painter.states(batch.ids, batch.is_slot, batch.v)
+    t = levels.random(len(states))
+    align(model.unet, levels.noised(batch.latents, t)[0], t, states, batch.latents)
+    if trained:
+        for block in cell_blocks(model.unet):
+            nn.init.zeros_(block.attn2.to_out[0].weight)
 
 
 def main(
     out: Path,
     parts: Path,
-    steps: int = 20_000,
+    wide: Path,
+    steps: int = 2600,
     minutes: float | None = None,
     seed: int = 0,
-    batch_size: int = 32,
-    bank_size: int = 40_000,
+    batch_size: int = 256,
+    count: int | None = None,
     device: str = "cpu",
     mixed_precision: str = "no",
 ) -> None:
-    """Train and save the EMA weights to `out/unet`, the sampler's settings to `out/scheduler`."""
-    options = PartOptions(steps, minutes, seed, batch_size, bank_size, device, mixed_precision)
+    """Train both, and save the EMA weights to `out/unet` and `out/text_encoder` (with its reader),
+    the sampler's settings to `out/scheduler`.
+
+    wide: cache of the wide world. count: of its and the small world's drawings, None for all.
+    """
+    options = PartOptions(steps, minutes, seed, batch_size, count, device, mixed_precision)
     out, parts = Path(out), Path(parts)
-    vae = load_weights(PatchAutoencoder.from_pretrained, parts / "vae").eval().to(device)
-    text = load_weights(CLIPTextModelWithProjection.from_pretrained, parts / "text_encoder")
-    text, tokenizer = text.eval().to(device), CLIPTokenizer.from_pretrained(parts / "tokenizer")
+    vae, painter = load_autoencoder(parts, device), TextPainter.load(parts)
+    tokenizer = CLIPTokenizer.from_pretrained(parts / "tokenizer")
+    drawings = drawings_to_train_on(wide, count, device)
+    words = PictureWords.load(parts / PICTURE_WORDS).to(device)
+    batches = SpokenBatches(tokenizer, drawings, vae, words, DRAWN, seed)
     torch.manual_seed(seed)
+    trained, levels = (parts / "unet").is_dir(), NoiseLevels(device)
     unet = build_unet()
-    rng = np.random.default_rng((seed, 77))
-    items = random_items(rng, bank_size)
-    bank = latent_bank(vae, items)  # (N, 96, 4, 4)
-    captions = caption_bank(tokenizer, items, rng, CAPTIONS_PER_PICTURE)  # (N, C, T)
-    text_states = caption_states(text, captions.flatten(0, 1)).unflatten(0, captions.shape[:2])
-    empty_state = caption_states(text, tokenize(tokenizer, [""]))
-    full = caption_states(text, tokenize(tokenizer, [caption(*i[:3]) for i in items[:512]])).float()
+    if trained:
+        load = UNet2DConditionModel.from_pretrained
+        unet = load_weights(load, parts / "unet", torch_dtype=torch.float32)
+    model = TextToImage(unet, painter).to(device)
     if not (out / CHECKPOINT).exists():
-        z = bank[:512].float()
-        t = random_timesteps(len(z), device)
-        align(unet.to(device), noised(z, t)[0], t, full, z)
-    training = DenoiserTraining(bank, text_states, empty_state, batch_size)
-    samples = DenoiserSamples(vae, text, tokenizer, bank[:256].float(), full[:256], out, steps)
+        start_reading(model, batches(ALIGNED_ON), levels, trained)
+    empty = tokenize(tokenizer, [""]).to(device)
+    training = DenoiserTraining(batches, levels, empty, batch_size)
+    samples = DenoiserSamples(batches, levels, batches.unseen(wide), out, steps)
     config = TrainConfig(
         steps=steps,
         batch_size=batch_size,
-        learning_rate=1e-3,
-        muon_learning_rate=3e-3,
+        learning_rate=5e-4,
+        muon_learning_rate=1.5e-3,
+        rate_factors=RATE_FACTORS,
+        warmup_steps=50,
+        decay_fraction=0.3,
+        ema_decay=0.995,
         mixed_precision=mixed_precision,
-        ema_decay=0.998,
         seed=seed,
         sample_every=SAMPLE_EVERY,
     )
     settings = options.settings("unet")
-    unet = train(out, unet, config, training.loss, samples, minutes, device, settings)
-    save_folder(unet, out / "unet")
+    average = train(out, model, config, training.loss, samples, minutes, device, settings)
+    save_folder(average.unet, out / "unet")
+    average.painter.save(out)
     build_scheduler().save_pretrained(out / "scheduler")

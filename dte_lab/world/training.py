@@ -1,4 +1,4 @@
-"""One training loop for the three parts of the base model: log, EMA, samples, exact resume.
+"""One training loop for all parts of the base model: log, EMA, samples, exact resume.
 
 Every step draws all of its randomness from (seed, step), so a run that stops and goes on is the
 same, bit for bit on one CPU machine, as one that never stopped. On a GPU a step is captured once as
@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from dte_lab.common.settings import check_number, check_one_of, check_whole
 from dte_lab.world.muon import MuonAdamW, hidden_matrices
 
 CONFIG = "config.json"
+WORD_TABLE = "token_embedding.weight"
 EAGER_STEPS = 3  # before a GPU's step is captured, for what libraries set up at first use
 TRAIN_FREE_TO_CHANGE = {"steps", "warmup_steps", "log_every", "sample_every", "checkpoint_minutes"}
 
@@ -47,6 +48,8 @@ class TrainConfig:
     batch_size: int
     learning_rate: float
     muon_learning_rate: float | None = None  # of the hidden matrices; None: AdamW for them, too
+    # {start of parameters' names: factor of their rates}; of several, the longest start counts
+    rate_factors: dict[str, float] = field(default_factory=dict)
     warmup_steps: int = 200
     decay_fraction: float = 0.25  # last part of the run, in which the rate falls linearly to 0
     weight_decay: float = 0.01
@@ -69,6 +72,8 @@ class TrainConfig:
             check_number(name, getattr(self, name), 0)
         if self.muon_learning_rate is not None:
             check_number("muon_learning_rate", self.muon_learning_rate, 0)
+        for factor in self.rate_factors.values():
+            check_number("rate_factors", factor, 0)
         for name in ("decay_fraction", "ema_decay"):
             check_number(name, getattr(self, name), 0, 1)
         if not isinstance(self.betas, tuple) or len(self.betas) != 2:
@@ -87,13 +92,13 @@ class PartOptions:
     minutes: float | None
     seed: int
     batch_size: int
-    bank_size: int
+    count: int | None  # drawings to learn from, None for all
     device: str
     mixed_precision: str
 
     def settings(self, part: str) -> dict:
         """Of `train`: what a run must have been begun with, besides its recipe."""
-        return {"part": part, "bank_size": self.bank_size}
+        return {"part": part, "count": self.count}
 
 
 def schedule(step: int, c: TrainConfig) -> float:
@@ -102,16 +107,22 @@ def schedule(step: int, c: TrainConfig) -> float:
 
 
 def muon_optimizer(model: nn.Module, c: TrainConfig, device: str = "cpu") -> MuonAdamW:
-    """Groups with their peak rates as `peak`: hidden matrices, other matrices, vectors."""
-    hidden = hidden_matrices(model) if c.muon_learning_rate else []
-    ids = {id(p) for p in hidden}
-    rest = [p for p in model.parameters() if id(p) not in ids and p.requires_grad]
-    groups = [
-        {"params": hidden, "muon": True, "peak": c.muon_learning_rate},
-        {"params": [p for p in rest if p.ndim > 1], "peak": c.learning_rate},
-        {"params": [p for p in rest if p.ndim <= 1], "peak": c.learning_rate, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    """Groups with their peak rates as `peak`: hidden matrices, other matrices, and what is not
+    decayed: vectors and the table of words, of which a batch holds few. Those with other
+    `rate_factors` are groups of their own.
+    """
+    hidden = {id(p) for p in hidden_matrices(model)} if c.muon_learning_rate else set()
+    members = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            is_muon, decays = id(p) in hidden, p.ndim > 1 and not name.endswith(WORD_TABLE)
+            kind = (not is_muon, not decays, rate_factor(name, c.rate_factors))
+            members.setdefault(kind, []).append(p)
+    groups = []
+    for (not_muon, undecayed, factor), params in sorted(members.items(), key=lambda item: item[0]):
+        rate = c.learning_rate if not_muon else c.muon_learning_rate
+        group = {"params": params, "muon": not not_muon, "peak": factor * rate}
+        groups.append(group | ({"weight_decay": 0.0} if undecayed else {}))
     for group in groups:
         group["lr"] = torch.tensor(0.0, device=device)  # a tensor, which a captured step can read
     return MuonAdamW(
@@ -122,6 +133,12 @@ def muon_optimizer(model: nn.Module, c: TrainConfig, device: str = "cpu") -> Muo
         capturable=on_gpu(device),
         dtype=torch.bfloat16 if c.mixed_precision == "bf16" else torch.float32,
     )
+
+
+def rate_factor(name: str, factors: dict[str, float]) -> float:
+    """Of a parameter: see `TrainConfig.rate_factors`; 1 where nothing is said."""
+    starts = [start for start in factors if name.startswith(start)]
+    return factors[max(starts, key=len)] if starts else 1.0
 
 
 def on_gpu(device: str) -> bool:

@@ -198,9 +198,12 @@ def sha256(text: str) -> str:
 
 
 def load(cache: Path) -> Wide:
-    """What `main` wrote. Raises DTEError when the two files are not of one build."""
-    text = (Path(cache) / "wide.json").read_text()
-    with safe_open(Path(cache) / "wide.safetensors", "pt") as file:
+    """What `main` wrote. Raises DTEError when it is not there, or the files are of two builds."""
+    listed, pixels = Path(cache) / "wide.json", Path(cache) / "wide.safetensors"
+    if not (listed.is_file() and pixels.is_file()):
+        raise DTEError(f"{cache} holds no wide world: dte world build --wide {cache} makes it.")
+    text = listed.read_text()
+    with safe_open(pixels, "pt") as file:
         if file.metadata()["json"] != sha256(text):
             raise DTEError(f"{cache} holds parts of two builds: build it anew.")
         tensors = {key: file.get_tensor(key) for key in file.keys()}
