@@ -218,17 +218,17 @@ def test_runs_of_another_kind_or_model_are_one_sentence(tmp_path, quick_pretrain
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
 
     part = tmp_path / "part"
-    world(part, torch.nn.Linear(3, 1), {"part": "a", "bank_size": 4})
+    world(part, torch.nn.Linear(3, 1), {"part": "a", "count": 4})
     config = (part / "config.json").read_text()
     for options, name in (
-        ({"settings": {"part": "b", "bank_size": 4}}, r"\(part\)"),
-        ({"settings": {"part": "a", "bank_size": 5}}, r"\(bank_size\)"),
-        ({"settings": {"part": "a", "bank_size": 4}, "batch_size": 3}, r"\(train.batch_size\)"),
+        ({"settings": {"part": "b", "count": 4}}, r"\(part\)"),
+        ({"settings": {"part": "a", "count": 5}}, r"\(count\)"),
+        ({"settings": {"part": "a", "count": 4}, "batch_size": 3}, r"\(train.batch_size\)"),
     ):
         with pytest.raises(ValueError, match=f"a run with other settings {name}"):
             world(part, torch.nn.Linear(3, 1), **options)
     with pytest.raises(ValueError, match="weights in .* are of another model") as error:
-        world(part, torch.nn.Linear(3, 2), {"part": "a", "bank_size": 4})
+        world(part, torch.nn.Linear(3, 2), {"part": "a", "count": 4})
     assert len(str(error.value).splitlines()) == 1
     assert (part / "config.json").read_text() == config
 

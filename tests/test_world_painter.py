@@ -42,7 +42,7 @@ def batches(wide_cache):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(spoken, "CAPTION_BANK", 300)
-        patch.setattr(spoken, "MEASURED", 20)
+        patch.setattr(spoken, "MEASURED_EACH", 20)
         patch.setattr(drawings_module, "BACKGROUNDS", 2)
         drawings = Drawings(NAMES, load(wide_cache))
         vae = PatchAutoencoder(width=16, fine_width=16)

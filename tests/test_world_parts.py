@@ -14,10 +14,12 @@ from dte_lab.common.schedule import average_of, ema_weight, update_ema
 from dte_lab.world import train_autoencoder, train_text, train_towers, train_unet
 from dte_lab.world.drawings import Drawings
 from dte_lab.world.muon import MuonAdamW
+from dte_lab.world.options import LEAST_DRAWINGS
 from dte_lab.world.spoken import Spoken
 from dte_lab.world.sprites import split_names
 from dte_lab.world.training import TrainConfig, muon_optimizer, train
 from dte_lab.world.wide import load
+from dte_lab.world.word_space import CODE
 
 
 class Recorder(nn.Module):
@@ -485,3 +487,21 @@ def test_other_rates_are_another_run(tmp_path):
 def test_a_recipe_with_which_nothing_can_be_trained_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**{"steps": 3, "batch_size": 2, "learning_rate": 0.1} | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": "many"}, "steps is a whole number from 1, not 'many'"),
+        ({"batch_size": 3}, "batch_size is a whole number from 4"),
+        ({"seed": -1}, "seed is a whole number from 0"),
+        ({"count": 159}, "count is a whole number from 160"),
+        ({"minutes": float("inf")}, "minutes is a number from 0"),
+        ({"mixed_precision": "fp16"}, "mixed_precision is one of no, bf16"),
+    ],
+)
+def test_a_part_is_refused_before_any_slow_work(change, message):
+    for part in (train_autoencoder, train_text, train_unet, train_towers):
+        with pytest.raises(DTEError, match=message):
+            part.main("out", parts="no such", wide="no such", **change)
+    assert LEAST_DRAWINGS == CODE

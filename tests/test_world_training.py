@@ -49,7 +49,7 @@ def tiny_world():
         patch.setattr(sampling, "STEPS", 2)
         patch.setattr(drawings, "split_names", lambda split: split_names(split)[: THINGS[split]])
         patch.setattr(spoken, "CAPTION_BANK", 150)
-        patch.setattr(spoken, "MEASURED", 12)
+        patch.setattr(spoken, "MEASURED_EACH", 12)
         patch.setattr(train_towers, "STATES", 150)
         patch.setattr(train_unet, "ALIGNED_ON", 64)
         patch.setattr(train_autoencoder, "random_batch", a_few)

@@ -66,6 +66,7 @@ Rank = Annotated[
     int | None, typer.Option("--rank", parser=whole, help='Of the offsets, or "full"; 4.')
 ]
 Steps = Annotated[int | None, typer.Option(parser=whole, help="Train this many steps in all.")]
+Seed = Annotated[int | None, typer.Option(parser=whole, help="Of weights, pictures and noise.")]
 Minutes = Annotated[float | None, typer.Option(parser=number, help="Stop this call after so long.")]
 Checkpointing = Annotated[
     bool,

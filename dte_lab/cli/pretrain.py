@@ -14,6 +14,7 @@ from dte_lab.cli.common import (
     Minutes,
     Out,
     Rank,
+    Seed,
     Steps,
     given,
     number,
@@ -67,7 +68,6 @@ Warmup = Annotated[
 Accumulation = Annotated[
     int | None, typer.Option(parser=whole, help="Batches a step is made of, one after the other.")
 ]
-Seed = Annotated[int | None, typer.Option(parser=whole, help="Of weights, pictures and noise.")]
 Regulariser = Annotated[
     str | None, typer.Option(help="Of v*: contrastive, or none or another to compare it with.")
 ]

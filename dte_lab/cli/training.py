@@ -9,19 +9,27 @@ from typing import Annotated, Literal
 
 import typer
 
-from dte_lab.cli.common import Device, Out, Rank, SmallBackbone, given, whole
+from dte_lab.cli.common import (
+    Device,
+    Minutes,
+    Out,
+    Rank,
+    Seed,
+    SmallBackbone,
+    Steps,
+    given,
+    whole,
+)
 
 world = typer.Typer(help="Build, train and evaluate the small world.", no_args_is_help=True)
 train = typer.Typer(help="Train a part of the small base model.", no_args_is_help=True)
 world.add_typer(train, name="train")
 
-Steps = Annotated[int | None, typer.Option(min=1, help="Train this many steps in all.")]
-Minutes = Annotated[float | None, typer.Option(min=0, help="Stop this call after so long.")]
-BatchSize = Annotated[int | None, typer.Option(min=4, help="Pictures a step; 1,024 on a GPU.")]
+BatchSize = Annotated[int | None, typer.Option(parser=whole, help="Pictures; on a GPU, 1,024.")]
 Count = Annotated[
-    int | None, typer.Option(min=480, help="Learn from so many drawings, the small world's first.")
+    int | None,
+    typer.Option(parser=whole, help="Learn from so many drawings, the small world's first."),
 ]
-Seed = Annotated[int | None, typer.Option(min=0, help="Of weights, pictures and noise.")]
 WIDE = typer.Option("--wide", help="Folder of `dte world build --wide`.")
 Precision = Annotated[
     Literal["no", "bf16"],

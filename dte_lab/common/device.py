@@ -7,7 +7,7 @@ import torch
 
 from dte_lab.common.errors import DTEError
 
-WORDS = re.compile(r"(cpu|mps)(:0)?|cuda(:(0|[1-9]\d*))?")
+DEVICE_WORDS = re.compile(r"(cpu|mps)(:0)?|cuda(:(0|[1-9]\d*))?")
 
 
 def checked_device(device: torch.device | str | None) -> str:
@@ -18,7 +18,7 @@ def checked_device(device: torch.device | str | None) -> str:
     if device is None or device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     word = str(device) if isinstance(device, torch.device) else device
-    if not isinstance(word, str) or not WORDS.fullmatch(word):
+    if not isinstance(word, str) or not DEVICE_WORDS.fullmatch(word):
         raise DTEError(f"a device is auto, cpu, cuda, cuda:N or mps, not {word!r}.")
     if word.startswith("cuda") and not torch.cuda.is_available():
         raise DTEError(

@@ -47,7 +47,9 @@ def main(
     run: Annotated[Path, typer.Argument(help="Folder of `dte world train unet`.")],
     out: Annotated[Path, typer.Option(help="JSON file for the curve.")],
     captions: Annotated[int, typer.Option(min=4, help="Captions drawn at each point.")] = 500,
-    backbone: Annotated[str, typer.Option(help="small, or the folder it was packed into.")] = "small",
+    backbone: Annotated[
+        str, typer.Option(help="small, or the folder it was packed into.")
+    ] = "small",
 ) -> None:
     """Judge the weights that a run of the UNet kept, and those it ended with."""
     classifier, b = Classifier(split_names("train")), load_backbone(backbone)

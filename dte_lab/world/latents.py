@@ -30,8 +30,8 @@ def scaled_latents(
 
 
 def pictures_of(
-    vae: PatchAutoencoder, latents: Float[Tensor, "batch channels 4 4"]
-) -> Float[Tensor, "batch 3 64 64"]:
+    vae: PatchAutoencoder, latents: Float[Tensor, "batch channels height width"]
+) -> Float[Tensor, "batch 3 pixels pixels"]:
     """Undo `scaled_latents`: pictures in about [-1, 1]."""
     return vae.decode(latents / vae.config.scaling_factor).sample
 

@@ -19,7 +19,7 @@ from dte_lab.world.word_space import PICTURE_WORDS
 from dte_lab.world.words import WORDS_FILE
 
 # run -> the folders and files that it made, in the order of training: the last text_encoder stays
-PARTS = {
+MADE_BY = {
     "autoencoder": ("vae",),
     "text": ("tokenizer", "text_encoder", PAINTER, PICTURE_WORDS, WORDS_FILE),
     "unet": ("unet", "scheduler", "text_encoder", PAINTER),
@@ -33,7 +33,7 @@ def main(runs: dict[str, Path], out: Path) -> None:
 
     Raises DTEError when a run has not finished a part.
     """
-    for run, parts in PARTS.items():
+    for run, parts in MADE_BY.items():
         for part in parts if run in runs else ():
             source = Path(runs[run]) / part
             if not source.exists():

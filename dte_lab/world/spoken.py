@@ -16,9 +16,9 @@ from dte_lab.world.latents import scaled_latents
 from dte_lab.world.word_space import PictureWords
 
 CAPTION_BANK = 200_000  # captions that are tokenized beforehand
-MEASURED = 128  # samples of each kind for the log
+MEASURED_EACH = 128  # samples of each kind for the log
 MADE = Shares(on_white=True)  # of samples whose word a picture makes
-UNSEEN = Shares(
+UNSEEN_PAIRS = Shares(
     wide=0.5, mixed=0, varied=0, same_scene=0, restyled=0, short=0, on_white=True
 )  # fmt: skip
 
@@ -72,10 +72,12 @@ class SpokenBatches:
         )
 
     def unseen(self, cache: Path, seed: int = 0) -> Spoken:
-        """To measure with: MEASURED captions, and as many words of things that no training sees.
+        """To measure with: MEASURED_EACH captions, and as many words of things never trained on.
 
         Raises DTEError for a cache that holds no wide world.
         """
         drawings = drawings_never_seen(cache, self.pairs.drawings.device)
         torch.manual_seed(seed)
-        return self.batch(MEASURED, PicturePairs(self.tokenizer, drawings, UNSEEN)(MEASURED))
+        return self.batch(
+            MEASURED_EACH, PicturePairs(self.tokenizer, drawings, UNSEEN_PAIRS)(MEASURED_EACH)
+        )

@@ -26,16 +26,17 @@ from dte_lab.patch_autoencoder import PatchAutoencoder
 from dte_lab.world.data import pixel_grid, random_batch
 from dte_lab.world.drawings import Drawings, drawings_to_train_on
 from dte_lab.world.latents import border_ratio, denoiser_noise, load_autoencoder, pictures_of
+from dte_lab.world.options import PartOptions
 from dte_lab.world.pairs import VARIANTS
 from dte_lab.world.scenes import SCENES
-from dte_lab.world.training import PartOptions, TrainConfig, train
+from dte_lab.world.training import TrainConfig, train
 
 LATENT_NOISE = 0.08  # std of the noise on latents of unit variance: the denoiser is never exact
 TESTED_NOISE = 0.3  # the strongest, of `denoiser_noise`, in the log
 GRADIENT_WEIGHT = 0.5
 WIDE_SHARE, VARIED_SHARE = 0.6, 0.5  # of pictures: of the wide world; mirrored, turned, recoloured
 
-Noise = Callable[[Float[Tensor, "batch channels 4 4"]], Float[Tensor, "batch channels 4 4"]]
+LatentNoise = Callable[[Float[Tensor, "batch channels 4 4"]], Float[Tensor, "batch channels 4 4"]]
 
 
 def reconstruction_loss(
@@ -48,7 +49,9 @@ def reconstruction_loss(
     return loss
 
 
-def white_noise(z: Float[Tensor, "batch channels 4 4"]) -> Float[Tensor, "batch channels 4 4"]:
+def white_noise(
+    z: Float[Tensor, "batch channels height width"],
+) -> Float[Tensor, "batch channels height width"]:
     return LATENT_NOISE * torch.randn_like(z)
 
 
@@ -87,7 +90,7 @@ class AutoencoderTraining:
     """
 
     drawings: Drawings
-    noise: Noise
+    noise: LatentNoise
     x_val: Float[Tensor, "pictures 3 64 64"]
     batch_size: int
     out: Path

@@ -29,11 +29,12 @@ from dte_lab.world.clip import build_text_tower, build_tokenizer
 from dte_lab.world.data import pixel_grid
 from dte_lab.world.drawings import WHITE, Drawings, drawings_to_train_on
 from dte_lab.world.latents import load_autoencoder, pictures_of, scaled_latents
+from dte_lab.world.options import PartOptions
 from dte_lab.world.painter import TextPainter, start_painter
 from dte_lab.world.scenes import SCENES
 from dte_lab.world.spoken import Mixture, Spoken, SpokenBatches
 from dte_lab.world.sprites import STYLES
-from dte_lab.world.training import PartOptions, TrainConfig, train
+from dte_lab.world.training import TrainConfig, train
 from dte_lab.world.word_space import CODE, PICTURE_WORDS, PictureWords, start_words
 from dte_lab.world.words import WORDS_FILE, grammar_words
 

@@ -25,9 +25,10 @@ from dte_lab.world.captions import caption
 from dte_lab.world.clip import build_image_processor, build_image_tower, tokenize, whitening
 from dte_lab.world.data import indices, random_item, rendered
 from dte_lab.world.drawings import drawings_to_train_on
+from dte_lab.world.options import PartOptions
 from dte_lab.world.scenes import SCENES
 from dte_lab.world.sprites import STYLES, concepts
-from dte_lab.world.training import PartOptions, TrainConfig, train
+from dte_lab.world.training import TrainConfig, train
 
 SMALL_SHARE = 0.4  # of a batch: train things of the small world, whose names, ... must be found
 STATES = 20_000  # of captions of each world, kept

@@ -28,10 +28,11 @@ from dte_lab.world.clip import WIDTH, tokenize
 from dte_lab.world.data import pixel_grid
 from dte_lab.world.drawings import drawings_to_train_on
 from dte_lab.world.latents import load_autoencoder, pictures_of
+from dte_lab.world.options import PartOptions
 from dte_lab.world.painter import TextPainter
 from dte_lab.world.sampling import draw_states
 from dte_lab.world.spoken import Mixture, Spoken, SpokenBatches
-from dte_lab.world.training import WORD_TABLE, PartOptions, TrainConfig, train
+from dte_lab.world.training import WORD_TABLE, TrainConfig, train
 from dte_lab.world.word_space import PICTURE_WORDS, PictureWords
 
 DRAWN = Mixture(captions=0.5, wide_names=0.3)

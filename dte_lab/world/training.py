@@ -84,23 +84,6 @@ class TrainConfig:
         check_one_of("mixed_precision", self.mixed_precision, ("no", "bf16"))
 
 
-@dataclass(frozen=True)
-class PartOptions:
-    """What the commands that train a part of the base model have in common."""
-
-    steps: int
-    minutes: float | None
-    seed: int
-    batch_size: int
-    count: int | None  # drawings to learn from, None for all
-    device: str
-    mixed_precision: str
-
-    def settings(self, part: str) -> dict:
-        """Of `train`: what a run must have been begun with, besides its recipe."""
-        return {"part": part, "count": self.count}
-
-
 def schedule(step: int, c: TrainConfig) -> float:
     """Factor of the learning rates: warm up, hold, decay linearly to zero at the last step."""
     return trapezoid(step, c.steps, c.warmup_steps, c.decay_fraction)

@@ -27,7 +27,7 @@ ENTRY = 0.3  # root mean square of their entries
 NAME = 3 * ENTRY  # last entry of the words of names, whose opposite all others have
 NAME_PENALTY = 0.3  # of the ridge regression that gives words their codes; a name counts 1
 CELL_ENTRY = 2.0  # std of a cell's position: large beside the rest, so that layer norms are linear
-COPY = 0.1  # what the words of a name add to a cell's state in the first attention
+COPIED = 0.1  # what the words of a name add to a cell's state in the first attention
 
 
 @dataclass
@@ -60,7 +60,7 @@ class PictureWords:
 
     @classmethod
     def load(cls, path: Path) -> "PictureWords":
-        """What `save` wrote. Raises DTEError for a file that is not there or holds something else."""
+        """What `save` wrote. Raises DTEError for a file that is not there or holds other things."""
         try:
             state = load_file(path)
             return cls(state["mean"].float(), state["basis"].float())
@@ -119,4 +119,4 @@ def start_words(
         attention.q_proj.bias[first] = attention.head_dim**0.5
         attention.k_proj.weight[first] = torch.eye(WIDTH)[-1]
     nn.init.eye_(attention.v_proj.weight)
-    nn.init.eye_(attention.out_proj.weight).mul_(COPY)
+    nn.init.eye_(attention.out_proj.weight).mul_(COPIED)
