@@ -18,7 +18,9 @@ from transformers import (
 )
 
 from dte_lab.common.errors import DTEError
-from dte_lab.common.weights import COPY, DAMAGE, load_weights, read_config
+from dte_lab.common.files import COPY_AGAIN, read_json, told_of
+from dte_lab.common.settings import check_number, check_one_of, check_whole
+from dte_lab.common.weights import DAMAGE, load_weights, read_config
 from dte_lab.patch_autoencoder import PatchAutoencoder
 from dte_lab.sd15 import (
     CLIP_FILES,
@@ -33,12 +35,23 @@ from dte_lab.sd15 import (
 )
 
 WEIGHTS = Path(__file__).parent / "weights"
+ABLATIONS = ("contrastive", "none")  # encoders shipped for "small", by their regulariser
 AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "PatchAutoencoder": PatchAutoencoder}
 
 
 def backbone_folder(name: str | Path) -> Path:
     """Where a backbone that is not "sd15" lies, and its encoders: "small", or a path."""
     return WEIGHTS / "small" if name == "small" else Path(name)
+
+
+def encoder_folder(name_or_path: str | Path) -> Path:
+    """Where an encoder lies: "small", an ablation of it such as "small/none", or a directory."""
+    path = Path(name_or_path)
+    if path == Path("small"):
+        return WEIGHTS / "small" / "encoder"
+    if path.parent == Path("small") and path.name in ABLATIONS:
+        return WEIGHTS / "small" / "ablations" / path.name
+    return path
 
 
 def load_parts(
@@ -81,7 +94,7 @@ def load_parts(
         "vae": load_weights(
             autoencoder.from_pretrained, root / "vae", variant=variant, torch_dtype=dtype
         ),
-        "scheduler": _small_part(DPMSolverMultistepScheduler, root / "scheduler"),
+        "scheduler": _scheduler(root / "scheduler"),
     }
 
 
@@ -97,7 +110,7 @@ def _text_encoder(
         encoder = load_weights(load, folder, absent=("text_projection.weight",), dtype=dtype)
         encoder.text_projection = whole.text_projection
         return encoder
-    projects = "CLIPTextModelWithProjection" in (read_config(folder).get("architectures") or [])
+    projects = "CLIPTextModelWithProjection" in str(read_config(folder).get("architectures"))
     return load_weights(load if projects else CLIPTextModel.from_pretrained, folder, dtype=dtype)
 
 
@@ -107,7 +120,16 @@ def _small_part(kind: type, folder: Path) -> Any:
         return kind.from_pretrained(folder)
     except DAMAGE as error:
         reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
-        raise DTEError(f"{folder} cannot be loaded ({reason}): {COPY}.") from error
+        raise DTEError(f"{folder} cannot be loaded ({reason}): {COPY_AGAIN}.") from error
+
+
+def _scheduler(folder: Path) -> DPMSolverMultistepScheduler:
+    path = folder / "scheduler_config.json"
+    with told_of(path):
+        check_whole(
+            "num_train_timesteps", read_json(path).get("num_train_timesteps", 1000), 2, 10**5
+        )
+    return _small_part(DPMSolverMultistepScheduler, folder)
 
 
 def check_folders(root: Path) -> None:
@@ -141,7 +163,7 @@ def check_folders(root: Path) -> None:
                 "Diffusion 1.5, or add the folders image_encoder and feature_extractor of its CLIP."
             )
     kind = read_config(root / "vae").get("_class_name")
-    if kind not in AUTOENCODERS:
+    if not isinstance(kind, str) or kind not in AUTOENCODERS:
         raise DTEError(f"The backbone at {root} has an autoencoder of unknown class {kind}.")
 
 
@@ -158,6 +180,49 @@ def check_parts(name: str, parts: dict[str, Any]) -> None:
             f"The UNet of the backbone {name} reads text of width {unet.cross_attention_dim}, "
             f"but its text encoder gives {text.hidden_size}."
         )
+    _check_small_parts(name, parts)
     projects = isinstance(parts["text_encoder"], CLIPTextModelWithProjection)
     if projects and text.projection_dim != image.projection_dim:
         raise DTEError(f"Text and image encoder of the backbone {name} are not of one CLIP.")
+
+
+def _check_small_parts(name: str, parts: dict[str, Any]) -> None:
+    """Raise DTEError for settings, without which nothing is drawn, that mean nothing."""
+    tokenizer, text, unet = parts["tokenizer"], parts["text_encoder"].config, parts["unet"].config
+    scheduler, vae, processor = parts["scheduler"], parts["vae"].config, parts["image_processor"]
+    with told_of(f"The tokenizer of the backbone {name}"):
+        longest = tokenizer.model_max_length
+        check_whole("model_max_length", longest, 3, text.max_position_embeddings)
+        for token in ("bos", "eos", "pad"):
+            check_whole(f"{token}_token_id", getattr(tokenizer, f"{token}_token_id"), 0)
+    with told_of(f"The UNet of the backbone {name}"):
+        check_whole("sample_size", unet.sample_size, 1, 1024)
+    with told_of(f"The autoencoder of the backbone {name}"):
+        check_number("scaling_factor", vae.scaling_factor, above=0)
+    with told_of(f"The scheduler of the backbone {name}"):
+        check_one_of(
+            "prediction_type", scheduler.config.prediction_type, ("epsilon", "v_prediction")
+        )
+        left = scheduler.alphas_cumprod.double()
+        if not (left.isfinite().all() and left.min() >= 0 and left.max() < 1 and left[0] > 0):
+            raise DTEError("its betas leave no signal, or no noise.")
+    with told_of(f"The feature_extractor of the backbone {name}"):
+        for setting, least in (("image_mean", None), ("image_std", 0)):
+            values = getattr(processor, setting)
+            if not isinstance(values, list | tuple) or len(values) != 3:
+                raise DTEError(f"{setting} are three numbers, not {values!r}.")
+            for value in values:
+                check_number(setting, value, above=least)
+    latent = unet.in_channels, unet.out_channels, channels_of(parts["vae"])
+    if len(set(latent)) > 1:
+        raise DTEError(
+            f"The UNet of the backbone {name} takes {latent[0]} channels and gives {latent[1]}, "
+            f"and its autoencoder has {latent[2]}: they are not of one model for pictures of text."
+        )
+
+
+def channels_of(vae: AutoencoderKL | PatchAutoencoder) -> int:
+    """Channels of a latent."""
+    if isinstance(vae, PatchAutoencoder):
+        return vae.config.patch_channels * vae.config.cell**2
+    return vae.config.latent_channels

@@ -5,13 +5,16 @@ is what each run may choose: how v* is regularised, how paths are blended, how p
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, Self, TypeVar
 
 from dte_lab.common.errors import DTEError
+from dte_lab.common.files import told_of
 from dte_lab.common.settings import check_number, check_one_of, check_whole
 from dte_lab.dual_path import GRANULARITIES, OFFSETS_ON
 from dte_lab.recommended import Recommended
 
+Settings = TypeVar("Settings")
 REGULARISERS = ("contrastive", "none", "norm", "l2", "nearest", "hinge", "gaussian")  # of v*
 
 
@@ -142,6 +145,19 @@ class MethodConfig:
             raise DTEError(
                 f"unconditional_offsets is true or false, not {self.unconditional_offsets!r}."
             )
+
+
+def settings_of(folder: Path, config: dict[str, Any], name: str, kind: type[Settings]) -> Settings:
+    """A group of the settings in a folder's config.json, such as its EncoderConfig.
+
+    Raises DTEError, which names the file, for settings that there are not, or of no meaning.
+    """
+    given = config.get(name)
+    with told_of(f"{folder / 'config.json'}: {name}"):
+        try:
+            return kind(**({} if given is None else given))
+        except TypeError as error:
+            raise DTEError(error) from error
 
 
 def single_path(method: MethodConfig) -> MethodConfig:

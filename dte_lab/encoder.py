@@ -19,7 +19,8 @@ from diffusers.configuration_utils import register_to_config
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dte_lab.backbone import WEIGHTS, Backbone, add_noise
+from dte_lab.backbone import Backbone, add_noise
+from dte_lab.backbone_parts import ABLATIONS, encoder_folder
 from dte_lab.clip_words import (
     forget_words,
     mix_words,
@@ -28,9 +29,10 @@ from dte_lab.clip_words import (
     words_of_folder,
 )
 from dte_lab.common.errors import DTEError
+from dte_lab.common.files import told_of
 from dte_lab.common.random import stream
-from dte_lab.common.weights import load_weights
-from dte_lab.config import EncoderConfig, MethodConfig
+from dte_lab.common.weights import load_weights, read_config
+from dte_lab.config import EncoderConfig, MethodConfig, settings_of
 from dte_lab.features import (
     FeatureFusion,
     ImageFeatures,
@@ -42,8 +44,6 @@ from dte_lab.hypernetwork import TokenHead, build_hypernetwork
 from dte_lab.lora import projection_shapes
 from dte_lab.prediction import EncoderPrediction, Predictor, mean_prediction
 from dte_lab.tokens import PromptEncoder, TokenTable
-
-ABLATIONS = ("contrastive", "none")  # shipped for "small", by their regulariser
 
 
 class TuningEncoder(ModelMixin, ConfigMixin):
@@ -120,20 +120,22 @@ class TuningEncoder(ModelMixin, ConfigMixin):
                 f"A {cls.__name__} needs the words of the backbone it was trained with: call "
                 f"{cls.__name__}.from_pretrained(path, backbone), or dte_lab.load_encoder."
             )
-        if not (Path(path) / "config.json").is_file():
+        path, table = Path(path), table or TokenTable(backbone)
+        if not (path / "config.json").exists():
             raise DTEError(f"There is no {cls.__name__} at {path}: give a folder that holds one.")
-        load, table = super().from_pretrained, table or TokenTable(backbone)
-        encoder = load_weights(load, path, low_cpu_mem_usage=False)
-        for key, value in encoder_dimensions(backbone, table, encoder.settings).items():
-            saved = encoder.config[key]
-            if key == "projections":
-                saved = {name: list(shape) for name, shape in saved.items()}
-            if saved != value:
+        config = read_config(path)
+        settings = settings_of(path, config, "settings", EncoderConfig)
+        settings_of(path, config, "method", MethodConfig)
+        with told_of(path / "config.json"):
+            dimensions = encoder_dimensions(backbone, table, settings)
+        for key, value in dimensions.items():
+            if config.get(key) != value:
                 raise DTEError(
                     f"The encoder at {path} belongs to another backbone than {backbone.name} "
                     f"(mismatch in {key})."
                 )
-        encoder.word_clip.copy_(words_of_folder(Path(path), backbone, table))
+        encoder = load_weights(super().from_pretrained, path, low_cpu_mem_usage=False)
+        encoder.word_clip.copy_(words_of_folder(path, backbone, table))
         encoder.bind(backbone, table)
         return encoder.to(backbone.device).eval().requires_grad_(False)
 
@@ -262,16 +264,6 @@ def trained_encoder(predictor: Predictor, purpose: str) -> TuningEncoder:
     )
 
 
-def encoder_folder(name_or_path: str | Path) -> Path:
-    """Where an encoder lies: "small", an ablation of it such as "small/none", or a directory."""
-    path = Path(name_or_path)
-    if path == Path("small"):
-        return WEIGHTS / "small" / "encoder"
-    if path.parent == Path("small") and path.name in ABLATIONS:
-        return WEIGHTS / "small" / "ablations" / path.name
-    return path
-
-
 def load_encoder(
     name_or_path: str | Path, backbone: Backbone, table: TokenTable | None = None
 ) -> TuningEncoder:
@@ -280,7 +272,7 @@ def load_encoder(
     Raises DTEError as `TuningEncoder.from_pretrained` does.
     """
     path = encoder_folder(name_or_path)
-    if not (path / "config.json").is_file():
+    if not (path / "config.json").exists():
         names = ", ".join(["small", *(f"small/{name}" for name in ABLATIONS)])
         raise DTEError(f"No encoder at {path}: give a folder that holds one, or one of {names}.")
     return TuningEncoder.from_pretrained(path, backbone, table)

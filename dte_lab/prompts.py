@@ -8,19 +8,9 @@ from collections.abc import Sequence
 
 from dte_lab import placeholder_token
 from dte_lab.common.errors import DTEError
-from dte_lab.common.settings import check_number, check_whole
+from dte_lab.common.settings import check_number, check_text, check_whole
 
 NEAR_MISS = re.compile(r"(?<![\w'])(?:[Ss]_?\d+ ?\*|s\*)")  # S2*, s_1*, s*
-
-
-def check_text(name: str, text: object) -> None:
-    """`text` must be a string that can be written as UTF-8."""
-    if not isinstance(text, str):
-        raise DTEError(f"{name} is a text, not {text!r}.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DTEError(f"{name} {text!r} has bytes that are not UTF-8.") from error
 
 
 def check_prompts(prompts: Sequence[str]) -> None:

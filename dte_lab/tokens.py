@@ -120,13 +120,13 @@ def known_words(backbone: Backbone) -> set[str] | None:
     Raises DTEError when a file holds something else than a list of words.
     """
     path = backbone_folder(backbone.name) / "words.json"
-    if not path.is_file():
+    if not path.exists():
         words = json.loads(CLIP_WORDS.read_text())
         vocabulary = backbone.tokenizer.get_vocab()
         return set(words) if all(f"{word}</w>" in vocabulary for word in words) else None
     try:
         words = json.loads(path.read_text())
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
         words = None
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise DTEError(f"{path} must hold a JSON list of words: write it again or remove it.")

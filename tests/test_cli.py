@@ -264,6 +264,22 @@ def test_generate_draws_the_same_picture_again(finished, model, tmp_path, dte):
     assert not np.array_equal(*pictures)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes")
+def test_folders_with_bytes_that_are_no_text(finished, photo, model, tmp_path, dte, refused):
+    """Results go there; a model, whose name a concept tells, is asked to be renamed."""
+    out, odd = finished[0], tmp_path / os.fsdecode(b"o\xff")
+    concept = odd / "concept.safetensors"
+    start = ["personalize", photo, "--prompt", "S*", "--steps", "0", *FAST]
+    assert dte(*start, "--backbone", model, "--out", odd)[0] == 0
+    assert dte("generate", concept, "--prompt", "S* at night", *FAST, "--out", odd)[0] == 0
+    assert dte("export", concept, "--out", odd)[0] == 0
+    assert len(list(odd.iterdir())) == 7
+    shutil.copytree(model, odd / "model")
+    line = refused(*start, "--backbone", odd / "model", "--out", tmp_path / "other")
+    assert "the backbone's name" in line and "not UTF-8" in line
+    assert (out / "concept.safetensors").exists()
+
+
 def test_no_tuning_steps_leave_the_prediction(photo, model, tmp_path, dte):
     arguments = ["--prompt", "S*", "--out", tmp_path, "--backbone", model, *FAST]
     code, out, err = dte("personalize", photo, photo, *arguments, "--steps", "0")

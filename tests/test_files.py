@@ -6,8 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from dte_lab.common import files
+from dte_lab.common.checkpoint import save_folder
 from dte_lab.common.errors import DTEError
 from dte_lab.common.files import keep_inputs, remove_leftovers, write_atomically
 
@@ -54,6 +57,36 @@ def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path, monkeypatch
     assert caught.value.filename == str(path) and caught.value.errno == errno.ENOSPC
     monkeypatch.undo()
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no limits on the size of files")
+@pytest.mark.parametrize("limit", [100, 4000])
+def test_a_folder_of_weights_on_a_full_disk_is_named(tmp_path, limit):
+    """Its weights do not fit, or not even its settings; no write beyond the limit succeeds."""
+    import resource
+
+    class Model:
+        def save_pretrained(self, folder):
+            (folder / "config.json").write_text("x" * 300)
+            save_file({"w": torch.ones(9000)}, folder / "model.safetensors")
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            save_folder(Model(), tmp_path / "encoder")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(tmp_path / "encoder") in str(caught.value) and not list(tmp_path.iterdir())
+    save_folder(Model(), tmp_path / "encoder")
+    assert len(list((tmp_path / "encoder").iterdir())) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes")
+def test_names_of_any_bytes(tmp_path):
+    name = os.fsdecode(b"a\xff\xfe" * 70)
+    write_atomically(tmp_path / name, b"1")
+    assert [os.fsencode(path.name) for path in tmp_path.iterdir()] == [b"a\xff\xfe" * 70]
 
 
 def test_the_next_process_removes_what_a_killed_one_was_writing(tmp_path):

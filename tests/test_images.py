@@ -5,10 +5,13 @@ import struct
 import sys
 import warnings
 import zlib
+from datetime import datetime
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from ipywidgets import FileUpload
 from PIL import Image
 
 from dte_lab.common.errors import DTEError
@@ -329,6 +332,18 @@ def png(array) -> bytes:
     return buffer.getvalue()
 
 
+def upload(*contents):
+    """A widget into which files have been put."""
+    files = [
+        {"name": f"{n}.png", "type": "image/png", "size": len(x), "content": memoryview(x),
+         "last_modified": datetime.now()}
+        for n, x in enumerate(contents)
+    ]  # fmt: skip
+    widget = FileUpload(multiple=True)
+    widget.set_trait("value", files)
+    return widget
+
+
 RGB, GREY = noise(), noise(channels=0)
 SOURCES = {  # every way to hand over the same picture
     "array": RGB,
@@ -347,6 +362,10 @@ SOURCES = {  # every way to hand over the same picture
     "ipywidgets 7": {"a.png": {"metadata": {"name": "a.png"}, "content": png(RGB)}},
     "ipywidgets 8": ({"name": "a.png", "type": "image/png", "content": memoryview(png(RGB))},),
     "Colab": {"a.png": png(RGB)},
+    "FileUpload itself": upload(png(RGB)),
+    "FileUpload of ipywidgets 7": SimpleNamespace(
+        accept="image/*", value={"a.png": {"metadata": {"name": "a.png"}, "content": png(RGB)}}
+    ),
     "list": [RGB],
 }
 
@@ -354,6 +373,27 @@ SOURCES = {  # every way to hand over the same picture
 @pytest.mark.parametrize("name", SOURCES)
 def test_what_notebooks_hand_over_is_read(name):
     assert np.array_equal(np.asarray(read_image(SOURCES[name])), RGB)
+    with pytest.warns(UserWarning, match="busy"):  # one door leads to the other
+        [picture] = read_pictures(SOURCES[name])
+    assert np.array_equal(np.asarray(picture.image), RGB)
+
+
+def test_uploads_are_pictures_and_masks():
+    mask = np.zeros(RGB.shape[:2], np.uint8)
+    mask[4:9, 5:11] = 255
+    two = upload(png(RGB), png(255 - RGB))
+    found = read_pictures(two, upload(png(mask), png(255 - mask)))
+    assert [np.asarray(picture.mask).mean() for picture in found] == [
+        mask.mean(),
+        255 - mask.mean(),
+    ]
+    assert np.array_equal(np.asarray(found[1].image)[0, 0], 255 - RGB[0, 0])
+    assert len(read_pictures({"a.png": png(RGB), "b.png": png(RGB)}, [mask, None])) == 2
+    for nothing in (upload(), (), {}, []):
+        with pytest.raises(ImageError, match="At least one picture"):
+            read_pictures(nothing)
+    with pytest.raises(ImageError, match="1.png is not a picture"):
+        read_pictures(upload(png(RGB), b"abc"))
 
 
 def test_grey_arrays_and_masks_of_truth_values_are_read():

@@ -1,6 +1,5 @@
 """The commands that measure and export: `dte evaluate`, `dte report`, `dte export`."""
 
-import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -76,15 +75,9 @@ def report(
     from dte_lab.common.files import write_atomically
     from dte_lab.common.plots import save_figure
     from dte_lab.evaluation.figures import picture_sheet, step_curves_figure, tradeoff
-    from dte_lab.evaluation.records import read_csv
-    from dte_lab.evaluation.report import markdown, steps_table
+    from dte_lab.evaluation.report import finished, markdown, steps_table
 
-    if not (run / "run.json").is_file():
-        raise DTEError(f"{run} holds no run.json: give the --out of dte evaluate.")
-    document = json.loads((run / "run.json").read_text())
-    if "summary" not in document:
-        raise DTEError(f"The run in {run} is not finished: call dte evaluate again to go on.")
-    summary, rows = document["summary"], read_csv(run / "measures.csv")
+    summary, rows = finished(run)
     text = markdown(summary) + steps_table(rows)
     write_atomically(run / "table.md", (text.rstrip() + "\n").encode())
     save_figure(tradeoff(summary), run / "tradeoff.png")

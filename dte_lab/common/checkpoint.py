@@ -5,7 +5,8 @@ own `save_state` writes pickles, and several files one after the other.
 """
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,12 +19,15 @@ from torch.optim import Optimizer
 from dte_lab.common.errors import DTEError
 from dte_lab.common.files import naming, temporary_beside, write_atomically
 from dte_lab.common.resume import as_json, check_settings, cut_back
+from dte_lab.common.weights import is_finite
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
     from transformers import PreTrainedModel
 
 State = dict[str, Tensor]
+KNOWN_STATES = ("step", "exp_avg", "exp_avg_sq", "momentum")  # of optimizers
+STATE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64)
 CHECKPOINT = "checkpoint.safetensors"  # of a run, in its folder
 
 
@@ -50,7 +54,7 @@ class Checkpoint:
         Raises DTEError when the file is damaged, or holds another kind of run, one with other
         settings, or weights of another size.
         """
-        step = self._restore(model, average, optimizer) if self.path.is_file() else 0
+        step = self._restore(model, average, optimizer) if self.path.exists() else 0
         for log in self.path.parent.glob("*.jsonl"):
             cut_back(log, step)
         return step
@@ -59,23 +63,42 @@ class Checkpoint:
         parts, metadata = read_state(self.path)
         if metadata.get("kind") != self.kind:
             raise DTEError(
-                f"{self.path} belongs to {metadata.get('kind', 'another version')}, not to "
+                f"{self.path} belongs to {metadata.get('kind', 'another version')[:99]}, not to "
                 f"{self.kind}: use another folder."
             )
-        before = json.loads(metadata["settings"])
+        with _damage(self.path):
+            before, step = json.loads(metadata["settings"]), int(metadata["step"])
+            if not isinstance(before, dict) or step < 0:
+                raise ValueError("its settings or its step are of another kind")
         check_settings(self.path.parent, before, self.settings, self.free)
+        for name, weight in model.state_dict().items():
+            found = parts.get("model", {}).get(name)
+            if found is not None and found.is_floating_point() != weight.is_floating_point():
+                raise DTEError(f"{self.path} is damaged: model.{name} is of {found.dtype}.")
         try:
-            model.load_state_dict(parts["model"])
-            with torch.no_grad():
-                for name, weight in average.named_parameters():
-                    weight.copy_(parts["ema"][name])
+            model.load_state_dict(parts.get("model", {}))
+            averaged = {name: parts["ema"][name] for name, _ in average.named_parameters()}
+            average.load_state_dict(averaged, strict=False)
         except (KeyError, RuntimeError) as error:
             raise DTEError(
                 f"The weights in {self.path} are of another model ({str(error).splitlines()[-1]}): "
                 "use another folder."
             ) from error
-        restore_optimizer(optimizer, parts.get("optimizer", {}))
-        return int(metadata["step"])
+        with _damage(self.path):
+            restore_optimizer(optimizer, parts.get("optimizer", {}))
+        return step
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """What goes wrong inside is the file's fault."""
+    try:
+        yield
+    except (SafetensorError, OSError, LookupError, ValueError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DTEError(
+            f"{path} is damaged ({reason}): remove it to begin the run again."
+        ) from error
 
 
 def write_state(
@@ -89,7 +112,7 @@ def write_state(
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
     tensors = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
-    write_atomically(path, save(tensors, metadata))
+    write_atomically(path, save(tensors, metadata | {"tensors": str(len(tensors))}))
 
 
 def read_state(path: Path) -> tuple[dict[str, State], dict[str, str]]:
@@ -97,31 +120,46 @@ def read_state(path: Path) -> tuple[dict[str, State], dict[str, str]]:
 
     Raises DTEError when the file is damaged or was not written by `write_state`.
     """
-    parts = {}
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            for key in file.keys() if "step" in metadata else ():
-                part, rest = key.split(".", 1)
-                parts.setdefault(part, {})[rest] = file.get_tensor(key)
-    except SafetensorError as error:
-        raise DTEError(f"{path} is damaged ({error}): remove it to begin the run again.") from error
-    if not parts:
+    with _damage(path), safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {key: file.get_tensor(key) for key in file.keys()} if "step" in metadata else {}
+    if not tensors:
         raise DTEError(f"{path} is no checkpoint of a training run: use another folder.")
+    with _damage(path):
+        if int(metadata.get("tensors", len(tensors))) != len(tensors):  # older ones do not say
+            raise ValueError(f"it has {len(tensors)} of {metadata['tensors']} tensors")
+        parts = {}
+        for key, tensor in tensors.items():
+            if not is_finite(tensor):
+                raise ValueError(f"{key} holds values that are not finite")
+            part, rest = key.split(".", 1)
+            parts.setdefault(part, {})[rest] = tensor
     return parts, metadata
 
 
 @torch.no_grad()
 def restore_optimizer(optimizer: Optimizer, state: State) -> None:
-    """Load {"index.key": tensor} into an optimizer of the same parameters."""
+    """Load {"index.key": tensor} into an optimizer of the same parameters.
+
+    Raises ValueError or LookupError for tensors of other parameters, or of another kind.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     restored = {}
     for key, value in state.items():
         index, name = key.split(".", 1)
+        if not index.isdecimal():
+            raise ValueError(f"optimizer.{key} is of no parameter")
         parameter = parameters[int(index)]
+        if value.shape != {"step": ()}.get(name, parameter.shape) and name in KNOWN_STATES:
+            raise ValueError(f"optimizer.{key} has the shape {tuple(value.shape)}")
+        if name in KNOWN_STATES and value.dtype not in STATE_DTYPES:
+            raise ValueError(f"optimizer.{key} is of {value.dtype}")
         if value.shape == parameter.shape:  # fused AdamW takes for granted that strides agree
             value = torch.empty_like(parameter).copy_(value)
         restored.setdefault(int(index), {})[name] = value
+    for index, names in restored.items():
+        if "step" not in names or ("exp_avg" in names) != ("exp_avg_sq" in names):
+            raise ValueError(f"optimizer.{index} lacks a tensor")
     optimizer.load_state_dict({**optimizer.state_dict(), "state": restored})
 
 

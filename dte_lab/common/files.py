@@ -4,6 +4,7 @@ A process that is killed while it writes leaves a temporary file, `.NAME.dte-PRO
 one that writes into the same folder removes it.
 """
 
+import json
 import os
 import re
 import shutil
@@ -12,9 +13,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from dte_lab.common.errors import DTEError
 
+COPY_AGAIN = "it is damaged or of another model, so copy it again"
 LONGEST = 200  # letters of a name that a temporary name takes over; most systems allow 255 bytes
 
 
@@ -38,6 +41,30 @@ def write_atomically(path: Path | str, data: bytes) -> None:
             os.replace(temporary, path)
 
 
+def read_json(path: Path, remedy: str = COPY_AGAIN) -> dict[str, Any]:
+    """The JSON object in a file. Raises DTEError, which names it, where there is none.
+
+    remedy: the end of the sentence, what to do.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise DTEError(f"{path} cannot be read ({reason}): {remedy}.") from error
+    if not isinstance(document, dict):
+        raise DTEError(f"{path} holds no settings: {remedy}.")
+    return document
+
+
+@contextmanager
+def told_of(what: Path | str) -> Iterator[None]:
+    """A DTEError inside names what of a model it is about, and that it is to be copied again."""
+    try:
+        yield
+    except DTEError as error:
+        raise DTEError(f"{what}: {str(error).rstrip('.')}; {COPY_AGAIN}.") from error
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """An OSError inside names `path`, whatever file or none it names itself."""
@@ -51,7 +78,7 @@ def naming(path: Path) -> Iterator[None]:
 def temporary_beside(path: Path) -> Iterator[Path]:
     """A name for a file or folder beside `path`, where nothing is left at the end."""
     remove_leftovers(path.parent.resolve())
-    name = path.name.encode()[:LONGEST].decode(errors="ignore")
+    name = os.fsencode(path.name)[:LONGEST].decode(errors="ignore")
     temporary = path.parent / f".{name}.dte-{os.getpid()}.tmp"
     _remove(temporary)
     try:

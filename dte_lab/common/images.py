@@ -96,11 +96,11 @@ def read_pictures(
 
     What this returns is taken as it is. Warns as `warn_of_backgrounds`, refuses a blank picture.
     """
-    if sources and isinstance(sources, list) and all(isinstance(x, Picture) for x in sources):
+    if isinstance(sources, list) and sources and all(isinstance(x, Picture) for x in sources):
         return sources
     sources = each_picture(sources)
     masks = [None] * len(sources) if masks is None else masks
-    masks = masks if isinstance(masks, list | tuple) else [masks]
+    masks = masks if isinstance(masks, list | tuple) else each_picture(masks)
     if len(masks) != len(sources):
         raise ImageError(f"{len(sources)} pictures need as many masks, not {len(masks)}.")
     pictures = [read_picture(*pair) for pair in zip(sources, masks, strict=True)]

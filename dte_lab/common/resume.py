@@ -59,12 +59,19 @@ def append_line(path: Path, line: dict) -> None:
 def cut_back(path: Path, step: int) -> None:
     """Drop the lines of a log that are of later steps than `step`, or half written."""
     if path.is_file():
-        lines = [x for x in path.read_text().splitlines() if _step_of(x) <= step]
+        text = path.read_text(encoding="utf-8", errors="replace")
+        lines = [x for x in text.splitlines() if _step_of(x) <= step]
         write_atomically(path, "".join(x + "\n" for x in lines).encode())
 
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError):  # the run was killed while it wrote this line
+        return float(json.loads(line)["step"])
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        OverflowError,
+        RecursionError,
+    ):  # the run was killed while it wrote this line
         return float("inf")

@@ -44,3 +44,13 @@ def check_one_of(name: str, value: object, known: Sequence[str]) -> None:
     """`value` must be one of the `known` words."""
     if value not in known:
         raise DTEError(f"{name} is one of {', '.join(known)}, not {value!r}.")
+
+
+def check_text(name: str, text: object) -> None:
+    """`text` must be a string that can be written as UTF-8."""
+    if not isinstance(text, str):
+        raise DTEError(f"{name} is a text, not {text!r}.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DTEError(f"{name} {text!r} has bytes that are not UTF-8.") from error

@@ -11,7 +11,7 @@ from PIL import Image
 from dte_lab.common.errors import DTEError
 
 # Any: a numpy array or a torch tensor, of (H, W) or with 1, 3 or 4 channels first or last, uint8
-# or floats from 0 to 1; what ipywidgets' FileUpload has as its value, or Colab's files.upload().
+# or floats from 0 to 1; ipywidgets' FileUpload or its value; what Colab's files.upload() gives.
 PictureSource = str | Path | bytes | BinaryIO | Image.Image | Any
 BYTES = bytes | bytearray | memoryview
 MAX_BYTES = 100_000_000  # of a file; decoders need up to 0.06 s for each megabyte of junk
@@ -29,12 +29,14 @@ class Named(NamedTuple):
 
 
 def each_picture(source: PictureSource | Sequence[PictureSource]) -> list[Named]:
-    """The single pictures of a source: of a list, or of an upload widget's value.
+    """The single pictures of a source: of a list, or of an upload widget or its value.
 
     Raises ImageError where there is none.
     """
     if isinstance(source, Named):
         return [source]
+    if hasattr(source, "value") and hasattr(source, "accept"):  # ipywidgets' FileUpload
+        source = source.value
     if isinstance(source, Mapping) and isinstance(source.get("content"), BYTES):
         return [Named(source["content"], str(source.get("name", "the picture")))]  # ipywidgets 8
     if isinstance(source, Mapping):  # Colab: {name: bytes}; ipywidgets 7: {name: {"content": ...}}

@@ -1,21 +1,25 @@
 """Weights from a folder: safetensors alone, and only when every tensor is there and is a number.
 
 The libraries fill what a file lacks with random numbers and say so in a log line; a damaged model
-would then draw nonsense, another one each time.
+would then draw nonsense, another one each time. Nor do they ask whether there is room for a model,
+which some damaged settings would have of any size.
 """
 
-import json
+import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from dte_lab.common.errors import DTEError
+from dte_lab.common.files import COPY_AGAIN, read_json
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -29,8 +33,20 @@ DAMAGE = (
     LookupError,
     AttributeError,
     ArithmeticError,
+    MemoryError,
+    StrictDataclassError,
 )
-COPY = "it is damaged or of another model, so copy it again"
+FILES = re.compile(r"(diffusion_pytorch_)?model[.-].*safetensors")
+FLOATS, WHOLE = ("F64", "F32", "F16", "BF16"), ("I64", "I32")
+SPARE = 10_000_000  # numbers that a model may have beside those of its files, which it may lack
+
+
+class Stored(NamedTuple):
+    """A tensor as a file has it."""
+
+    file: Path
+    dtype: str
+    shape: list[int]
 
 
 def load_weights(
@@ -48,7 +64,7 @@ def load_weights(
     not finite, when there is none but a pickle, and when the folder cannot be read at all.
     """
     folder = Path(folder)
-    read_config(folder)
+    config = read_config(folder)
     names = [path.name for path in folder.glob("*.safetensors")]
     if names and all(".fp16." in name for name in names):  # a copy of the halved files alone
         options["variant"] = "fp16"
@@ -57,15 +73,19 @@ def load_weights(
             f"{folder} holds no weights in safetensors, and pickled ones are never read: "
             "convert them, or copy the folder again."
         )
+    stored = stored_tensors(folder, options.get("variant") == "fp16")
     try:
         with _without_report():
+            check_described(load.__self__, folder, config, stored)
             model, info = load(
                 folder, use_safetensors=True, output_loading_info=True,
                 ignore_mismatched_sizes=True, **options,
             )  # fmt: skip
+    except DTEError:
+        raise
     except DAMAGE as error:
         reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
-        raise DTEError(f"{folder} cannot be loaded ({reason}): {COPY}.") from error
+        raise DTEError(f"{folder} cannot be loaded ({reason}): {COPY_AGAIN}.") from error
     wrong = [(str(key[0]), "has another shape") for key in info["mismatched_keys"]]
     wrong += [(key, "is missing") for key in sorted({*info["missing_keys"]} - {*absent})]
     if not strangers:
@@ -74,12 +94,12 @@ def load_weights(
     wrong = wrong or [
         (name, "holds values that are not finite")
         for name, tensor in model.state_dict().items()
-        if not _finite(tensor)
+        if not is_finite(tensor)
     ]
     if wrong:
         name, fault = wrong[0]
         more = f" (one of {len(wrong)} such faults)" if len(wrong) > 1 else ""
-        raise DTEError(f"{_file_of(folder, name)}: the tensor {name} {fault}{more}; {COPY}.")
+        raise DTEError(f"{_file_of(folder, name)}: the tensor {name} {fault}{more}; {COPY_AGAIN}.")
     return model
 
 
@@ -96,17 +116,64 @@ def _without_report() -> Iterator[None]:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The settings in a folder's config.json. Raises DTEError where there are none."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise DTEError(f"{path} cannot be read: {COPY}.") from error
-    if not isinstance(config, dict):
-        raise DTEError(f"{path} holds no settings: {COPY}.")
-    return config
+    return read_json(folder / "config.json")
 
 
-def _finite(tensor: torch.Tensor) -> bool:
+def stored_tensors(folder: Path, halved: bool) -> dict[str, Stored]:
+    """{name: what the files of weights say of it}; halved: of those with fp16 in their name.
+
+    Raises DTEError for a file that is none.
+    """
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        if not FILES.fullmatch(path.name) or (".fp16." in path.name) != halved:
+            continue
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():
+                    part = file.get_slice(name)
+                    found[name] = Stored(path, part.get_dtype(), part.get_shape())
+        except DAMAGE as error:
+            raise DTEError(f"{path} cannot be loaded ({error}): {COPY_AGAIN}.") from error
+    return found
+
+
+def check_described(
+    kind: type, folder: Path, config: dict[str, Any], stored: dict[str, Stored]
+) -> None:
+    """Complain of settings whose model is larger than its files, before memory is taken for it, and
+    of tensors of another kind than it has.
+    """
+    for name, value in _flat(config):
+        many = [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, int)]
+        if re.search("layers|depth", name) and max(many, default=0) > max(len(stored), 2):
+            raise DTEError(f"{folder / 'config.json'}: {name} is {value}; {COPY_AGAIN}.")
+    with torch.device("meta"):
+        if hasattr(kind, "load_config"):  # diffusers
+            model = kind.from_config(kind.load_config(folder))
+        else:
+            model = kind(kind.config_class.from_pretrained(folder))
+    for name, tensor in model.state_dict().items():
+        kinds = FLOATS if tensor.is_floating_point() else WHOLE
+        if name in stored and stored[name].dtype not in kinds:
+            file, dtype, _ = stored[name]
+            raise DTEError(f"{file}: the tensor {name} is of {dtype}; {COPY_AGAIN}.")
+    described = sum(tensor.numel() for tensor in model.state_dict().values())
+    if described > sum(prod(tensor.shape) for tensor in stored.values()) + SPARE:
+        raise ValueError(f"its config.json is of a model of {described:,} numbers")
+
+
+def _flat(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Names and values of settings, those of settings inside settings as well."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _flat(value)
+        else:
+            yield name, value
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all its numbers are."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     return bool(torch.stack(tensor.aminmax()).isfinite().all())  # makes no copy
@@ -118,6 +185,6 @@ def _file_of(folder: Path, name: str) -> Path:
     if len(files) == 1:
         return files[0]
     for index in folder.glob("*.safetensors.index.json"):
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = read_json(index).get("weight_map", {})
         return folder / weight_map.get(name, index.name)
     return folder

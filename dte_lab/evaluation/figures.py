@@ -1,16 +1,16 @@
 """Figures of a finished run of `dte evaluate`, from its summary and its pictures."""
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
 
 from matplotlib.figure import Figure
-from PIL import Image
 
+from dte_lab.common.images import read_image
 from dte_lab.common.plots import picture_grid
 from dte_lab.common.stats import mean_and_error
+from dte_lab.evaluation.records import read_run
 from dte_lab.evaluation.report import HEADINGS, name_of
 from dte_lab.evaluation.specifications import ANCHORS
 
@@ -22,13 +22,13 @@ def picture_sheet(run_dir: Path, summary: Sequence[Mapping], count: int = 2) -> 
     steps = {}
     for line in summary:
         steps[line["method"]] = max(line["steps"], steps.get(line["method"], 0))
-    edits, rows, labels = first_edits(run_dir)[:count], [], []
+    edits, rows, labels = read_run(run_dir)[0]["settings"]["scenes"][:count], [], []
     for folder in sorted(path for path in (run_dir / "pictures").iterdir() if path.is_dir()):
-        given = Image.open(folder / "input.png")
+        given = read_image(folder / "input.png")
         for i, edit in enumerate(edits):
             row = [given]
             for label, n in steps.items():
-                strip = Image.open(folder / f"{label}_{n}.png".replace("/", "-"))
+                strip = read_image(folder / f"{label}_{n}.png".replace("/", "-"))
                 size = given.width
                 row.append(strip.crop((i * size, 0, (i + 1) * size, size)))
             rows.append(row)
@@ -100,9 +100,3 @@ def step_curves_figure(summary: Sequence[Mapping]) -> Figure | None:
         frameon=False,
     )
     return figure
-
-
-def first_edits(run_dir: Path) -> list[str]:
-    """Names of the edits, in the order in which the pictures show them."""
-    settings = json.loads((run_dir / "run.json").read_text())["settings"]
-    return settings["scenes"]

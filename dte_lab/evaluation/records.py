@@ -4,8 +4,10 @@ import csv
 import hashlib
 import io
 import json
+import math
 import platform
 import time
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from importlib.metadata import version
@@ -15,7 +17,10 @@ import numpy as np
 from torch import nn
 
 from dte_lab import __version__
-from dte_lab.common.files import write_atomically
+from dte_lab.common.errors import DTEError
+from dte_lab.common.files import read_json, write_atomically
+
+AGAIN = "bring back the folder as it was, or give dte evaluate another"
 
 
 @dataclass
@@ -81,14 +86,58 @@ def _written(value: str | float | None) -> str:
 
 
 def read_csv(path: Path) -> list[Row]:
-    """The rows of a table that `to_csv` wrote; columns that it lacks are None."""
-    with open(path, newline="") as file:
-        lines = list(csv.DictReader(file))
-    return [Row(**{k: _read(k, line[k]) for k in COLUMNS if k in line}) for line in lines]
+    """The rows of a table that `to_csv` wrote; columns that it lacks are None.
+
+    Raises DTEError, with the file and the line, for what is no such table.
+    """
+    rows, place = [], "its head"
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            for line in csv.DictReader(file, strict=True):
+                place = f"line {len(rows) + 2}"
+                if None in line or None in line.values():
+                    raise ValueError("it has not as many values as there are columns")
+                rows.append(Row(**{k: _read(k, line[k]) for k in COLUMNS if k in line}))
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DTEError(f"{path} is damaged in {place} ({reason}): {AGAIN}.") from error
+    return rows
+
+
+def read_run(folder: Path) -> tuple[dict, list[Row]]:
+    """Settings, and the summary where it is finished, of a run's folder; and its rows.
+
+    Raises DTEError for what no run has left, and for rows that are not those of the summary.
+    """
+    path, table = folder / "run.json", folder / "measures.csv"
+    document = read_json(path, AGAIN)
+    settings, summary = document.get("settings"), document.get("summary", [])
+    for name in ("methods", "scenes"):
+        texts = settings.get(name) if isinstance(settings, dict) else None
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise DTEError(f"{path} has no settings of a run: {AGAIN}.")
+    rows = read_csv(table) if table.exists() or summary else []
+    if "summary" in document:
+        edits, concepts = defaultdict(list), Counter()
+        for row in rows:
+            edits[row.method, row.steps, row.concept].append(row.edit)
+        for method, steps, _ in edits:
+            concepts[method, steps] += 1
+        try:
+            told = {(x["method"], x["steps"]): x["identity"]["n"] for x in summary}
+        except (TypeError, LookupError) as error:
+            raise DTEError(f"The summary in {path} is damaged: {AGAIN}.") from error
+        alike = len({frozenset(names) for names in edits.values()}) == 1
+        once = all(len(set(names)) == len(names) for names in edits.values())
+        if told != concepts or not alike or not once:
+            raise DTEError(f"{table} has not the rows of which {path} has the summary: {AGAIN}.")
+    return document, rows
 
 
 def _read(column: str, text: str) -> str | int | bool | float | None:
     if column in NUMBERS:
+        if text and not math.isfinite(float(text)):
+            raise ValueError(f"{column} is {text}")
         return float(text) if text else None
     if column in ("steps", "is_style"):
         return int(text) if column == "steps" else bool(int(text))

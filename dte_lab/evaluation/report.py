@@ -3,12 +3,14 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from dte_lab.common.errors import DTEError
 from dte_lab.common.stats import interval
 from dte_lab.evaluation.measures import LOSSES, PICTURE_MEASURES, TIMES, WORD_MEASURES
-from dte_lab.evaluation.records import Row
+from dte_lab.evaluation.records import AGAIN, Row, read_run
 from dte_lab.evaluation.specifications import ANCHORS
 
 REFERENCE = "dte"
@@ -86,6 +88,40 @@ def summarise(rows: Sequence[Row]) -> list[dict]:
         values = {name: interval(np.array(v)) for name, v in measures.items()}
         summary.append({"method": method, "steps": steps, **values})
     return summary
+
+
+def finished(run: Path) -> tuple[list[dict], list[Row]]:
+    """Summary and rows of a run's folder.
+
+    Raises DTEError for a run that is not there, not finished or damaged.
+    """
+    if not (run / "run.json").exists():
+        raise DTEError(f"{run} holds no run.json: give the --out of dte evaluate.")
+    document, rows = read_run(run)
+    if "summary" not in document:
+        raise DTEError(f"The run in {run} is not finished: call dte evaluate again to go on.")
+    try:
+        for row in rows:
+            name_of(row.method)
+        summary = summarise(rows)
+        same = all(map(_agree, summary, document["summary"]))
+    except (LookupError, ValueError, TypeError, ArithmeticError) as error:
+        raise DTEError(
+            f"{run / 'measures.csv'} lacks measures, or has methods that there are not "
+            f"({error}): {AGAIN}."
+        ) from error
+    if not same:
+        raise DTEError(f"The measures and the summary in {run} are of two runs: {AGAIN}.")
+    return summary, rows
+
+
+def _agree(one: Mapping, other: Mapping) -> bool:
+    """Whether two lines of summaries say the same of the measures that both have."""
+    return one["method"] == other["method"] and all(
+        np.allclose([one[name][k] for k in value], list(value.values()))
+        for name, value in other.items()
+        if isinstance(value, Mapping) and name in one
+    )
 
 
 def paired(rows: Sequence[Row], one: str, other: str) -> list[dict]:

@@ -25,7 +25,7 @@ from dte_lab.common.settings import check_number, check_one_of, check_whole
 from dte_lab.evaluation.edits import SCENE_EDITS, Item, edits, items
 from dte_lab.evaluation.measures import Measures, concept_losses
 from dte_lab.evaluation.methods import Methods
-from dte_lab.evaluation.records import Row, read_csv, to_csv, versions
+from dte_lab.evaluation.records import Row, read_run, to_csv, versions
 from dte_lab.evaluation.report import summarise
 from dte_lab.evaluation.specifications import ANCHORS, Specification, parse, split_steps
 from dte_lab.evaluation.trials import Sampling, Trial, anchor_trial, rows_of, trials
@@ -196,8 +196,10 @@ def begin(out_dir: Path, settings: dict) -> list[Row]:
     Methods, steps and the weights of their encoders may have been added since. Raises DTEError
     when the folder holds a run with other settings.
     """
-    if (out_dir / "run.json").is_file():
-        before = json.loads((out_dir / "run.json").read_text())["settings"]
+    rows = []
+    if (out_dir / "run.json").exists():
+        document, rows = read_run(out_dir)
+        before = document["settings"]
         old, new = (dict(map(split_steps, s["methods"])) for s in (before, settings))
         if all(label in new and set(steps) <= set(new[label]) for label, steps in old.items()):
             before["methods"] = settings["methods"]
@@ -205,8 +207,7 @@ def begin(out_dir: Path, settings: dict) -> list[Row]:
             before["weights"] = settings["weights"] | before["weights"]
         check_settings(out_dir, before, settings)
     write_run(out_dir, settings)
-    table = out_dir / "measures.csv"
-    return read_csv(table) if table.is_file() else []
+    return rows
 
 
 def write_run(out_dir: Path, settings: dict, summary: list[dict] | None = None) -> None:

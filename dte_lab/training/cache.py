@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -25,8 +25,10 @@ from tqdm.auto import tqdm
 
 from dte_lab.backbone import Backbone
 from dte_lab.common.errors import DTEError
-from dte_lab.common.files import write_atomically
+from dte_lab.common.files import read_json, write_atomically
 from dte_lab.common.resume import check_settings
+from dte_lab.common.settings import check_whole
+from dte_lab.common.weights import is_finite
 from dte_lab.features import image_features
 from dte_lab.training.batches import loading
 from dte_lab.training.step import Processes, encode_pictures
@@ -35,20 +37,28 @@ from dte_lab.training.streams import StreamedPictures
 SHARD = 128  # pictures in a file
 ENCODED_AT_ONCE = 16  # pictures encoded at once; divides SHARD
 CACHE = "cache.json"
+TENSORS = {
+    "latents": ("F16", 5),
+    "patches": ("F16", 4),
+    "embeds": ("F32", 2),
+    "concept": ("I64", 1),
+}
+TEXTS = ("prompt", "skipped")
+WRITE_AGAIN = "remove it, and call the command that writes the cache again"
 
 
 class CachedPictures(Dataset):
     """The items of a whole cache, for `pretrain`: see `encode_pictures` for what they hold.
 
-    Raises DTEError where `fill_cache` has not finished.
+    Raises DTEError where `fill_cache` has not finished, and for a shard that is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        path = folder / CACHE
-        if not path.is_file() or not json.loads(path.read_text())["whole"]:
+        settings, whole = read_head(folder)
+        if not whole:
             raise DTEError(f"{folder} holds no whole cache: call the command that writes it again.")
-        self.paths = sorted(folder.glob("*.safetensors"))
+        self.paths = [shard_path(folder, n) for n in range(-(-settings["pictures"] // SHARD))]
         self.shards = {}  # opened when they are first read, by each worker for itself
         of_shards = [self.read(k, "concept", slice(None)) for k in range(len(self.paths))]
         self.concepts = torch.cat(of_shards)  # of all items
@@ -60,15 +70,48 @@ class CachedPictures(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         shard, row = self.places[index]
-        names = ("latents", "patches", "embeds", "concept")
-        item = {name: self.read(shard, name, slice(row, row + 1))[0] for name in names}
+        item = {name: self.read(shard, name, slice(row, row + 1))[0] for name in TENSORS}
+        if not all(map(is_finite, item.values())):
+            raise DTEError(
+                f"Item {row} of the shard {self.paths[shard]} is not finite: {WRITE_AGAIN}."
+            )
         return item | {name: values[row] for name, values in self.shards[shard][1].items()}
 
     def read(self, shard: int, name: str, rows: slice) -> Tensor:
         if shard not in self.shards:
-            file = safe_open(self.paths[shard], "pt")
-            self.shards[shard] = file, json.loads(file.metadata()["texts"])
+            self.shards[shard] = open_shard(self.paths[shard])
         return self.shards[shard][0].get_slice(name)[rows]
+
+
+def read_head(folder: Path) -> tuple[dict, bool]:
+    """Settings of the cache in a folder, and whether it is whole. Raises DTEError for damage."""
+    path = folder / CACHE
+    if not path.exists():
+        return {}, False
+    head = read_json(path, WRITE_AGAIN)
+    settings, whole = head.get("settings"), head.get("whole")
+    if not isinstance(settings, dict) or not isinstance(whole, bool):
+        raise DTEError(f"{path} is no head of a cache: {WRITE_AGAIN}.")
+    check_whole(f"pictures in {path}", settings.get("pictures"), 1)
+    return settings, whole
+
+
+def open_shard(path: Path) -> tuple[safe_open, dict[str, list[str]]]:
+    """A shard's tensors and texts. Raises DTEError where it is not what `write_shard` wrote."""
+    try:
+        file = safe_open(path, "pt")
+        texts = json.loads((file.metadata() or {})["texts"])
+        rows = {name: len(texts[name]) for name in TEXTS}
+        for name, (dtype, dimensions) in TENSORS.items():
+            part = file.get_slice(name)
+            if part.get_dtype() != dtype or len(part.get_shape()) != dimensions:
+                raise ValueError(f"{name} is {part.get_dtype()} of shape {part.get_shape()}")
+            rows[name] = part.get_shape()[0]
+        if len(set(rows.values())) > 1 or not 0 < rows["concept"] <= SHARD:
+            raise ValueError(f"it has {rows}")
+    except (SafetensorError, OSError, LookupError, ValueError, TypeError, RecursionError) as error:
+        raise DTEError(f"The shard {path} is damaged ({error}): {WRITE_AGAIN}.") from error
+    return file, texts
 
 
 def fill_cache(
@@ -96,10 +139,10 @@ def fill_cache(
     }  # fmt: skip
     if isinstance(dataset, StreamedPictures):
         settings["processes"] = processes.count
-    if path.is_file():
-        before = json.loads(path.read_text())
-        check_settings(folder, before["settings"], settings)
-        if before["whole"]:
+    if path.exists():
+        before, whole = read_head(folder)
+        check_settings(folder, before, settings)
+        if whole:
             return True
     accelerator.wait_for_everyone()  # all have read what the first is going to write
     if main:
@@ -153,9 +196,10 @@ def encoded(backbone: Backbone, batches: Iterator[dict], clip_layer: int) -> lis
 
 
 def write_shard(path: Path, parts: list[dict[str, Any]]) -> None:
-    texts = {name: [x for part in parts for x in part[name]] for name in ("prompt", "skipped")}
-    names = ("latents", "patches", "embeds", "concept")
-    tensors = {name: torch.cat([part[name] for part in parts]).cpu().contiguous() for name in names}
+    texts = {name: [x for part in parts for x in part[name]] for name in TEXTS}
+    tensors = {
+        name: torch.cat([part[name] for part in parts]).cpu().contiguous() for name in TENSORS
+    }
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise DTEError(f"The {name} of pictures do not fit fp16: train without a cache.")

@@ -9,7 +9,7 @@ OpenImages and does not say what counts as another concept)
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple, Protocol
@@ -185,7 +185,16 @@ def example_of_row(row: dict) -> Example:
     objects: as in datasets with COCO's layout, {"bbox": [[x, y, width, height] in pixels, ...],
     "category" or "label": [...]}. Raises DTEError for a picture without any.
     """
-    picture = next(row[name] for name in PICTURES if row.get(name) is not None)
+    try:
+        return _example(row)
+    except DTEError:
+        raise
+    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise DTEError(f"The row has no picture with a label or boxes ({error}).") from error
+
+
+def _example(row: dict) -> Example:
+    [picture, *_] = [row[name] for name in PICTURES if row.get(name) is not None]
     picture = picture if isinstance(picture, Image.Image) else read_image(as_file(picture))
     if row.get("objects") is None:
         return Example(picture, int(row["label"] if "label" in row else row["cls"]))
@@ -227,6 +236,26 @@ def load_pictures(source: str | Path, resolution: int, crops: int = 0) -> ClassP
     return ClassPictures(examples, resolution, crops, str(source))
 
 
+def read_boxes(table: Path) -> Iterator[dict]:
+    """The rows of a table with OpenImages' columns, with numbers for the EDGES.
+
+    Raises DTEError, with the line, for a table that is none.
+    """
+    line = 1
+    try:
+        with table.open(newline="", encoding="utf-8") as file:
+            rows = csv.DictReader(file)
+            if not {"ImageID", "LabelName", *EDGES} <= set(rows.fieldnames or ()):
+                raise DTEError(f"{table} has not the columns of OpenImages' boxes.")
+            for row in rows:
+                line = rows.line_num
+                yield row | {edge: float(row[edge]) for edge in EDGES}
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        if isinstance(error, DTEError):
+            raise
+        raise DTEError(f"{table} cannot be read behind line {line} ({error}).") from error
+
+
 def boxes_of(root: Path, tables: Sequence[Path]) -> ExampleList:
     """An example for each box in tables with OpenImages' columns, of the pictures in `root`.
 
@@ -236,15 +265,11 @@ def boxes_of(root: Path, tables: Sequence[Path]) -> ExampleList:
     pictures = {p.stem: p for p in sorted(root.rglob("*")) if p.suffix.lower() in SUFFIXES}
     found = []
     for table in tables:
-        with table.open(newline="") as file:
-            rows = csv.DictReader(file)
-            if not {"ImageID", "LabelName", *EDGES} <= set(rows.fieldnames or ()):
-                raise DTEError(f"{table} has not the columns of OpenImages' boxes.")
-            for row in rows:
-                left, top, right, bottom = box = tuple(float(row[edge]) for edge in EDGES)
-                large = max(right - left, bottom - top) >= SMALLEST_BOX
-                if row["ImageID"] in pictures and large and row.get("IsGroupOf") != "1":
-                    found.append((pictures[row["ImageID"]], row["LabelName"], box))
+        for row in read_boxes(table):
+            left, top, right, bottom = box = tuple(row[edge] for edge in EDGES)
+            large = max(right - left, bottom - top) >= SMALLEST_BOX
+            if row["ImageID"] in pictures and large and row.get("IsGroupOf") != "1":
+                found.append((pictures[row["ImageID"]], row["LabelName"], box))
     if not found:
         raise DTEError(f"{root} has no picture to which a box in {tables[0]} belongs.")
     labels = {label: index for index, label in enumerate(sorted({label for _, label, _ in found}))}
