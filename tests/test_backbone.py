@@ -141,7 +141,7 @@ def test_damaged_folders_are_one_sentence(tiny_path, tmp_path, part):
     (file,) = (root / part).glob("*.safetensors")
     whole, config = file.read_bytes(), root / part / "config.json"
     file.write_bytes(whole[:2000])
-    with pytest.raises(DTEError, match=rf"{part} cannot be loaded \(.*\): it is damaged"):
+    with pytest.raises(DTEError, match=rf"{file.name} cannot be loaded \(.*\): it is damaged"):
         load_backbone(root)
     torch.save({}, file.with_suffix(".bin"))
     file.unlink()

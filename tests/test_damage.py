@@ -112,7 +112,7 @@ def encoder_folder(tiny_encoder, tmp_path, monkeypatch):
     return tmp_path / "encoder"
 
 
-@bounded(40)
+@bounded(24)
 @given(data=st.data())
 def test_any_tensor_of_an_encoder(encoder_folder, tiny_backbone, data):
     (file,) = encoder_folder.glob("*.safetensors")
@@ -123,7 +123,7 @@ def test_any_tensor_of_an_encoder(encoder_folder, tiny_backbone, data):
     assert encoder is None or (all_finite(encoder) and name in tensors)
 
 
-@bounded(60)
+@bounded(40)
 @given(data=st.data())
 def test_any_setting_of_an_encoder(encoder_folder, tiny_backbone, data):
     path = encoder_folder / "config.json"
@@ -132,7 +132,7 @@ def test_any_setting_of_an_encoder(encoder_folder, tiny_backbone, data):
         in_one_sentence(lambda: load_encoder(encoder_folder, tiny_backbone), encoder_folder)
 
 
-@bounded(24)
+@bounded(12)
 @given(data=st.data())
 def test_any_tensor_of_a_backbone(backbone_folder, data):
     part = data.draw(st.sampled_from(PARTS))
@@ -144,7 +144,7 @@ def test_any_tensor_of_a_backbone(backbone_folder, data):
     assert backbone is None or (all_finite(*backbone.modules) and name in tensors)
 
 
-@bounded(60)
+@bounded(30)
 @given(data=st.data())
 def test_any_setting_of_a_backbone(backbone_folder, data):
     part = data.draw(st.sampled_from([*PARTS, *SMALL_PARTS]))

@@ -71,12 +71,12 @@ class Checkpoint:
             if not isinstance(before, dict) or step < 0:
                 raise ValueError("its settings or its step are of another kind")
         check_settings(self.path.parent, before, self.settings, self.free)
-        for name, weight in model.state_dict().items():
-            found = parts.get("model", {}).get(name)
-            if found is not None and found.is_floating_point() != weight.is_floating_point():
-                raise DTEError(f"{self.path} is damaged: model.{name} is of {found.dtype}.")
         try:
-            model.load_state_dict(parts.get("model", {}))
+            for name, weight in model.state_dict().items():
+                found = parts["model"][name]  # none is made up, as those of batch norms would be
+                if found.is_floating_point() != weight.is_floating_point():
+                    raise KeyError(f"model.{name} is of {found.dtype}")
+            model.load_state_dict(parts["model"])
             averaged = {name: parts["ema"][name] for name, _ in average.named_parameters()}
             average.load_state_dict(averaged, strict=False)
         except (KeyError, RuntimeError) as error:

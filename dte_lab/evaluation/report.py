@@ -116,11 +116,11 @@ def finished(run: Path) -> tuple[list[dict], list[Row]]:
 
 
 def _agree(one: Mapping, other: Mapping) -> bool:
-    """Whether two lines of summaries say the same of the measures that both have."""
+    """Whether a line of a summary says the same as another; LookupError where it says less."""
     return one["method"] == other["method"] and all(
         np.allclose([one[name][k] for k in value], list(value.values()))
         for name, value in other.items()
-        if isinstance(value, Mapping) and name in one
+        if isinstance(value, Mapping)
     )
 
 
