@@ -5,7 +5,7 @@ with the same folder, goes on where it stopped.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -32,8 +32,8 @@ Count = Annotated[
 ]
 WIDE = typer.Option("--wide", help="Folder of `dte world build --wide`.")
 Precision = Annotated[
-    Literal["no", "bf16"],
-    typer.Option(help="bf16 is faster where the processor has it (avx512_bf16, or a GPU)."),
+    str,
+    typer.Option(help="no; or bf16, faster where the processor has it (avx512_bf16, or a GPU)."),
 ]
 TrainedPart = Annotated[Path | None, typer.Option(help="OUT of its `dte world train`.")]
 
@@ -60,7 +60,7 @@ def build(
 @world.command()
 def drawings(
     out: Out,
-    each: Annotated[int, typer.Option(min=1, help="Drawings of each thing.")] = 12,
+    each: Annotated[int, typer.Option(parser=whole, help="Drawings of each thing.")] = 12,
 ) -> None:
     """Draw a folder of pictures, a sub-folder of each thing, as `dte pretrain --data` takes it."""
     from dte_lab.world.data import write_drawings
@@ -90,7 +90,7 @@ def autoencoder(
         parts=parts, wide=wide, steps=steps, minutes=minutes, batch_size=batch_size, count=count,
         seed=seed,
     )  # fmt: skip
-    train_autoencoder.main(out, device=checked(device), mixed_precision=mixed_precision, **options)
+    train_autoencoder.main(out, device=device, mixed_precision=mixed_precision, **options)
 
 
 @train.command()
@@ -110,9 +110,7 @@ def text(
     from dte_lab.world import train_text
 
     options = given(steps=steps, minutes=minutes, batch_size=batch_size, count=count, seed=seed)
-    train_text.main(
-        out, parts, wide, device=checked(device), mixed_precision=mixed_precision, **options
-    )
+    train_text.main(out, parts, wide, device=device, mixed_precision=mixed_precision, **options)
 
 
 @train.command()
@@ -134,9 +132,7 @@ def unet(
     from dte_lab.world import train_unet
 
     options = given(steps=steps, minutes=minutes, batch_size=batch_size, count=count, seed=seed)
-    train_unet.main(
-        out, parts, wide, device=checked(device), mixed_precision=mixed_precision, **options
-    )
+    train_unet.main(out, parts, wide, device=device, mixed_precision=mixed_precision, **options)
 
 
 @train.command()
@@ -156,9 +152,7 @@ def towers(
     from dte_lab.world import train_towers
 
     options = given(steps=steps, minutes=minutes, batch_size=batch_size, count=count, seed=seed)
-    train_towers.main(
-        out, parts, wide, device=checked(device), mixed_precision=mixed_precision, **options
-    )
+    train_towers.main(out, parts, wide, device=device, mixed_precision=mixed_precision, **options)
 
 
 @train.command()
@@ -168,8 +162,8 @@ def encoder(
     steps: Steps = None,
     minutes: Minutes = None,
     batch_size: BatchSize = None,
-    concepts: Annotated[int | None, typer.Option(min=2, help="Learn from so many.")] = None,
-    width: Annotated[int | None, typer.Option(min=8, help="Of tokens and queries.")] = None,
+    concepts: Annotated[int | None, typer.Option(parser=whole, help="Learn from so many.")] = None,
+    width: Annotated[int | None, typer.Option(parser=whole, help="Of tokens and queries.")] = None,
     rank: Rank = None,
     regulariser: Annotated[str | None, typer.Option(help="Of v*, as in dte pretrain.")] = None,
     e4t: Annotated[bool, typer.Option("--e4t", help="The E4T-style baseline instead.")] = False,
@@ -184,7 +178,7 @@ def encoder(
         rank=rank, regulariser=regulariser,
     )  # fmt: skip
     train_encoder.main(
-        out, backbone, e4t=e4t, device=checked(device), mixed_precision=mixed_precision, **options
+        out, backbone, e4t=e4t, device=device, mixed_precision=mixed_precision, **options
     )
 
 
@@ -218,9 +212,3 @@ def evaluate(
     from dte_lab.evaluation import base_model as evaluate
 
     evaluate.main(out, backbone, captions)
-
-
-def checked(device: str | None) -> str:
-    from dte_lab.common.device import checked_device
-
-    return checked_device(device)

@@ -14,9 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dte_lab.backbone import Backbone, load_backbone
+from dte_lab.backbone import load_backbone
 from dte_lab.common.checkpoint import CHECKPOINT, save_folder
-from dte_lab.common.files import write_atomically
+from dte_lab.common.device import checked_device
+from dte_lab.common.files import prepare_folder, write_atomically
+from dte_lab.common.settings import check_number, check_whole
 from dte_lab.config import EncoderConfig, MethodConfig
 from dte_lab.e4t import E4TEncoder, e4t_config
 from dte_lab.encoder import TuningEncoder
@@ -87,16 +89,21 @@ class EncoderTraining:
         }
 
 
-def fresh_encoder(backbone: Backbone, e4t: bool, seed: int, options: dict) -> TuningEncoder:
-    """options: of EncoderConfig and MethodConfig."""
+def encoder_configs(e4t: bool, options: dict) -> tuple[EncoderConfig, MethodConfig]:
+    """Of options of both. Raises DTEError for a value that means nothing."""
     known = EncoderConfig.__dataclass_fields__
     settings = EncoderConfig(**{k: v for k, v in options.items() if k in known})
-    given = {k: v for k, v in options.items() if k not in known}
-    if e4t:
-        return E4TEncoder.from_backbone(
-            backbone, settings, replace(e4t_config(), **given), seed=seed
-        )
-    return TuningEncoder.from_backbone(backbone, settings, MethodConfig(**given), seed=seed)
+    method = e4t_config() if e4t else MethodConfig()
+    return settings, replace(method, **{k: v for k, v in options.items() if k not in known})
+
+
+def check_lengths(steps: int, minutes: float | None, concepts: int | None) -> None:
+    """Raise DTEError for numbers of these that mean nothing."""
+    check_whole("steps", steps, 1)
+    if minutes is not None:
+        check_number("minutes", minutes, 0)
+    if concepts is not None:
+        check_whole("concepts", concepts, 2, len(ConceptPairs().names))
 
 
 def main(
@@ -119,9 +126,11 @@ def main(
     The log's `unseen_diffusion` is the loss on UNSEEN pairs of val concepts, and `out/unseen.json`
     that of the saved weights by concept, UNSEEN_EACH pairs each, with the same pairs and noise for
     every run; predictions.jsonl is that of `dte pretrain`.
+    Raises DTEError, before any slow work, for a value with which nothing can be trained.
     """
-    out = Path(out)
-    if torch.device(device).type == "cuda":
+    out, device, configs = Path(out), checked_device(device), encoder_configs(e4t, options)
+    check_lengths(steps, minutes, concepts)
+    if device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TensorFloat-32
     config = TrainConfig(
         steps=steps,
@@ -134,10 +143,10 @@ def main(
         log_every=20,
         sample_every=4,
     )
-    out.mkdir(parents=True, exist_ok=True)
+    prepare_folder(out)
     backbone = load_backbone(backbone, device)
     backbone.scheduler.alphas_cumprod = backbone.alphas_cumprod  # on the device once and for all
-    encoder = fresh_encoder(backbone, e4t, seed, options)
+    encoder = (E4TEncoder if e4t else TuningEncoder).from_backbone(backbone, *configs, seed=seed)
     frozen, pipe = Frozen.of(backbone, encoder), DTEPipeline(backbone, encoder)
     pixels = pipe.pixels([render_image(name, "fluent", "white") for name in SAMPLE_CONCEPTS])
     predictions = Predictions(out / PREDICTIONS, pipe, pixels)

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from dte_lab.common.images import save_png
+from dte_lab.common.settings import check_whole
 from dte_lab.world.captions import held_out, random_caption
 from dte_lab.world.scenes import SCENES, render_all, render_image
 from dte_lab.world.sprites import STYLES, concepts, split_names
@@ -47,7 +48,8 @@ def random_items(rng: np.random.Generator, size: int, split: str = "train") -> l
 
 
 def write_drawings(out: Path, each: int) -> None:
-    """`each` random drawings of each `train` thing, to out/THING/NUMBER.png."""
+    """`each` random drawings of each `train` thing, to out/THING/NUMBER.png. Raises DTEError."""
+    check_whole("each", each, 1)
     for k, name in enumerate(split_names("train")):
         rng = np.random.default_rng(k)
         for number in range(each):

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from dte_lab.common.device import checked_device
 from dte_lab.common.settings import check_number, check_one_of, check_whole
 
 LEAST_DRAWINGS = 160  # whose principal components make words
@@ -19,7 +20,7 @@ class PartOptions:
     seed: int
     batch_size: int
     count: int | None  # drawings to learn from, None for all
-    device: str
+    device: str  # as `checked_device` takes it, and returns it
     mixed_precision: str
 
     def __post_init__(self) -> None:
@@ -30,6 +31,7 @@ class PartOptions:
         if self.count is not None:
             check_whole("count", self.count, LEAST_DRAWINGS)
         check_one_of("mixed_precision", self.mixed_precision, ("no", "bf16"))
+        object.__setattr__(self, "device", checked_device(self.device))
 
     def settings(self, part: str) -> dict:
         """Of `train`: what a run must have been begun with, besides its recipe."""

@@ -135,6 +135,7 @@ def main(
     world's drawings, None for all.
     """
     options = PartOptions(steps, minutes, seed, batch_size, count, device, mixed_precision)
+    device = options.device
     out = Path(out)
     torch.manual_seed(seed)
     drawings = drawings_to_train_on(wide, count, device)

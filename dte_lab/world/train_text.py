@@ -148,6 +148,7 @@ def main(
     wide: cache of the wide world. count: of its and the small world's drawings, None for all.
     """
     options = PartOptions(steps, minutes, seed, batch_size, count, device, mixed_precision)
+    device = options.device
     out = Path(out)
     vae = load_autoencoder(parts, device)
     drawings = drawings_to_train_on(wide, count, device)

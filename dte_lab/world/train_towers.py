@@ -201,6 +201,7 @@ def main(
     wide: cache of the wide world. count: of its and the small world's drawings, None for all.
     """
     options = PartOptions(steps, minutes, seed, batch_size, count, device, mixed_precision)
+    device = options.device
     out, parts = Path(out), Path(parts)
     load = CLIPTextModelWithProjection.from_pretrained
     text = load_weights(load, parts / "text_encoder", dtype=torch.float32)

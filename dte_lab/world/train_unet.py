@@ -222,6 +222,7 @@ def main(
     wide: cache of the wide world. count: of its and the small world's drawings, None for all.
     """
     options = PartOptions(steps, minutes, seed, batch_size, count, device, mixed_precision)
+    device = options.device
     out, parts = Path(out), Path(parts)
     vae, painter = load_autoencoder(parts, device), TextPainter.load(parts)
     tokenizer = CLIPTokenizer.from_pretrained(parts / "tokenizer")
