@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from dte_lab.common.errors import DTEError
-from dte_lab.common.files import COPY_AGAIN, read_json, told_of
+from dte_lab.common.files import COPY_AGAIN, read_settings, told_of
 from dte_lab.common.settings import check_number, check_one_of, check_whole
 from dte_lab.common.weights import DAMAGE, load_weights, read_config
 from dte_lab.patch_autoencoder import PatchAutoencoder
@@ -127,7 +127,7 @@ def _scheduler(folder: Path) -> DPMSolverMultistepScheduler:
     path = folder / "scheduler_config.json"
     with told_of(path):
         check_whole(
-            "num_train_timesteps", read_json(path).get("num_train_timesteps", 1000), 2, 10**5
+            "num_train_timesteps", read_settings(path).get("num_train_timesteps", 1000), 2, 10**5
         )
     return _small_part(DPMSolverMultistepScheduler, folder)
 

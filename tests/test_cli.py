@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dte_lab import Concept, TuneConfig
+from dte_lab import Concept, TuneConfig, cli
 from dte_lab.cli import evaluation
 from dte_lab.cli.app import distinct, main
 from dte_lab.cli.drawings import contact_sheet, picture_names, picture_origins, save_pictures
@@ -265,19 +265,29 @@ def test_generate_draws_the_same_picture_again(finished, model, tmp_path, dte):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes")
-def test_folders_with_bytes_that_are_no_text(finished, photo, model, tmp_path, dte, refused):
-    """Results go there; a model, whose name a concept tells, is asked to be renamed."""
-    out, odd = finished[0], tmp_path / os.fsdecode(b"o\xff")
-    concept = odd / "concept.safetensors"
-    start = ["personalize", photo, "--prompt", "S*", "--steps", "0", *FAST]
-    assert dte(*start, "--backbone", model, "--out", odd)[0] == 0
-    assert dte("generate", concept, "--prompt", "S* at night", *FAST, "--out", odd)[0] == 0
-    assert dte("export", concept, "--out", odd)[0] == 0
-    assert len(list(odd.iterdir())) == 7
+def test_paths_of_bytes_that_are_no_text(finished, photo, model, tmp_path, capsys):
+    """The library that reads weights opens none there; that is said before any work."""
+    odd = tmp_path / os.fsdecode(b"o\xff")
+    odd.mkdir()
+    shutil.copy(finished[0] / "concept.safetensors", odd / "concept.safetensors")
     shutil.copytree(model, odd / "model")
-    line = refused(*start, "--backbone", odd / "model", "--out", tmp_path / "other")
-    assert "the backbone's name" in line and "not UTF-8" in line
-    assert (out / "concept.safetensors").exists()
+    at_night = ["--prompt", "S* at night"]
+    for arguments in (
+        ["personalize", photo, *at_night, "--backbone", model, "--out", odd],
+        ["personalize", photo, *at_night, "--backbone", odd / "model", "--out", tmp_path / "a"],
+        ["personalize", photo, *at_night, "--encoder", odd / "model", "--out", tmp_path / "a"],
+        ["generate", odd / "concept.safetensors", *at_night, "--out", tmp_path / "b"],
+        ["export", odd / "concept.safetensors", "--out", tmp_path / "c"],
+        ["pretrain", "--out", odd],
+        ["evaluate", "--out", odd, "--method", "dte:1"],
+        ["world", "train", "encoder", "--out", odd],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*map(str, arguments)])  # where the streams learn to show such names
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert ended.value.code == 2 and line.startswith("error: "), arguments
+        assert "o\\udcff" in line and "has bytes that are not UTF-8" in line, line
+    assert len(list(odd.iterdir())) == 2
 
 
 def test_no_tuning_steps_leave_the_prediction(photo, model, tmp_path, dte):

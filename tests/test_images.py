@@ -8,6 +8,7 @@ import zlib
 from datetime import datetime
 from types import SimpleNamespace
 
+import ipywidgets
 import numpy as np
 import pytest
 import torch
@@ -333,14 +334,15 @@ def png(array) -> bytes:
 
 
 def upload(*contents):
-    """A widget into which files have been put."""
+    """A widget into which files have been put; ipywidgets 7 has them by name."""
     files = [
         {"name": f"{n}.png", "type": "image/png", "size": len(x), "content": memoryview(x),
          "last_modified": datetime.now()}
         for n, x in enumerate(contents)
     ]  # fmt: skip
     widget = FileUpload(multiple=True)
-    widget.set_trait("value", files)
+    known = ipywidgets.version_info[0] > 7
+    widget.set_trait("value", files if known else {file["name"]: file for file in files})
     return widget
 
 

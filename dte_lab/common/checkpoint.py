@@ -141,25 +141,25 @@ def read_state(path: Path) -> tuple[dict[str, State], dict[str, str]]:
 def restore_optimizer(optimizer: Optimizer, state: State) -> None:
     """Load {"index.key": tensor} into an optimizer of the same parameters.
 
-    Raises ValueError or LookupError for tensors of other parameters, or of another kind.
+    Raises DTEError or LookupError for tensors of other parameters, or of another kind.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     restored = {}
     for key, value in state.items():
         index, name = key.split(".", 1)
         if not index.isdecimal():
-            raise ValueError(f"optimizer.{key} is of no parameter")
+            raise DTEError(f"optimizer.{key} is of no parameter")
         parameter = parameters[int(index)]
         if value.shape != {"step": ()}.get(name, parameter.shape) and name in KNOWN_STATES:
-            raise ValueError(f"optimizer.{key} has the shape {tuple(value.shape)}")
+            raise DTEError(f"optimizer.{key} has the shape {tuple(value.shape)}")
         if name in KNOWN_STATES and value.dtype not in STATE_DTYPES:
-            raise ValueError(f"optimizer.{key} is of {value.dtype}")
+            raise DTEError(f"optimizer.{key} is of {value.dtype}")
         if value.shape == parameter.shape:  # fused AdamW takes for granted that strides agree
             value = torch.empty_like(parameter).copy_(value)
         restored.setdefault(int(index), {})[name] = value
     for index, names in restored.items():
         if "step" not in names or ("exp_avg" in names) != ("exp_avg_sq" in names):
-            raise ValueError(f"optimizer.{index} lacks a tensor")
+            raise DTEError(f"optimizer.{index} lacks a tensor")
     optimizer.load_state_dict({**optimizer.state_dict(), "state": restored})
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dte_lab.common.errors import DTEError
+from dte_lab.common.settings import check_text
 
 COPY_AGAIN = "it is damaged or of another model, so copy it again"
 LONGEST = 200  # letters of a name that a temporary name takes over; most systems allow 255 bytes
@@ -41,7 +42,7 @@ def write_atomically(path: Path | str, data: bytes) -> None:
             os.replace(temporary, path)
 
 
-def read_json(path: Path, remedy: str = COPY_AGAIN) -> dict[str, Any]:
+def read_settings(path: Path, remedy: str = COPY_AGAIN) -> dict[str, Any]:
     """The JSON object in a file. Raises DTEError, which names it, where there is none.
 
     remedy: the end of the sentence, what to do.
@@ -122,6 +123,7 @@ def prepare_folder(out: Path | str) -> None:
     Raises DTEError when it cannot be made or written.
     """
     out = Path(out)
+    check_text("the output folder", str(out))  # safetensors opens no file in another
     if out.exists() and not out.is_dir():
         raise DTEError(f"{out} is a file: results need a folder.")
     try:

@@ -19,7 +19,8 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from dte_lab.common.errors import DTEError
-from dte_lab.common.files import COPY_AGAIN, read_json
+from dte_lab.common.files import COPY_AGAIN, read_settings
+from dte_lab.common.settings import check_text
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -64,6 +65,7 @@ def load_weights(
     not finite, when there is none but a pickle, and when the folder cannot be read at all.
     """
     folder = Path(folder)
+    check_text("the folder of weights", str(folder))
     config = read_config(folder)
     names = [path.name for path in folder.glob("*.safetensors")]
     if names and all(".fp16." in name for name in names):  # a copy of the halved files alone
@@ -116,7 +118,7 @@ def _without_report() -> Iterator[None]:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The settings in a folder's config.json. Raises DTEError where there are none."""
-    return read_json(folder / "config.json")
+    return read_settings(folder / "config.json")
 
 
 def stored_tensors(folder: Path, halved: bool) -> dict[str, Stored]:
@@ -185,6 +187,6 @@ def _file_of(folder: Path, name: str) -> Path:
     if len(files) == 1:
         return files[0]
     for index in folder.glob("*.safetensors.index.json"):
-        weight_map = read_json(index).get("weight_map", {})
+        weight_map = read_settings(index).get("weight_map", {})
         return folder / weight_map.get(name, index.name)
     return folder

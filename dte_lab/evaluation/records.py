@@ -18,7 +18,7 @@ from torch import nn
 
 from dte_lab import __version__
 from dte_lab.common.errors import DTEError
-from dte_lab.common.files import read_json, write_atomically
+from dte_lab.common.files import read_settings, write_atomically
 
 AGAIN = "bring back the folder as it was, or give dte evaluate another"
 
@@ -110,7 +110,7 @@ def read_run(folder: Path) -> tuple[dict, list[Row]]:
     Raises DTEError for what no run has left, and for rows that are not those of the summary.
     """
     path, table = folder / "run.json", folder / "measures.csv"
-    document = read_json(path, AGAIN)
+    document = read_settings(path, AGAIN)
     settings, summary = document.get("settings"), document.get("summary", [])
     for name in ("methods", "scenes"):
         texts = settings.get(name) if isinstance(settings, dict) else None

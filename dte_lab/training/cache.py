@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from dte_lab.backbone import Backbone
 from dte_lab.common.errors import DTEError
-from dte_lab.common.files import read_json, write_atomically
+from dte_lab.common.files import read_settings, write_atomically
 from dte_lab.common.resume import check_settings
 from dte_lab.common.settings import check_whole
 from dte_lab.common.weights import is_finite
@@ -88,7 +88,7 @@ def read_head(folder: Path) -> tuple[dict, bool]:
     path = folder / CACHE
     if not path.exists():
         return {}, False
-    head = read_json(path, WRITE_AGAIN)
+    head = read_settings(path, WRITE_AGAIN)
     settings, whole = head.get("settings"), head.get("whole")
     if not isinstance(settings, dict) or not isinstance(whole, bool):
         raise DTEError(f"{path} is no head of a cache: {WRITE_AGAIN}.")
