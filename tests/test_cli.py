@@ -275,7 +275,6 @@ def test_paths_of_bytes_that_are_no_text(finished, photo, model, tmp_path, capsy
     for arguments in (
         ["personalize", photo, *at_night, "--backbone", model, "--out", odd],
         ["personalize", photo, *at_night, "--backbone", odd / "model", "--out", tmp_path / "a"],
-        ["personalize", photo, *at_night, "--encoder", odd / "model", "--out", tmp_path / "a"],
         ["generate", odd / "concept.safetensors", *at_night, "--out", tmp_path / "b"],
         ["export", odd / "concept.safetensors", "--out", tmp_path / "c"],
         ["pretrain", "--out", odd],
