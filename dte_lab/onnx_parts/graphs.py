@@ -1,0 +1,123 @@
+"""A `Part` -> an ONNX graph; the graphs' weights -> one file that they share.
+
+The file has first what half precision holds exactly, as fp16: all of weights that were saved in
+fp16; then the rest. A graph casts what it reads to fp32, and computes in that.
+"""
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dte_lab.onnx_parts.parts import Part
+from dte_lab.onnx_parts.tuning import gradient_decompositions
+
+OPSET = 20
+WEIGHTS = "weights.bin"
+INLINE = 1024  # bytes; what is smaller stays in the graph
+ALIGNED = 64  # bytes
+
+
+def to_onnx(part: Part) -> onnx.ModelProto:
+    """The graph of a part, with its weights inside, and nothing that says where it was made."""
+    examples = tuple(part.inputs.values())
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _quiet():
+        traced = make_fx(part.function, decomposition_table=gradient_decompositions())(*examples)
+        program = torch.onnx.export(
+            traced, examples, dynamo=True, verbose=False, optimize=True, opset_version=OPSET,
+            input_names=list(part.inputs), output_names=list(part.outputs),
+        )  # fmt: skip
+    model = program.model_proto
+    for thing in (model, model.graph, *model.graph.node, *model.graph.value_info):
+        thing.ClearField("metadata_props")
+        thing.ClearField("doc_string")
+    model.graph.ClearField("value_info")
+    model.graph.name = part.name
+    return model
+
+
+class Weights:
+    """Arrays of all graphs, each kept once, by their content."""
+
+    def __init__(self) -> None:
+        self.arrays: dict[str, np.ndarray] = {}
+
+    def add(self, array: np.ndarray) -> str:
+        key = hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()
+        self.arrays[key] = array
+        return key
+
+    def layout(self) -> tuple[dict[str, int], bytes, int]:
+        """{key: offset}, the file, and how many of its bytes are fp16."""
+        half = [key for key, array in self.arrays.items() if array.dtype == np.float16]
+        rest = [key for key in self.arrays if key not in set(half)]
+        offsets, data, halves = {}, bytearray(), 0
+        for keys in (half, rest):
+            for key in keys:
+                offsets[key] = len(data)
+                data += self.arrays[key].tobytes()
+                data += bytes(-len(data) % ALIGNED)
+            halves = halves or len(data)
+        return offsets, bytes(data), halves
+
+
+def take_weights(model: onnx.ModelProto, weights: Weights) -> dict[str, str]:
+    """Move a graph's weights to `weights`: {initializer: key}; casts take their place."""
+    graph, keys, casts = model.graph, {}, []
+    for tensor in graph.initializer:
+        array = numpy_helper.to_array(tensor)
+        if array.nbytes < INLINE:
+            continue
+        if array.dtype == np.float32:
+            with np.errstate(over="ignore"):
+                half = array.astype(np.float16)
+            if (half == array).all():
+                array = half
+                stored = f"{tensor.name}.half"
+                casts.append(helper.make_node("Cast", [stored], [tensor.name], to=TensorProto.FLOAT))
+                tensor.name = stored
+        keys[tensor.name] = weights.add(array)
+    nodes = [*casts, *graph.node]
+    graph.ClearField("node")
+    graph.node.extend(nodes)
+    return keys
+
+
+def point_to(
+    model: onnx.ModelProto, keys: dict[str, str], weights: Weights, offsets: dict[str, int]
+) -> None:
+    """Have a graph read its weights from the file."""
+    for tensor in model.graph.initializer:
+        if (key := keys.get(tensor.name)) is None:
+            continue
+        array = weights.arrays[key]
+        place = {"location": WEIGHTS, "offset": offsets[key], "length": array.nbytes}
+        stored = TensorProto(
+            name=tensor.name, dims=array.shape, data_location=TensorProto.EXTERNAL,
+            data_type=helper.np_dtype_to_tensor_dtype(array.dtype),
+        )  # fmt: skip
+        for name, value in place.items():
+            stored.external_data.add(key=name, value=str(value))
+        tensor.CopyFrom(stored)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's remarks on libraries that it would like to find."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
