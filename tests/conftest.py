@@ -155,6 +155,62 @@ def tiny_path(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def small_world_path(tmp_path_factory):
+    """As `save_tiny_backbone`, laid out as the small world: 4x4 latents of 64x64 pictures."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    from dte_lab import load_backbone
+    from dte_lab.patch_autoencoder import PatchAutoencoder
+
+    root = tmp_path_factory.mktemp("small_world")
+    save_tiny_backbone(root)
+    UNet2DConditionModel(
+        sample_size=4, in_channels=16, out_channels=16, block_out_channels=(32,),
+        layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("UpBlock2D",), cross_attention_dim=24,
+        attention_head_dim=4, norm_num_groups=8,
+    ).save_pretrained(root / "unet")  # fmt: skip
+    channels = {"block_out_channels": (16,) * 5, "scaling_factor": 0.5}
+    PatchAutoencoder(patch_channels=4, width=16, fine_width=8, **channels).save_pretrained(
+        root / "vae"
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=20, projection_dim=12, image_size=64, patch_size=8, intermediate_size=32,
+        num_attention_heads=2, num_hidden_layers=2,
+    )  # fmt: skip
+    CLIPVisionModelWithProjection(vision).save_pretrained(root / "image_encoder")
+    CLIPImageProcessor(
+        size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}
+    ).save_pretrained(root / "feature_extractor")
+    load_backbone("small").scheduler.save_pretrained(root / "scheduler")
+    return root
+
+
+@pytest.fixture(scope="session")
+def random_pipe(small_world_path):
+    """A small world of random fp16 numbers, with an encoder whose every part does something."""
+    from dte_lab import DTEPipeline, EncoderConfig, PromptEncoder, TuningEncoder, load_backbone
+
+    backbone = load_backbone(small_world_path)
+    settings = EncoderConfig(
+        rank=2, width=16, grid=8, fusion_depth=1, trunk_depth=1, num_heads=2, zero_shot_words=4,
+        negative_bank_size=6, patch_channels=3, feature_timesteps=(0.2, 0.6),
+    )  # fmt: skip
+    encoder = TuningEncoder.from_backbone(backbone, settings)
+    g = torch.Generator().manual_seed(3)
+    for module in (*backbone.modules, encoder):
+        for value in module.parameters():
+            if module is encoder:
+                value.data += 0.1 * torch.randn(value.shape, generator=g)
+            value.data = value.data.half().float()
+    encoder.enqueue(torch.randn(4, encoder.bank.shape[1], generator=g), torch.arange(4))
+    encoder.bank.copy_(encoder.bank.half())
+    encoder.bind(backbone, PromptEncoder(backbone).table)
+    return DTEPipeline(backbone, encoder.requires_grad_(False))
+
+
+@pytest.fixture(scope="session")
 def tiny_backbone(tiny_path):
     from dte_lab import load_backbone
 

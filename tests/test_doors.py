@@ -161,6 +161,7 @@ DOORS = {  # command: {option: (what takes its value in Python, values that mean
 }  # fmt: skip
 ELSEWHERE = {  # files and folders; what the loading of pictures and encoders answers; a report
     ("pretrain", "--data"), ("doctor", "--backbone"), ("doctor", "--device"),
+    ("export", "--backbone"),
 }  # fmt: skip
 PHOTO = Image.new("RGB", (16, 16), "white")  # neither blank nor busy at its corners
 PHOTO.putpixel((8, 8), (255, 0, 0))

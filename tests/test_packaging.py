@@ -62,13 +62,14 @@ def test_every_requirement_has_a_tested_version_within_its_range():
 
 
 EXTRAS_OF = {  # what imports from more than the dependencies
+    "dte_lab/onnx_parts": ("page",),
     "dte_lab/panels": ("notebooks",),
     "dte_lab/training": ("streams",),
     "dte_lab/world": ("world",),
     "dte_lab/evaluation": ("evaluate",),
-    "tests": ("notebooks", "streams", "world", "test"),
+    "tests": ("notebooks", "page", "streams", "world", "test"),
     "tests/check_cases": ("test",),
-    "tools": ("notebooks", "test"),
+    "tools": ("notebooks", "page", "test"),
 }
 OPTIONAL = {  # for --optimizer-8bit and a notebook alone, which say what to install
     "dte_lab/common/images.py": {"pillow-heif"},

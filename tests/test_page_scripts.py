@@ -136,7 +136,8 @@ def test_a_sampling_run_takes_the_same_path(prediction, steps, small_pipe):
     found = run(
         """const s = new scheduler.Scheduler(about, steps);
         let x = Float32Array.from(noise);
-        const path = s.timesteps.map((t, i) => x = s.step(x, x.map((v) => Math.sin(v + t / 300)), i));
+        const unet = (t) => x.map((v) => Math.sin(v + t / 300));
+        const path = s.timesteps.map((t, i) => x = s.step(x, unet(t), i));
         return {timesteps: s.timesteps, sigmas: s.sigmas, path}""",
         about=about, steps=steps, noise=noise.tolist(),
     )  # fmt: skip
@@ -196,5 +197,9 @@ def test_transparent_parts_are_white_and_do_not_count():
     )
     picture = np.array(found["bytes"]).reshape(64, 64, 4)
     assert picture[0, 0].tolist() == [255] * 4 and picture[20, 40].tolist() == [200, 100, 50, 255]
-    assert np.array(found["cells"]).reshape(4, 4).tolist() == [[0] * 4, *[[0, 0, 1, 1]] * 2, [0] * 4]
+    assert np.array(found["cells"]).reshape(4, 4).tolist() == [
+        [0] * 4,
+        *[[0, 0, 1, 1]] * 2,
+        [0] * 4,
+    ]
     assert not found["blank"] and found["white"]

@@ -9,6 +9,7 @@ import typer
 
 from dte_lab import placeholder_token
 from dte_lab.cli.common import (
+    AnyBackbone,
     Device,
     Encoder,
     Out,
@@ -89,8 +90,10 @@ def report(
 
 
 def export(
-    concept: Annotated[Path, typer.Argument(metavar="CONCEPT", help="A concept.safetensors.")],
-    out: Out,
+    concept: Annotated[
+        Path | None, typer.Argument(metavar="CONCEPT", help="A concept.safetensors.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for what is written.")] = None,
     name: Annotated[
         str | None, typer.Option(help="Of the files: NAME, NAME_lora, NAME_kohya.")
     ] = None,
@@ -98,8 +101,20 @@ def export(
         str, typer.Option(help="The word for the concept in prompts; each concept its own.")
     ] = placeholder_token,
     overwrite: Overwrite = False,
+    onnx: Annotated[
+        Path | None, typer.Option("--onnx", help="Write the model itself there, as ONNX graphs.")
+    ] = None,
+    backbone: AnyBackbone = "small",
+    encoder: Encoder = None,
 ) -> None:
-    """Write a concept as LoRA (PEFT, diffusers; kohya) and textual-inversion embedding."""
+    """Write a concept as LoRA (PEFT, diffusers; kohya) and textual-inversion embedding.
+
+    With --onnx DIR alone: encoder, text tower, UNet, autoencoder and a step of tuning as graphs.
+    """
+    if onnx is not None:
+        return export_model(onnx, backbone, encoder, [concept, out, name])
+    if concept is None or out is None:
+        raise DTEError("dte export needs a CONCEPT and --out DIR; or, for the model, --onnx DIR.")
     quiet_libraries()
     from dte_lab import Concept
     from dte_lab.export import export, export_origin, export_paths, recipe
@@ -116,3 +131,18 @@ def export(
         f"tuned as {loaded.config.alpha_blend} of a blend: where the prompt is lost, try a "
         "strength between that and 1"
     )
+
+
+def export_model(folder: Path, backbone: str, encoder: Path | None, rest: list) -> None:
+    """What `dte export --onnx` does. Raises DTEError when something of a concept is given too."""
+    if any(value is not None for value in rest):
+        raise DTEError("--onnx writes the model alone: leave out CONCEPT, --out and --name.")
+    prepare_folder(folder)
+    pipe = load_pipeline(backbone, encoder, "cpu")
+    try:
+        from dte_lab.onnx_parts.export import export_onnx
+    except ImportError as error:
+        raise DTEError(f"{error}: pip install 'dte_lab[page]' brings what ONNX needs.") from error
+    paths = export_onnx(pipe, folder)
+    size = sum(path.stat().st_size for path in paths) / 1e6
+    typer.echo(f"wrote {', '.join(path.name for path in paths)} to {folder}: {size:.0f} MB")

@@ -19,7 +19,14 @@ from dte_lab import placeholder_token
 from dte_lab.common.errors import DTEError
 from dte_lab.common.files import write_atomically
 from dte_lab.encoder import trained_encoder
-from dte_lab.onnx_parts.graphs import OPSET, WEIGHTS, Weights, point_to, take_weights, to_onnx
+from dte_lab.onnx_parts.graphs import (
+    OPSET,
+    WEIGHT_FILE,
+    WeightStore,
+    point_to,
+    take_weights,
+    to_onnx,
+)
 from dte_lab.onnx_parts.parts import (
     Layout,
     Part,
@@ -33,9 +40,9 @@ from dte_lab.onnx_parts.tuning import TERMS, tune_part, tuning_prompts
 from dte_lab.pipeline import DTEPipeline
 from dte_lab.tuning import TuneConfig
 
-FORMAT = "dte-onnx-1"
-MODEL, TOKENIZER = "model.json", "tokenizer.json"
-NAMES = ("encoder", "words", "text", "unet", "encode", "decode", "tune")
+ONNX_FORMAT = "dte-onnx-1"
+ABOUT_FILE, TOKENIZER_FILE = "model.json", "tokenizer.json"
+PART_NAMES = ("encoder", "words", "text", "unet", "encode", "decode", "tune")
 
 
 def export_onnx(pipe: DTEPipeline, out_dir: Path | str, tuning: bool = True) -> list[Path]:
@@ -50,19 +57,19 @@ def export_onnx(pipe: DTEPipeline, out_dir: Path | str, tuning: bool = True) -> 
     check_exportable(pipe)
     pipe = plain_copy(pipe)
     parts = onnx_parts(pipe, tuning)
-    weights, models, keys = Weights(), {}, {}
+    weights, models, keys = WeightStore(), {}, {}
     for part in parts:
         models[part.name] = to_onnx(part)
         keys[part.name] = take_weights(models[part.name], weights)
     offsets, data, halves = weights.layout()
-    files = {WEIGHTS: data}
+    files = {WEIGHT_FILE: data}
     for name, model in models.items():
         point_to(model, keys[name], weights, offsets)
         files[f"{name}.onnx"] = model.SerializeToString(deterministic=True)
-    files[TOKENIZER] = pipe.backbone.tokenizer.backend_tokenizer.to_str().encode()
-    about = describe(pipe, parts) | {"weights": {"file": WEIGHTS, "half_bytes": halves}}
+    files[TOKENIZER_FILE] = pipe.backbone.tokenizer.backend_tokenizer.to_str().encode()
+    about = describe(pipe, parts) | {"weights": {"file": WEIGHT_FILE, "half_bytes": halves}}
     about["files"] = {name: len(data) for name, data in files.items()}
-    files[MODEL] = json.dumps(about, indent=1).encode()
+    files[ABOUT_FILE] = json.dumps(about, indent=1).encode()
     for name, content in files.items():
         write_atomically(Path(out_dir) / name, content)
     return [Path(out_dir) / name for name in files]
@@ -96,7 +103,7 @@ def describe(pipe: DTEPipeline, parts: list[Part]) -> dict:
     tokenizer, scheduler = encode.tokenizer, backbone.scheduler
     config, usual = TuneConfig.of(backbone.recommended), backbone.recommended
     return {
-        "format": FORMAT,
+        "format": ONNX_FORMAT,
         "opset": OPSET,
         "backbone": Path(backbone.name).name,
         "parts": {

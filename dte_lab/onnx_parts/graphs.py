@@ -14,6 +14,13 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from onnx_ir.passes import Sequential
+from onnx_ir.passes.common import (
+    ClearMetadataAndDocStringPass,
+    CommonSubexpressionEliminationPass,
+    IdentityEliminationPass,
+    RemoveUnusedNodesPass,
+)
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -21,9 +28,14 @@ from dte_lab.onnx_parts.parts import Part
 from dte_lab.onnx_parts.tuning import gradient_decompositions
 
 OPSET = 20
-WEIGHTS = "weights.bin"
+WEIGHT_FILE = "weights.bin"
 INLINE = 1024  # bytes; what is smaller stays in the graph
 ALIGNED = 64  # bytes
+# What the exporter's own `optimize` does takes minutes with a gradient, and ONNX Runtime does it.
+TIDY = Sequential(
+    ClearMetadataAndDocStringPass(), IdentityEliminationPass(),
+    CommonSubexpressionEliminationPass(), RemoveUnusedNodesPass(),
+)  # fmt: skip
 
 
 def to_onnx(part: Part) -> onnx.ModelProto:
@@ -32,19 +44,17 @@ def to_onnx(part: Part) -> onnx.ModelProto:
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _quiet():
         traced = make_fx(part.function, decomposition_table=gradient_decompositions())(*examples)
         program = torch.onnx.export(
-            traced, examples, dynamo=True, verbose=False, optimize=True, opset_version=OPSET,
+            traced, examples, dynamo=True, verbose=False, optimize=False, opset_version=OPSET,
             input_names=list(part.inputs), output_names=list(part.outputs),
         )  # fmt: skip
+        TIDY(program.model)
     model = program.model_proto
-    for thing in (model, model.graph, *model.graph.node, *model.graph.value_info):
-        thing.ClearField("metadata_props")
-        thing.ClearField("doc_string")
     model.graph.ClearField("value_info")
     model.graph.name = part.name
     return model
 
 
-class Weights:
+class WeightStore:
     """Arrays of all graphs, each kept once, by their content."""
 
     def __init__(self) -> None:
@@ -57,19 +67,18 @@ class Weights:
 
     def layout(self) -> tuple[dict[str, int], bytes, int]:
         """{key: offset}, the file, and how many of its bytes are fp16."""
-        half = [key for key, array in self.arrays.items() if array.dtype == np.float16]
-        rest = [key for key in self.arrays if key not in set(half)]
+        keys = sorted(self.arrays, key=lambda key: self.arrays[key].dtype != np.float16)  # stable
         offsets, data, halves = {}, bytearray(), 0
-        for keys in (half, rest):
-            for key in keys:
-                offsets[key] = len(data)
-                data += self.arrays[key].tobytes()
-                data += bytes(-len(data) % ALIGNED)
-            halves = halves or len(data)
+        for key in keys:
+            offsets[key] = len(data)
+            data += self.arrays[key].tobytes()
+            data += bytes(-len(data) % ALIGNED)
+            if self.arrays[key].dtype == np.float16:
+                halves = len(data)
         return offsets, bytes(data), halves
 
 
-def take_weights(model: onnx.ModelProto, weights: Weights) -> dict[str, str]:
+def take_weights(model: onnx.ModelProto, weights: WeightStore) -> dict[str, str]:
     """Move a graph's weights to `weights`: {initializer: key}; casts take their place."""
     graph, keys, casts = model.graph, {}, []
     for tensor in graph.initializer:
@@ -82,7 +91,9 @@ def take_weights(model: onnx.ModelProto, weights: Weights) -> dict[str, str]:
             if (half == array).all():
                 array = half
                 stored = f"{tensor.name}.half"
-                casts.append(helper.make_node("Cast", [stored], [tensor.name], to=TensorProto.FLOAT))
+                casts.append(
+                    helper.make_node("Cast", [stored], [tensor.name], to=TensorProto.FLOAT)
+                )
                 tensor.name = stored
         keys[tensor.name] = weights.add(array)
     nodes = [*casts, *graph.node]
@@ -92,14 +103,14 @@ def take_weights(model: onnx.ModelProto, weights: Weights) -> dict[str, str]:
 
 
 def point_to(
-    model: onnx.ModelProto, keys: dict[str, str], weights: Weights, offsets: dict[str, int]
+    model: onnx.ModelProto, keys: dict[str, str], weights: WeightStore, offsets: dict[str, int]
 ) -> None:
     """Have a graph read its weights from the file."""
     for tensor in model.graph.initializer:
         if (key := keys.get(tensor.name)) is None:
             continue
         array = weights.arrays[key]
-        place = {"location": WEIGHTS, "offset": offsets[key], "length": array.nbytes}
+        place = {"location": WEIGHT_FILE, "offset": offsets[key], "length": array.nbytes}
         stored = TensorProto(
             name=tensor.name, dims=array.shape, data_location=TensorProto.EXTERNAL,
             data_type=helper.np_dtype_to_tensor_dtype(array.dtype),

@@ -139,9 +139,7 @@ def unet_part(pipe: DTEPipeline) -> Part:
         pairs = layout.unpack(offsets)
         if not method.unconditional_offsets:
             pairs = {k: (a.expand(2, -1, -1), torch.cat([0 * b, b])) for k, (a, b) in pairs.items()}
-        with dual_path(
-            backbone.unet, pairs, hard, alpha, method.offsets_on, method.granularity
-        ):
+        with dual_path(backbone.unet, pairs, hard, alpha, method.offsets_on, method.granularity):
             return (backbone.unet(latents, timestep.long().expand(2), soft).sample,)
 
     text = pipe.prompt_encoder.plain([""]).expand(2, -1, -1).clone()
