@@ -193,6 +193,7 @@ def test_all_of_it_can_be_reached_and_has_a_name(page):
     nameless = page.evaluate(
         """() => [...document.querySelectorAll("button, input, canvas, summary, a, svg, progress")]
         .filter((e) => !(e.getAttribute("aria-label") || e.textContent.trim() || e.labels?.length))
+        .filter((e) => !e.ariaHidden)
         .map((e) => e.outerHTML)"""
     )
     assert nameless == []

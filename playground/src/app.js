@@ -288,6 +288,7 @@ async function things(base) {
     const button = Object.assign(document.createElement("button"), { type: "button", title: name });
     button.setAttribute("aria-label", name);
     button.setAttribute("aria-pressed", "false");
+    canvas.setAttribute("aria-hidden", "true");
     button.append(canvas);
     button.onclick = async () => {
       pad.show(canvas);

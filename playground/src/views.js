@@ -99,13 +99,15 @@ function star(c, [x, y], fill, edge) {
 
 /** The losses so far, of `count` steps in all. */
 export function showCurve(svg, losses, count) {
+  const width = svg.clientWidth || 320, right = width - 8;
+  svg.setAttribute("viewBox", `0 0 ${width} 84`);
   const low = Math.min(...losses), high = Math.max(...losses), span = Math.max(high - low, 1e-3);
-  const points = losses.map((y, i) => [34 + (i * 276) / Math.max(count - 1, 1), 12 + (52 * (high - y)) / span]);
+  const points = losses.map((y, i) => [34 + (i * (right - 34)) / Math.max(count - 1, 1), 12 + (52 * (high - y)) / span]);
   const path = points.map(([x, y], i) => `${i ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}`).join("");
   const dots = points.map(([x, y]) => `<circle cx="${x}" cy="${y}" r="2.5"/>`).join("");
-  svg.innerHTML = `<line x1="34" y1="68" x2="312" y2="68"/><path d="${path}"/>${dots}
+  svg.innerHTML = `<line x1="34" y1="68" x2="${right}" y2="68"/><path d="${path}"/>${dots}
     <text x="0" y="16">${high.toFixed(2)}</text><text x="0" y="68">${low.toFixed(2)}</text>
-    <text x="312" y="81" text-anchor="end">step ${losses.length} of ${count}</text><text x="34" y="81">loss</text>`;
+    <text x="${right}" y="81" text-anchor="end">step ${losses.length} of ${count}</text><text x="34" y="81">loss</text>`;
   svg.setAttribute("aria-label", `Loss of tuning, step ${losses.length} of ${count}: ${losses[0].toFixed(3)} at first, now ${losses.at(-1).toFixed(3)}`);
 }
 
