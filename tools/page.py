@@ -29,7 +29,7 @@ from dte_lab import DTEPipeline
 from dte_lab.common.errors import DTEError
 from dte_lab.common.files import write_atomically
 from dte_lab.common.images import save_png
-from dte_lab.onnx_parts.export import ABOUT_FILE, TOKENIZER_FILE, export_onnx
+from dte_lab.onnx_parts.export import ABOUT_FILE, export_onnx
 from dte_lab.onnx_parts.graphs import WEIGHT_FILE
 from dte_lab.world.captions import scene_words
 from dte_lab.world.scenes import PLACES, render
@@ -60,10 +60,16 @@ HEADERS = {  # what lets WebAssembly use threads
 }
 
 
-def build(folder: Path, pipe: DTEPipeline | None = None, cache: Path | None = None) -> Path:
+def build(
+    folder: Path,
+    pipe: DTEPipeline | None = None,
+    cache: Path | None = None,
+    exported: Path | None = None,
+) -> Path:
     """Write the site to a folder, which is emptied first; returns it.
 
-    cache: where packages from npm are kept. Raises DTEError where the scheduler is another than the
+    cache: where packages from npm are kept. exported: what `export_onnx` wrote of the pipeline, if
+    it is there already. Raises DTEError where the scheduler is another than the
     page's, and for a folder that holds something else; OSError without the network, the first time.
     """
     pipe = pipe or DTEPipeline.from_pretrained("small")
@@ -72,7 +78,12 @@ def build(folder: Path, pipe: DTEPipeline | None = None, cache: Path | None = No
         raise DTEError(f"{folder} holds something that is no page: choose another folder.")
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(SOURCES, folder)
-    files = model_files(pipe, folder) | runtime_files(folder, cache or ROOT / "build" / "npm")
+    (folder / "model").mkdir()
+    with tempfile.TemporaryDirectory() as plain:
+        if exported is None:
+            export_onnx(pipe, plain)
+        files = model_files(exported or Path(plain), folder)
+    files |= runtime_files(folder, cache or ROOT / "build" / "npm")
     names = things(folder / "things.png", pipe.backbone.resolution)
     site = {
         "files": {name: size for name, size in files.items() if "/" not in name},
@@ -106,19 +117,14 @@ def check_scheduler(pipe: DTEPipeline) -> None:
             raise DTEError(f"The page samples with {key} {value!r} alone, not {config[key]!r}.")
 
 
-def model_files(pipe: DTEPipeline, folder: Path) -> dict[str, dict]:
-    """Export and pack the model: {name: {file, bytes}}."""
-    files = {}
-    (folder / "model").mkdir()
-    with tempfile.TemporaryDirectory() as plain:
-        for path in export_onnx(pipe, plain):
-            data = path.read_bytes()
-            if path.name == WEIGHT_FILE:
-                about = json.loads((Path(plain) / ABOUT_FILE).read_text())
-                data = split_planes(data, about["weights"]["half_bytes"])
-            if path.name in (ABOUT_FILE, TOKENIZER_FILE):
-                data = json.dumps(json.loads(data), separators=(",", ":")).encode()
-            files[path.name] = pack(folder, f"model/{path.name}", data)
+def model_files(exported: Path, folder: Path) -> dict[str, dict]:
+    """Pack an exported model: {name: {file, bytes}}."""
+    about, files = json.loads((exported / ABOUT_FILE).read_text()), {}
+    for path in sorted(exported.iterdir()):
+        data = path.read_bytes()
+        if path.name == WEIGHT_FILE:
+            data = split_planes(data, about["weights"]["half_bytes"])
+        files[path.name] = pack(folder, f"model/{path.name}", data)
     return files
 
 
