@@ -24,6 +24,8 @@ from dte_lab.tuning import TuneConfig, draw_batch, tune
 
 ort = pytest.importorskip("onnxruntime", reason="needs pip install -e '.[page]'")
 pytest.importorskip("onnxscript", reason="needs pip install -e '.[page]'")
+from dte_lab.cli.app import main  # noqa: E402
+from dte_lab.onnx_parts import export as export_module  # noqa: E402
 from dte_lab.onnx_parts.export import PART_NAMES, export_onnx  # noqa: E402
 from dte_lab.onnx_parts.parts import Layout  # noqa: E402
 
@@ -262,6 +264,42 @@ def test_what_cannot_be_exported_is_refused(pipe, tiny_backbone, tmp_path):
     with pytest.raises(DTEError, match="low rank"):
         export_onnx(DTEPipeline(tiny_backbone, encoder), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--onnx", "OUT", "CONCEPT"], "--onnx writes the model alone: leave out CONCEPT, --out"),
+        (["--onnx", "OUT", "--out", "OUT"], "--onnx writes the model alone"),
+        (["CONCEPT"], "dte export needs a CONCEPT and --out DIR; or, for the model, --onnx DIR."),
+        ([], "dte export needs a CONCEPT and --out DIR"),
+    ],
+)
+def test_the_command_exports_one_thing(arguments, said, tmp_path, capsys):
+    paths = {"OUT": tmp_path / "out", "CONCEPT": tmp_path / "x.safetensors"}
+    with pytest.raises(SystemExit) as ended:
+        main(["export", *(str(paths.get(x, x)) for x in arguments)])
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_exports_the_model_of_a_folder(
+    pipe, folder, small_world_path, tmp_path, capsys, monkeypatch
+):
+    """The making of graphs is taken as done: by what it is called with."""
+    called = []
+    monkeypatch.setattr(
+        export_module, "export_onnx", lambda *a: called.append(a) or sorted(folder.iterdir())
+    )
+    pipe.encoder.save_pretrained(tmp_path / "encoder")
+    options = ["--backbone", str(small_world_path), "--encoder", str(tmp_path / "encoder")]
+    with pytest.raises(SystemExit) as ended:
+        main(["export", "--onnx", str(tmp_path / "out"), *options])
+    assert not ended.value.code
+    ((exported, where),) = called
+    assert where == tmp_path / "out" and exported.backbone.name == str(small_world_path)
+    assert exported.encoder.settings == pipe.encoder.settings
+    assert "tune.onnx" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

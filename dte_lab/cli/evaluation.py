@@ -138,11 +138,11 @@ def export_model(folder: Path, backbone: str, encoder: Path | None, rest: list) 
     if any(value is not None for value in rest):
         raise DTEError("--onnx writes the model alone: leave out CONCEPT, --out and --name.")
     prepare_folder(folder)
-    pipe = load_pipeline(backbone, encoder, "cpu")
     try:
         from dte_lab.onnx_parts.export import export_onnx
     except ImportError as error:
         raise DTEError(f"{error}: pip install 'dte_lab[page]' brings what ONNX needs.") from error
+    pipe = load_pipeline(backbone, encoder, "cpu")
     paths = export_onnx(pipe, folder)
     size = sum(path.stat().st_size for path in paths) / 1e6
     typer.echo(f"wrote {', '.join(path.name for path in paths)} to {folder}: {size:.0f} MB")
