@@ -308,6 +308,15 @@ def test_captions_say_what_their_pictures_show(drawings, tokenizer):
     assert all((row == captions.ids).all(1).any() for row in ids)
 
 
+def test_captions_that_reach_into_the_cells_tokens_are_left_out(tokenizer):
+    wide = [drawing(name, " ".join(["flat"] * 12)) for name in ("axe", "war axe", "war")]
+    rgba = torch.zeros(3, 48, 48, 4, dtype=torch.uint8)
+    captions = Captions(tokenizer, Drawings(NAMES[:1], Wide(wide, rgba, [], rgba)), 1.0, 200)
+    assert 30 < len(captions.ids) < 90  # the three in ten that leave the style out
+    assert (captions.ids[:, WORDS - 1 :] == tokenizer.eos_token_id).all()
+    assert len(captions.rows) == len(captions.scenes) == len(captions.ids)
+
+
 def test_a_seed_chooses_the_captions(drawings, tokenizer):
     banks = [Captions(tokenizer, drawings, 0.5, 40, seed).ids for seed in (0, 0, 1)]
     assert torch.equal(banks[0], banks[1]) and not torch.equal(banks[0][:30], banks[2][:30])

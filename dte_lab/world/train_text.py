@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
+from transformers import CLIPTokenizer
 
 from dte_lab.common.checkpoint import CHECKPOINT
 from dte_lab.common.files import write_atomically
@@ -152,11 +153,12 @@ def main(
     out = Path(out)
     vae = load_autoencoder(parts, device)
     drawings = drawings_to_train_on(wide, count, device)
-    tokenizer = build_tokenizer(wide_words(drawings.wide))
     torch.manual_seed(seed)
     begun = (out / CHECKPOINT).exists()
     if not begun:
+        build_tokenizer(wide_words(drawings.wide)).save_pretrained(out / "tokenizer")
         fit_picture_words(vae, drawings).save(out / PICTURE_WORDS)
+    tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
     words = PictureWords.load(out / PICTURE_WORDS).to(device)
     batches = SpokenBatches(tokenizer, drawings, vae, words, PAINTED, seed)
     painter = TextPainter(build_text_tower(tokenizer), vae.config.patch_channels * 4).to(device)
@@ -178,7 +180,6 @@ def main(
     )
     settings = options.settings("text")
     average = train(out, painter, config, training.loss, training.sample, minutes, device, settings)
-    tokenizer.save_pretrained(out / "tokenizer")
     average.save(out)
     known = sorted({*grammar_words(), *batches.captions.words()})
     write_atomically(out / WORDS_FILE, json.dumps(known).encode())
