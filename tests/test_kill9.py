@@ -43,7 +43,7 @@ def things(tiny_path, tiny_backbone, tiny_config, picture, tmp_path_factory):
 
 COMMANDS = {
     "pretrain": f"pretrain --backbone tiny --data pictures {PRETRAIN} --out OUT",
-    "world training": "world train autoencoder --steps 6 --batch-size 2 --count 8 --out OUT",
+    "world training": "world train autoencoder --steps 6 --batch-size 4 --count 160 --out OUT",
     "evaluate": "evaluate --quick --method dte:0,1 --out OUT",
     "personalize": (
         "personalize pictures/a/1.png --prompt S* --prompt S*_at_night --backbone tiny --steps 3 "
