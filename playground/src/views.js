@@ -57,8 +57,10 @@ export class WordMap {
       c.fill();
     }
     const taken = [];
+    const here = this.path.length ? at(this.path.at(-1)) : [-99, -99];
     const label = (row, colour, bold) => {
-      const [x, y] = at(this.positions[row]), name = this.names[row];
+      const [left, y] = at(this.positions[row]), name = this.names[row];
+      const x = bold && Math.hypot(left - here[0], y - here[1]) < 14 ? here[0] + 8 : left;
       c.font = `${bold ? "600 " : ""}11px system-ui, sans-serif`;
       const box = [x + 4, y - 7, c.measureText(name).width + 4, 13];
       if (taken.some(([a, b, d, e]) => box[0] < a + d && a < box[0] + box[2] && box[1] < b + e && b < box[1] + box[3])) return;
@@ -69,10 +71,7 @@ export class WordMap {
       c.fillStyle = colour;
       c.fillText(name, x + 5, y + 3.5);
     };
-    if (this.path.length) {
-      const [x, y] = at(this.path.at(-1));
-      taken.push([x - 10, y - 10, 20, 20]);
-    }
+    taken.push([here[0] - 8, here[1] - 10, 16, 20]);
     for (const { row } of this.near ?? []) label(row, ink, true);
     for (const row of this.landmarks) label(row, soft, false);
     if (!this.path.length) return;
@@ -81,7 +80,7 @@ export class WordMap {
     c.beginPath();
     this.path.map(at).forEach(([x, y], i) => i ? c.lineTo(x, y) : c.moveTo(x, y));
     c.stroke();
-    star(c, at(this.path.at(-1)), accent, card);
+    star(c, here, accent, card);
   }
 }
 
