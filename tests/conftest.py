@@ -21,7 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # every core has a worker: one thread e
 # What takes longest begins first, so that the workers end together: notebooks, then these files.
 SLOW = (
     "test_world_training", "test_small", "test_processes", "test_train_encoder", "test_evaluation",
-    "test_world_evaluate", "test_memory", "test_sd15",
+    "test_page", "test_world_evaluate", "test_memory", "test_sd15",
 )  # fmt: skip
 
 

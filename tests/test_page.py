@@ -327,7 +327,7 @@ def page(site, browser):
     """The page after its first picture; `problems` has what the console complains of."""
     server = page_tool.serve(site)
     page = browser.new_page(viewport={"width": 1360, "height": 900})
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(180_000)
     page.problems = []
     page.on("pageerror", lambda error: page.problems.append(str(error)))
     page.on("console", lambda m: m.type == "error" and page.problems.append(m.text))
