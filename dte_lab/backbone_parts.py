@@ -37,6 +37,7 @@ from dte_lab.sd15 import (
 WEIGHTS = Path(__file__).parent / "weights"
 ABLATIONS = ("contrastive", "none")  # encoders shipped for "small", by their regulariser
 AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "PatchAutoencoder": PatchAutoencoder}
+ABLATIONS = ("none",)  # encoders shipped for "small", by their regulariser
 
 
 def backbone_folder(name: str | Path) -> Path:

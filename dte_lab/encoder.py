@@ -4,9 +4,9 @@
     A, B    = LoRA hypernetwork                            (paper: head 2, W' = W + A B)
 
 The zero-shot guess is ours: CLIP's similarity between the picture and "a picture of a WORD" mixes
-the embeddings of the few best words. A fresh encoder is therefore an exact no-op on the UNet's
-weights, and its v* already names the picture. Its share of the guess is 1 and is learned; on the
-small world the token head starts with a better guess of its own (world/first_words.py).
+the embeddings of the few best words. A fresh encoder changes no weight of the UNet, and its v*
+already names the picture. The guess' share is 1 and is learned; on the small world v* starts as
+what the picture looks like instead (training/small_world.py).
 """
 
 from dataclasses import asdict
@@ -153,14 +153,20 @@ class TuningEncoder(ModelMixin, ConfigMixin):
     ) -> EncoderPrediction:
         """One prediction per row of the features, see features.py."""
         tokens = self.fusion(image_features, unet_features, timesteps)  # (B, grid^2, width)
+        v_star, class_word = self.word(image_features, tokens)  # (B, d) each
+        offsets = self.hypernetwork(tokens)  # {key: (A (B, Din, r), B (B, r, Dout))}
+        return EncoderPrediction(v_star, offsets, class_word)
+
+    def word(
+        self, image_features: ImageFeatures, tokens: Float[Tensor, "batch n width"]
+    ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch dim"]]:
+        """v*, and the word that CLIP finds in the picture."""
         with torch.autocast(tokens.device.type, enabled=False):  # in bf16 the best would tie
             similarity = image_features.embeds @ self.word_clip.T  # (B, n), cosines to the words
         guess = self.mix_words(similarity)  # (B, d)
         residual = self.residual_unit * self.token_head(tokens, image_features.patches)  # (B, d)
-        v_star = self.zero_shot_weight * guess + residual  # (B, d)
-        offsets = self.hypernetwork(tokens)  # {key: (A (B, Din, r), B (B, r, Dout))}
         class_word = self.word_embeddings[similarity.argmax(dim=-1)]  # (B, d)
-        return EncoderPrediction(v_star, offsets, class_word)
+        return self.zero_shot_weight * guess + residual, class_word
 
     @property
     def residual_unit(self) -> Float[Tensor, ""]:
@@ -213,8 +219,7 @@ class TuningEncoder(ModelMixin, ConfigMixin):
     ) -> tuple[ImageFeatures, Float[Tensor, "batch features grid grid"], Int[Tensor, " batch"]]:
         """What the static prediction is made from: the three arguments of `forward`.
 
-        The features need a noisy latent: each of the B pictures is noised to each of the n
-        `feature_timesteps`, so there are B * n rows. ("ours")
+        Each of the B pictures is noised to each of the n `feature_timesteps`: B * n rows. ("ours")
         """
         prompt_encoder = prompt_encoder or PromptEncoder(backbone)
         T = len(backbone.alphas_cumprod)
@@ -236,8 +241,8 @@ class TuningEncoder(ModelMixin, ConfigMixin):
     ) -> EncoderPrediction:  # fmt: skip
         """Static prediction (batch 1) from pictures of *one* concept in [-1, 1].
 
-        The mean of the predictions from `static_features`. A mean of A and a mean of B is not the
-        mean of A B; but one A is shared by most pictures. ("ours")
+        The mean of those from `static_features`. ("ours": the mean of A times the mean of B is not
+        the mean of A B, but most pictures share one A.)
         """
         features = self.static_features(backbone, images, seed, prompt_encoder)
         return mean_prediction(self(*features), len(features[-1]))

@@ -3,7 +3,7 @@
 features -> convolutional fusion -> tokens -> token head        -> residual of v*
                                           -> LoRA hypernetwork  -> offsets A, B
 
-The token head reads CLIP's patches as well, each in its place, with one linear map.
+The token head reads the fused tokens and CLIP's patches in their places as well, with linear maps.
 
 The hypernetwork asks one learned query per (layer, projection, side) about the fused tokens, and
 turns each answer into a matrix with a linear head shared by all matrices of that shape. ("ours":
@@ -24,8 +24,8 @@ from dte_lab.lora import Offsets
 class TokenHead(nn.Module):
     """Tokens and CLIP patches -> residual of v* in units of `residual_unit`, zero at first.
 
-    The mean of the tokens no longer knows what is where; `read` does. It is linear in the patches,
-    so that it can be fitted at once, as world/first_words.py does. ("ours")
+    The mean of the tokens no longer knows what is where; `read_tokens` and `read` do. The latter is
+    linear in the patches, so that training/first_words.py can fit it at once. ("ours")
     """
 
     def __init__(
@@ -38,14 +38,18 @@ class TokenHead(nn.Module):
         patch_channels = min(patch_channels, clip_dim)
         self.narrow = nn.Conv2d(clip_dim, patch_channels, 1, bias=False)
         self.read = nn.Linear(patch_channels * grid**2, token_dim, bias=False)
-        for last in (self.out.weight, self.out.bias, self.read.weight):
+        self.narrow_tokens = nn.Linear(width, patch_channels, bias=False)
+        self.read_tokens = nn.Linear(patch_channels * grid**2, token_dim, bias=False)
+        for last in (self.out.weight, self.out.bias, self.read.weight, self.read_tokens.weight):
             nn.init.zeros_(last)
 
     def forward(
         self, tokens: Float[Tensor, "batch n width"], patches: Float[Tensor, "batch clip p p"]
     ) -> Float[Tensor, "batch dim"]:
         from_tokens = self.out(F.silu(self.hidden(tokens.mean(dim=1))))  # (B, dim)
-        return from_tokens + self.read(self.places(patches))
+        in_places = self.narrow_tokens(tokens).flatten(1)  # (B, grid^2 * patch_channels)
+        from_places = self.read_tokens(in_places / in_places.shape[1] ** 0.5)  # (B, dim)
+        return from_tokens + from_places + self.read(self.places(patches))
 
     def places(self, patches: Float[Tensor, "batch clip p p"]) -> Float[Tensor, "batch places"]:
         """What `read` reads: `patch_channels` numbers of each of grid^2 places.

@@ -83,9 +83,9 @@ PART = {  # of `world train`: option: (argument of PartOptions, values)
     "--device": ("device", DEVICES),
     "--mixed-precision": ("mixed_precision", ("fp16", "")),
 }
-ENCODER = {option: PART[option] for option in PART if option not in ("--seed", "--count")} | {
+ENCODER = PART | {
     "--batch-size": ("batch_size", (0, *COUNTS)),
-    "--concepts": ("concepts", (0, 1, 10**6, *COUNTS)),
+    "--word-steps": ("word_steps", (0, *COUNTS)),
     "--width": ("width", (0, 9, *COUNTS)),
     "--rank": ("rank", (0, *COUNTS)),
     "--regulariser": ("regulariser", ("l3", "")),
@@ -125,6 +125,7 @@ DOORS = {  # command: {option: (what takes its value in Python, values that mean
         "--experiment": (lambda v: Methods(None).experiment(v), ("tables", "")),
         "--method": (lambda v: measure([v]), ("dte", "dtee:1", "ti@x=1:2", "ti@batch_size=0:2")),
         "--concepts": (lambda v: measure(concepts=v), (1, 5000, *COUNTS)),
+        "--scene": (lambda v: measure(scenes=(v,)), ("moon", "")),
         "--split": (lambda v: measure(split=v), ("tests", "")),
         "--seeds": (lambda v: measure(seeds=v), (1, *COUNTS)),
         "--processes": (lambda v: measure(processes=v), (0, *COUNTS)),

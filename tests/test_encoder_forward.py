@@ -139,6 +139,9 @@ def test_forward_written_out(tiny_backbone, tiny_config, rank):
         places = torch.einsum("dc,chw->dhw", head["narrow.weight"][..., 0, 0], patches).flatten()
         residual = head["out.weight"] @ hidden + head["out.bias"]
         residual = residual + head["read.weight"] @ places / math.sqrt(5 * 16)
+        narrowed = [x for token in tokens for x in head["narrow_tokens.weight"] @ token]
+        narrowed = torch.stack(narrowed) / math.sqrt(5 * 16)
+        residual = residual + head["read_tokens.weight"] @ narrowed
         entry = math.sqrt((table.embeddings.double() ** 2).mean())
         v_star = w["zero_shot_weight"] * guess + 0.7 * entry * residual
         torch.testing.assert_close(prediction.v_star[i], v_star, atol=1e-4, rtol=1e-3)

@@ -6,6 +6,7 @@ prompts, the features' prompt, a bank with several concepts and empty rows.
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,14 +22,23 @@ from dte_lab.training import small_world
 from dte_lab.training.batches import loading, prepare
 from dte_lab.training.config import PretrainConfig
 from dte_lab.training.pretrain import train_step
-from dte_lab.training.step import Frozen, Noise, Processes, make_batch, training_step
+from dte_lab.training.step import (
+    Frozen,
+    Noise,
+    Processes,
+    encoder_inputs,
+    make_batch,
+    training_step,
+)
+from dte_lab.world.batches import PairBatch
 
 PROMPTS = ["a picture of S*", "S* on the beach", "the red S* at night"]
 CONCEPTS = torch.tensor([3, 5, 3])
 FEATURE_PROMPT = "blue cat"
 METHOD = MethodConfig(
-    alpha_blend=1.0, contrastive_weight=0.5, norm_weight=0.25, temperature=0.3, num_positives=4
-)
+    alpha_blend=1.0, contrastive_weight=0.5, norm_weight=0.25, norm_free=0.4, temperature=0.3,
+    num_positives=4,
+)  # fmt: skip
 BANK_CONCEPTS = torch.tensor([5, -1, 3, 8, -1, 5])
 
 
@@ -74,8 +84,11 @@ NOISE = Noise(
 )
 
 
-def by_hand(backbone, encoder, pictures, noise, bank, merged_unet):
-    """(loss, gradient of v*, v*) of one batch: a merged UNet for each sample, the bank as given."""
+def by_hand(backbone, encoder, pictures, noise, bank, merged_unet, dropped=(False,) * 3):
+    """(loss, gradient of v*, v*) of one batch: a merged UNet for each sample, the bank as given.
+
+    dropped: samples that are drawn without offsets.
+    """
     scheduler = DDPMScheduler.from_config(backbone.scheduler.config)
     scale = backbone.vae.config.scaling_factor
     with torch.no_grad():
@@ -101,7 +114,7 @@ def by_hand(backbone, encoder, pictures, noise, bank, merged_unet):
     for i in range(3):
         offsets = {k: (a[i : i + 1], b[i : i + 1]) for k, (a, b) in prediction.offsets.items()}
         with torch.no_grad():
-            merged = merged_unet(offsets)
+            merged = backbone.unet if dropped[i] else merged_unet(offsets)
         output = merged(x_t[i : i + 1], noise.timesteps[i], text[i : i + 1]).sample
         diffusion += (output - velocity[i : i + 1]).square().mean() / 3
         near = (F.normalize(words, dim=-1) @ F.normalize(v[i].detach(), dim=-1)).topk(4).indices
@@ -113,7 +126,9 @@ def by_hand(backbone, encoder, pictures, noise, bank, merged_unet):
             for u in (words[near], far)
         )
         contrastive += -(pull / (pull + push)).log() / 3
-    norm = (v.norm(dim=-1) / words.norm(dim=-1).mean()).square().mean()
+    excess = v.norm(dim=-1) / words.norm(dim=-1).mean() - 0.4
+    assert (excess > 0).any()
+    norm = excess.clamp(min=0).square().mean()
     loss = diffusion + 0.5 * contrastive + 0.25 * norm
     loss.backward()
     return loss.item(), v.grad, v.detach()
@@ -207,58 +222,113 @@ def test_pretrain_draws_all_timesteps_and_shares_as_often_as_it_is_told(tiny_bac
     assert abs(batch.noise.mean()) < 0.05 and abs(batch.noise.std() - 1) < 0.05
 
 
+def pair_batch(frozen, pictures):
+    """The pictures as the small world's batches give them; the thing on white is another."""
+    ids, slots = frozen.prompt_encoder.tokenize(pictures["prompt"])
+    white = normal(3, 3, 16, 16, seed=12).clamp(-1, 1)
+    return PairBatch(ids, slots == 0, pictures["image"], pictures["target"], white, CONCEPTS)
+
+
+def linear_word(latents):
+    """Stands for PictureWords."""
+    return latents.flatten(1)[:, :24] * 2 + 0.1
+
+
+class Unseen:
+    """Stands for the pairs of val things, of two."""
+
+    drawings = SimpleNamespace(names=["cup", "bus"])
+
+    def __init__(self, pairs):
+        self.pairs, self.asked = pairs, []
+
+    def __call__(self, size, rows=None):
+        self.asked.append((size, rows))
+        return self.pairs
+
+
 def test_the_small_world_takes_the_same_step(tiny_backbone, frozen, encoder, pictures, merged_unet):
-    """Its own random numbers, in their order, and the same loss; measures leave the bank alone."""
-    recorded, unseen = [], {**pictures, "image": pictures["target"], "target": pictures["image"]}
+    """Its own random numbers, in their order; some samples lose their offsets, and a tenth of the
+    word's regression is added. Measures leave the bank alone."""
+    recorded, asked = [], []
+    other = {**pictures, "image": pictures["target"], "target": pictures["image"]}
+    unseen = Unseen(pair_batch(frozen, other))
+    predictions = SimpleNamespace(write=lambda *given: recorded.append(given))
 
-    class Predictions:
-        def write(self, encoder, step):
-            recorded.append((encoder, step))
-
-    class Val:
-        names = ["cup", "bus"]
-
-        def __call__(self, size):
-            return unseen
-
-        def only(self, name):
-            recorded.append(name)
-            return self
-
-    asked = []
-
-    def batches(size):
+    def pairs(size):
         asked.append(size)
-        return pictures
+        return pair_batch(frozen, pictures)
 
-    training = small_world.EncoderTraining(frozen, batches, Val(), 3, Predictions())
-    torch.manual_seed(6)
+    training = small_world.EncoderTraining(frozen, pairs, unseen, linear_word, 3, predictions)
+    torch.manual_seed(3)
+    dropped = torch.rand(3) < 0.25
+    assert dropped.any() and not dropped.all()
     layout = torch.empty(6, 4, 8, 8).to(memory_format=torch.channels_last)  # as the latents lie
     noise, own_noise = torch.randn_like(layout).chunk(2)
     t, own_t = torch.randint(1000, (6,)).chunk(2)
     drawn = Noise(noise, t, own_noise, own_t, torch.rand(3) < 0.5)
     assert drawn.shared.any() and not drawn.shared.all()
     bank = encoder.bank.clone(), BANK_CONCEPTS.tolist()
-    loss, gradient, v_star = by_hand(tiny_backbone, encoder, pictures, drawn, bank, merged_unet)
-    torch.manual_seed(6)
+    loss, _, v_star = by_hand(
+        tiny_backbone, encoder, pictures, drawn, bank, merged_unet, dropped.tolist()
+    )
+    white = pair_batch(frozen, pictures).white
+    latents = tiny_backbone.vae.encode(white).latent_dist.mode()
+    truth = linear_word(latents.detach() * tiny_backbone.vae.config.scaling_factor).double().numpy()
+    unexplained = ((v_star.double().numpy() - truth) ** 2).mean() / truth.var(axis=0).mean()
+    torch.manual_seed(3)
     with training.loss(encoder) as (value, logs):
         value.backward()
-    assert value.item() == pytest.approx(loss, rel=1e-4) and asked == [3]
-    assert set(logs) == {"diffusion", "contrastive", "norm"}
+    assert value.item() == pytest.approx(loss + 0.1 * unexplained, rel=1e-4) and asked == [3]
+    assert set(logs) == {"diffusion", "contrastive", "norm", "unexplained"}
+    assert logs["unexplained"].item() == pytest.approx(unexplained, rel=1e-4)
     torch.testing.assert_close(encoder.bank[:3], v_star)
 
     position = encoder.bank_position.item()
     with torch.no_grad():
-        first, again = (training.sample(encoder, 8)["unseen_diffusion"] for _ in range(2))
+        first, again = (training.sample(encoder, 8) for _ in range(2))
         by_concept = training.errors_by_concept(encoder)
     torch.manual_seed(0)
-    batch = make_batch(tiny_backbone, unseen, training.draw)
+    batch = make_batch(tiny_backbone, small_world.step_pictures(unseen.pairs), training.draw)
     with torch.no_grad(), training_step(encoder, frozen, batch, enqueue=False) as (losses, _):
-        assert first == again == by_concept["cup"] == losses["diffusion"].item()
+        diffusion = losses["diffusion"].item()
+    assert first == again and first["unseen_diffusion"] == by_concept["cup"] == diffusion
+    assert first.keys() == {"unseen_diffusion", "unseen_unexplained", "unseen_norm"}
     assert by_concept.keys() == {"cup", "bus"} and by_concept["bus"] != by_concept["cup"]
-    assert recorded == [(encoder, 8), (encoder, 8), "cup", "bus"]
+    assert recorded == [(encoder, 8), (encoder, 8)]
+    assert unseen.asked[-2:] == [(16, (0, 3)), (16, (3, 6))], "the three drawings of each thing"
     assert encoder.bank_position == position
     assert encoder.bank_concepts.tolist() == [3, 5, 3, 8, -1, 5], "measures leave the bank alone"
+
+
+def test_the_word_is_learned_alone_first(tiny_backbone, frozen, encoder, pictures):
+    pairs = pair_batch(frozen, pictures)
+    training = small_world.EncoderTraining(
+        frozen, lambda size: pairs, Unseen(pairs), linear_word, 3, None
+    )
+    before = encoder.bank.clone()
+    torch.manual_seed(3)
+    with training.word_loss(encoder) as (value, _):
+        value.backward()
+    torch.manual_seed(3)
+    inputs = encoder_inputs(encoder, frozen, training.batch(pairs))
+    v_star = encoder(*inputs).v_star.detach().double()
+    truth = linear_word(tiny_backbone.encode_images(pairs.white).float()).double()
+    variance = truth.var(dim=0, correction=0).mean()
+    error = ((v_star - truth) ** 2).mean() / variance
+    assert value.item() == pytest.approx(error.item(), rel=1e-4)
+    assert torch.equal(encoder.bank, before)
+    reached = {name.split(".")[0] for name, p in encoder.named_parameters() if p.grad is not None}
+    assert reached == {"fusion", "token_head", "zero_shot_weight"}
+    assert reached == {key.split(".")[0] for key in small_world.word_state(encoder)}
+
+    found = training.unseen_word(encoder, 5)
+    features = encoder.static_features(tiny_backbone, pairs.image)
+    predicted = encoder(*features).v_star.detach().unflatten(0, (3, -1)).mean(dim=1)  # per picture
+    norm = predicted.norm(dim=-1).mean() / frozen.prompt_encoder.table.mean_norm
+    assert found["unseen_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    error = ((predicted.double() - truth) ** 2).mean() / variance
+    assert found["unseen_unexplained"] == pytest.approx(error.item(), rel=1e-4)
 
 
 def test_processes_share_gather_and_leave_themselves_out():

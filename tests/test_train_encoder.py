@@ -1,26 +1,22 @@
 """The encoder's own training for the small world: composed on the device, one step at once."""
 
 import json
-from collections import Counter
 
 import pytest
 import torch
 import typer
+from safetensors.torch import load_file
 
+from dte_lab.common.errors import DTEError
+from dte_lab.config import EncoderConfig
 from dte_lab.e4t import load_e4t
-from dte_lab.encoder import load_encoder
+from dte_lab.encoder import EncoderPrediction, TuningEncoder, load_encoder
 from dte_lab.evaluation import encoders
 from dte_lab.evaluation.measures import PICTURE_MEASURES
 from dte_lab.evaluation.records import Row
-from dte_lab.tokens import PromptEncoder
 from dte_lab.training import small_world as train_encoder
-from dte_lab.training.pair_batches import PairBatches
-from dte_lab.world import concepts, split_names
-from dte_lab.world.captions import held_out
-from dte_lab.world.data import to_tensor
-from dte_lab.world.pairs import BACKGROUNDS, VARIANTS, behind, mix, vary
-from dte_lab.world.scenes import SCENES, SPRITE_PX, compose
-from dte_lab.world.sprites import STYLES, sprite
+from dte_lab.world import split_names
+from dte_lab.world.drawings import Drawings
 
 
 @pytest.fixture(scope="module")
@@ -28,84 +24,32 @@ def backbone(small_pipe):
     return small_pipe.backbone
 
 
-@pytest.fixture(scope="module")
-def batches(backbone):
-    return PairBatches(PromptEncoder(backbone), ("val",))
-
-
-def test_a_batch_is_composed_as_single_pairs_are(batches):
-    names, generator = split_names("val"), torch.Generator().manual_seed(0)
-    for variant in range(len(VARIANTS)):
-        name, other, style, scene = (
-            torch.randint(n, (1,), generator=generator) for n in (len(names), len(names), 3, 20)
-        )
-        torch.manual_seed(variant)
-        drawn = batches.draw(name, other, style, torch.tensor([variant]), scene)
-        torch.manual_seed(variant)
-        room = behind(SCENES[scene], int(torch.randint(BACKGROUNDS, (1,))))
-        left, right = (sprite(names[n], STYLES[style], SPRITE_PX) for n in (name, other))
-        truth = compose(vary(mix(left, right), variant), SCENES[scene], room)
-        one_level = 1.1 / 127.5  # rooms are kept in half precision
-        assert (drawn - to_tensor(truth[None])).abs().max() <= one_level
-
-
-def test_prompts_say_what_the_target_shows(backbone, batches):
-    torch.manual_seed(0)
-    batch, prompts = batches(400), backbone.tokenizer.batch_decode(batches.ids)
-    ids, slots = batch["prompt"]
-    assert (slots.max(dim=1).values == 0).all()  # each has a placeholder
-    rows = (ids[:, None] == batches.ids).all(-1).int().argmax(1)
-    same = (batch["image"] == batch["target"]).flatten(1).all(1)
-    assert same[rows == 0].all() and 0.15 < (rows == 0).double().mean() < 0.35
-    kinds = Counter("short" if r > 80 else "styled" if r > 20 else "plain" for r in rows.tolist())
-    assert 0.15 < kinds["styled"] / 400 < 0.35 and 0.08 < kinds["short"] / 400 < 0.22
-    assert "under water" in prompts[1 + SCENES.index("water")]
-    # the border of a target on red is red
-    on_red = [i for i, r in enumerate(rows.tolist()) if "red background" in prompts[r]]
-    red = batch["target"][on_red][:, :, 0, 0]
-    assert on_red and (red[:, 0] > red[:, 1:].max(1).values + 0.5).all()
-
-
-def test_only_draws_one_concept(batches):
-    name = batches.names[3]
-    batch = batches.only(name)(50)
-    left = batch["concept"] % len(concepts())
-    assert set(left.tolist()) == {concepts()[name].index}
-    assert len(batches.shown) > len(batches.only(name).shown) > 0
-
-
-def test_pictures_are_no_held_out_combinations_and_ids_tell_concepts_apart(batches):
-    names = split_names("val")
-    for n, s, b in batches.shown[::50].tolist():
-        assert not held_out(names[n], STYLES[s], SCENES[b])
-    ids = batches(200)["concept"]
-    total = len(concepts())
-    halves = torch.stack([ids % total, ids // total % total])
-    known = {concepts()[name].index for name in names}
-    assert set(halves.flatten().tolist()) <= known and ids.max() >= total**2
-
-
-def test_half_of_the_concepts_are_mixed_and_three_quarters_varied(batches):
-    torch.manual_seed(0)
-    ids, total = batches(2000)["concept"], len(concepts())
-    assert ((ids >= total**2).double().mean() - 0.75).abs() < 0.05
-    assert ((ids % total != ids // total % total).double().mean() - 0.5).abs() < 0.05
+def test_some_samples_lose_their_offsets(tiny_offsets):
+    offsets = {
+        key: (a.repeat(3, 1, 1), b.repeat(3, 1, 1)) for key, (a, b) in tiny_offsets().items()
+    }
+    prediction = EncoderPrediction(torch.ones(3, 24), offsets, torch.zeros(3, 24))
+    found = train_encoder.drop_offsets(prediction, torch.tensor([False, True, False]))
+    assert found.v_star is prediction.v_star and found.class_word is prediction.class_word
+    for key, (a, b) in found.offsets.items():
+        assert torch.equal(a, offsets[key][0]) and torch.equal(b[::2], offsets[key][1][::2])
+        assert (b[1] == 0).all() and (offsets[key][1][1] != 0).any()
 
 
 @pytest.fixture
 def quick(backbone, monkeypatch):
-    """The encoder's training without its costly start, measured on a pair each of four things."""
+    """The encoder's training with two things to learn from and two to measure on."""
 
-    def few(prompt_encoder, splits=("train", "extra"), count=4, **shares):
-        return PairBatches(prompt_encoder, splits, count, **shares)
+    def few(names, *others, **options):
+        return Drawings(names[:2], *others, **options)
 
     monkeypatch.setattr(train_encoder, "load_backbone", lambda name, device: backbone)
-    monkeypatch.setattr(train_encoder, "fit_token_head", lambda *args, **options: None)
-    monkeypatch.setattr(train_encoder, "PairBatches", few)
+    monkeypatch.setattr(train_encoder, "Drawings", few)
     monkeypatch.setattr(train_encoder, "UNSEEN", 2)
     monkeypatch.setattr(train_encoder, "UNSEEN_EACH", 1)
+    monkeypatch.setattr(train_encoder, "WORD_BATCH", 2)
     return lambda out, **options: train_encoder.main(
-        out, batch_size=2, concepts=10, width=32, **options
+        out, batch_size=2, word_steps=1, width=32, **options
     )
 
 
@@ -121,10 +65,16 @@ def test_it_trains_an_encoder_that_loads(backbone, quick, tmp_path, e4t, pieces)
     lines = (tmp_path / "predictions.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, *pieces]
     by_concept = json.loads((tmp_path / train_encoder.BY_CONCEPT).read_text())
-    assert len(by_concept) == 4 and set(by_concept) < set(split_names("val"))
+    assert list(by_concept) == split_names("val")[:2]
+    word = [json.loads(line) for line in (tmp_path / "word" / "log.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in word if "unseen_norm" in x] == [1], "once"
 
     with pytest.raises(ValueError, match=r"other settings \(encoder.rank, method.regulariser\)"):
         quick(tmp_path, steps=5, rank=2, regulariser="hinge", e4t=e4t)
+    with pytest.raises(DTEError, match="word.safetensors is of an encoder of another size"):
+        quick(tmp_path / "other", steps=1, word=tmp_path / "word.safetensors", patch_channels=3)
+    with pytest.raises(DTEError, match="nowhere cannot be read"):
+        quick(tmp_path / "other", steps=1, word=tmp_path / "nowhere")
     with pytest.raises(ValueError, match="other settings .*model"):
         quick(tmp_path, steps=5, e4t=not e4t)
 
@@ -138,11 +88,25 @@ def test_a_seed_changes_the_first_weights_and_what_training_draws(quick, tmp_pat
     assert logs[0] == logs[1] != logs[2]
 
 
-def test_variants_of_the_encoder_are_trained_once_and_gathered(tmp_path, monkeypatch):
-    trained = []
+def test_the_word_of_another_run_is_what_one_begins_with(backbone, quick, tmp_path):
+    quick(tmp_path / "one", steps=1)
+    state = load_file(tmp_path / "one" / "word.safetensors")
+    assert {key.split(".")[0] for key in state} == {"fusion", "token_head", "zero_shot_weight"}
+    assert abs(state["zero_shot_weight"]) < 0.01 and state["token_head.out.bias"].abs().max() > 0
+    encoder = TuningEncoder.from_backbone(backbone, EncoderConfig(width=32, rank=2), seed=1)
+    train_encoder.read_word(encoder, tmp_path / "one" / "word.safetensors")
+    for key, x in state.items():
+        assert torch.equal(encoder.state_dict()[key], x)
+    quick(tmp_path / "two", steps=1, rank=2, word=tmp_path / "one" / "word.safetensors")
+    assert not (tmp_path / "two" / "word").exists()
 
-    def main(out, seed, **options):
+
+def test_variants_of_the_encoder_are_trained_once_and_gathered(tmp_path, monkeypatch):
+    trained, words = [], []
+
+    def main(out, seed, word, **options):
         trained.append(out.name)
+        words.append(word)
         out.mkdir(parents=True)
         lines = [{"step": s, "minutes": 1.0, "unseen_diffusion": 1 / s} for s in (4, 8)]
         (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -154,6 +118,9 @@ def test_variants_of_the_encoder_are_trained_once_and_gathered(tmp_path, monkeyp
     for _ in range(2):
         encoders.main(tmp_path / "runs", tmp_path / "one.json", steps=8)
     assert len(trained) == len(encoders.RECIPES) == 13
+    by_name = dict(zip(trained, words, strict=True))
+    assert by_name["base"] is by_name["drawings-700"] is None
+    assert by_name["rank-1"] == tmp_path / "runs" / "base" / "word.safetensors"
     found = json.loads((tmp_path / "one.json").read_text())["variants"]
     by_name = {row["name"]: row for row in found}
     assert by_name["base"]["unseen"] == [[4, 0.25], [8, 0.125]]

@@ -162,7 +162,15 @@ def encoder(
     steps: Steps = None,
     minutes: Minutes = None,
     batch_size: BatchSize = None,
-    concepts: Annotated[int | None, typer.Option(parser=whole, help="Learn from so many.")] = None,
+    wide: Annotated[Path | None, typer.Option(help="What `dte world build --wide` wrote.")] = None,
+    count: Annotated[int | None, typer.Option(parser=whole, help="Of drawings.")] = None,
+    word_steps: Annotated[int | None, typer.Option(parser=whole, help="Of the word.")] = None,
+    word: Annotated[
+        Path | None, typer.Option(help="word.safetensors of another run, instead.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(parser=whole, help="Of weights, pictures and noise.")
+    ] = None,
     width: Annotated[int | None, typer.Option(parser=whole, help="Of tokens and queries.")] = None,
     rank: Rank = None,
     regulariser: Annotated[str | None, typer.Option(help="Of v*, as in dte pretrain.")] = None,
@@ -172,13 +180,15 @@ def encoder(
 ) -> None:
     """Train the tuning encoder; writes OUT/encoder. Faster on a GPU than `dte pretrain`."""
     from dte_lab.training import small_world as train_encoder
+    from dte_lab.world.wide import load
 
     options = given(
-        steps=steps, minutes=minutes, batch_size=batch_size, concepts=concepts, width=width,
-        rank=rank, regulariser=regulariser,
+        steps=steps, minutes=minutes, batch_size=batch_size, count=count, word_steps=word_steps,
+        word=word, seed=seed, width=width, rank=rank, regulariser=regulariser,
     )  # fmt: skip
+    drawings = None if wide is None else load(wide)
     train_encoder.main(
-        out, backbone, e4t=e4t, device=device, mixed_precision=mixed_precision, **options
+        out, backbone, drawings, e4t=e4t, device=device, mixed_precision=mixed_precision, **options
     )
 
 

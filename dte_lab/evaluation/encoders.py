@@ -1,6 +1,6 @@
 """Encoders that differ in one thing, pre-trained with one budget: what does each thing bring?
 
-    python -m dte_lab.evaluation.encoders --runs DIR --out results/encoders.json [--device cuda]
+    python -m dte_lab.evaluation.encoders --runs DIR --wide CACHE --out results/encoders.json
 
 Trains each of RECIPES, or of those that are named, into DIR/NAME unless it lies there, further
 seeds into DIR/NAME-seed1 and so on. Gathers their errors on things that no training saw: the
@@ -26,13 +26,15 @@ from dte_lab.evaluation.specifications import ANCHORS
 from dte_lab.hypernetwork import count_parameters
 from dte_lab.lora import projection_shapes
 from dte_lab.training import small_world as train_encoder
+from dte_lab.world.wide import load
 
 # The paper's next check 3, open question 1, and what its contrastive term is compared with. `base`
-# is a member of each group: rank 4, all 702 concepts, contrastive.
+# is a member of each group: rank 4, all drawings, contrastive. Those that differ in more than what
+# v* is made of learn its word anew; the others begin with the base's.
 RECIPES = {
     "base": {},
     **{f"rank-{r}": {"rank": r} for r in (1, 2, 8, 16, "full")},
-    **{f"concepts-{n}": {"concepts": n} for n in (50, 100, 200, 400)},
+    **{f"drawings-{n}": {"count": n} for n in (150, 700, 2000, 6000)},
     **{f"regulariser-{r}": {"regulariser": r} for r in ("none", "l2", "nearest")},
 }
 
@@ -99,11 +101,15 @@ def main(
     out: Annotated[Path, typer.Option(help="The results' file.")] = Path("results/encoders.json"),
     variants: Annotated[str, typer.Option(help="Names with commas between.")] = ",".join(RECIPES),
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 1,
-    steps: Annotated[int, typer.Option(min=1, help="Of pre-training.")] = 680,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pairs a step.")] = 128,
+    wide: Annotated[Path | None, typer.Option(help="What `dte world build --wide` wrote.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Of pre-training.")] = 400,
+    word_steps: Annotated[int, typer.Option(min=1, help="Of the word, before.")] = 600,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pairs a step.")] = 32,
     device: str = "cpu",
+    mixed_precision: str = "no",
 ) -> None:
     """Train and compare the encoders."""
+    drawings = None if wide is None else load(wide)
     names = dict.fromkeys(["base", *variants.split(",")])
     if unknown := names.keys() - RECIPES.keys():
         raise typer.BadParameter(f"no variant {unknown.pop()!r}: take of {', '.join(RECIPES)}.")
@@ -111,9 +117,13 @@ def main(
     for name, seed in chosen:
         run = folder(runs, name, seed)
         if not (run / train_encoder.BY_CONCEPT).is_file():
+            own_word = name == "base" or "count" in RECIPES[name]
+            word = None if own_word else folder(runs, "base", seed) / train_encoder.WORD
             train_encoder.main(
-                run, steps=steps, batch_size=batch_size, seed=seed, device=device, **RECIPES[name]
-            )
+                run, wide=drawings, steps=steps, word_steps=word_steps, word=word,
+                batch_size=batch_size, seed=seed, device=device,
+                mixed_precision=mixed_precision, **RECIPES[name],
+            )  # fmt: skip
     shapes = projection_shapes(load_backbone("small").unet)
     config = json.loads((runs / "base" / "config.json").read_text())
     settings = {key: config[key] for key in ("batch_size", "learning_rate")}
