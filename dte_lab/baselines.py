@@ -30,6 +30,7 @@ from dte_lab.encoder import EncoderPrediction
 from dte_lab.lora import Offsets, projection_shapes
 from dte_lab.objective import Batch, objective
 from dte_lab.pipeline import DTEPipeline
+from dte_lab.setting import picture_prompts
 from dte_lab.tuning import Parameters, draw_batch
 
 PROMPT = f"a picture of {placeholder_token}"
@@ -193,7 +194,7 @@ def _fit(
     generator = stream(run.seed, "tuning")
     latents = backbone.encode_images(run.pixels).float()  # (n, C, h, w)
     kept = prior_latents(run, prior, method) if prior is not None and steps[-1] > 0 else None
-    prompts = (PROMPT.replace(placeholder_token, phrase),)
+    prompts = picture_prompts(backbone, run.pixels, phrase)
 
     concepts, losses = {}, []
     for step in range(steps[-1] + 1):
@@ -206,7 +207,9 @@ def _fit(
             concepts[step] = _concept(state, backbone.name, method, info)
         if step == steps[-1]:
             break
-        batch = draw_batch(backbone, latents, prompts, step, config.batch_size, generator)
+        batch = draw_batch(
+            backbone, latents, prompts, step, config.batch_size, generator, matched=True
+        )
         if kept is not None:
             more = draw_batch(backbone, kept, (PROMPT,), step, config.batch_size, generator)
             batch, state = _both(batch, more), _with_prior(state, prior, config.batch_size)

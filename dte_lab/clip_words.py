@@ -22,9 +22,24 @@ WORD_CLIP = "word_clip"  # of an encoder: the words' embeddings
 
 
 @torch.no_grad()
-def word_clip_embeddings(
-    backbone: Backbone, table: TokenTable, batch_size: int = 256
-) -> Float[Tensor, "words embed"]:
+def clip_embeddings(
+    backbone: Backbone, texts: list[str], batch_size: int = 256
+) -> Float[Tensor, "texts embed"]:
+    """CLIP's unit embeddings of texts, for a backbone that has a projection."""
+    embeddings = []
+    starts = range(0, len(texts), batch_size)
+    for i in tqdm(starts, desc="words", disable=len(starts) < 50):  # a large vocabulary takes time
+        # Attention is causal, so padding behind the end token would change nothing.
+        batch = backbone.tokenizer(
+            texts[i : i + batch_size], padding=True, truncation=True, return_tensors="pt"
+        )
+        embeds = backbone.text_encoder(input_ids=batch.input_ids.to(backbone.device)).text_embeds
+        embeddings.append(F.normalize(embeds.float(), dim=-1))
+    return torch.cat(embeddings)  # (n, p)
+
+
+@torch.no_grad()
+def word_clip_embeddings(backbone: Backbone, table: TokenTable) -> Float[Tensor, "words embed"]:
     """Unit CLIP embeddings of "a picture of a WORD" for the table's words.
 
     Those of Stable Diffusion 1.5 are kept beside the hub's files: on a CPU they take half an hour.
@@ -38,16 +53,7 @@ def word_clip_embeddings(
     cache = _cache_file(backbone, table)
     if (kept := _read_cache(cache, backbone, table)) is not None:
         return kept.to(backbone.device)
-    embeddings = []
-    starts = range(0, len(table), batch_size)
-    for i in tqdm(starts, desc="words", disable=len(starts) < 50):  # a large vocabulary takes time
-        texts = [f"a picture of a {word}" for word in table.words[i : i + batch_size]]
-        # Attention is causal, so padding behind the end token would change nothing.
-        batch = backbone.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-        ids = batch.input_ids
-        embeds = backbone.text_encoder(input_ids=ids.to(backbone.device)).text_embeds
-        embeddings.append(F.normalize(embeds.float(), dim=-1))
-    found = torch.cat(embeddings)  # (n, p)
+    found = clip_embeddings(backbone, [f"a picture of a {word}" for word in table.words])
     if cache is not None:
         with suppress(OSError):  # where the cache is full or not ours, it is no loss
             write_atomically(cache, save({"word_clip": found.cpu()}))

@@ -1,8 +1,7 @@
 """Tuning a prediction on the concept's own pictures: 12 optimisation steps, or any other number.
 
-(paper: "up to 12 optimization steps"; what is optimised and how is not known. Ours: AdamW on the
-predicted v*, A and B themselves, or on the weights that predict them, with the pre-training
-objective.)
+(paper: "up to 12 optimization steps"; what is optimised and how is not known. Ours: AdamW on v*, A
+and B themselves, or on the weights that predict them, with the pre-training objective.)
 """
 
 import copy
@@ -34,6 +33,7 @@ from dte_lab.features import ImageFeatures
 from dte_lab.lora import is_whole
 from dte_lab.objective import Batch, objective
 from dte_lab.recommended import Recommended
+from dte_lab.setting import picture_prompts
 from dte_lab.tokens import PromptEncoder
 
 TRAINABLE = ("predictions", "heads", "encoder")
@@ -51,8 +51,7 @@ class TuneConfig:
     in units of a word's typical embedding entry, `encoder_learning_rate` is that of heads and
     encoder. After `constant_steps` the rates fall linearly, to reach zero at `num_steps`; None
     keeps them, so that a run passes through the results of all shorter ones. `prompts` are taken in
-    turn.
-
+    turn; None for "a picture of S*" with what else each picture shows, see setting.py.
     Raises DTEError for a value that means nothing.
     """
 
@@ -63,7 +62,7 @@ class TuneConfig:
     offset_learning_rate: float = 6e-3
     encoder_learning_rate: float = 1e-3
     constant_steps: int | None = None
-    prompts: tuple[str, ...] = ("a picture of S*",)
+    prompts: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         check_whole("num_steps", self.num_steps, 0)
@@ -77,7 +76,7 @@ class TuneConfig:
         if isinstance(self.prompts, list):  # JSON knows lists only
             self.prompts = tuple(self.prompts)
         texts = isinstance(self.prompts, tuple) and all(isinstance(p, str) for p in self.prompts)
-        if not texts or not self.prompts:
+        if self.prompts is not None and (not texts or not self.prompts):
             raise DTEError(f"prompts are one or more texts in a tuple, not {self.prompts!r}.")
 
     @classmethod
@@ -142,9 +141,9 @@ def tune(
 
     bank: negatives, see `regularise`. callback: called after each step with a dict of step, the
     losses, v_star and offsets (detached copies, as the losses found them). encoder: the one that
-    predicted, from the same pictures and seed, where more than the predictions is tuned; it stays
-    as it is, a copy is tuned. Its static features are computed once. The same seed gives the same
-    result on the same machine. masks: from 0 to 1, where the thing is; elsewhere no error counts.
+    predicted, from the same pictures and seed, where more than the predictions is tuned; a copy of
+    it is. masks: from 0 to 1, where the thing is; elsewhere no error counts. The same seed gives
+    the same result on the same machine.
     If the loss or a gradient stops being finite, tuning ends with a warning and returns the last
     state whose loss was finite. In fp16 a gradient may overflow because the loss was scaled: then
     the step is left out and the scale halved, until it is 1.
@@ -158,10 +157,11 @@ def tune(
     rates = [group["lr"] for group in optimizer.param_groups]
     scaler = torch.amp.GradScaler(backbone.device.type, LOSS_SCALE, enabled=half)
     latents = backbone.encode_images(images).float()  # (n, C, h, w)
+    matched, prompts = not config.prompts, config.prompts or picture_prompts(backbone, images)
     losses, finite, generator = [], True, stream(seed, "tuning")
     for step in tqdm(range(config.num_steps), desc="tuning", disable=not progress):
         batch = draw_batch(
-            backbone, latents, config.prompts, step, config.batch_size, generator, masks
+            backbone, latents, prompts, step, config.batch_size, generator, masks, matched
         )
         optimizer.zero_grad()
         state = tuned.predict()
@@ -207,15 +207,18 @@ def draw_batch(
     batch_size: int,
     generator: torch.Generator,
     masks: Float[Tensor, "pictures 1 rows columns"] | None = None,
+    matched: bool = False,
 ) -> Batch:
     """What a step of tuning sees of latents: pictures and prompts in turn, noise, timesteps.
 
+    matched: the prompts are those of the pictures, in their order.
     One timestep lies in each of `batch_size` equal bins of the T timesteps: far less variance than
     with independent ones. Which picture and which prompt meet which bin is drawn anew each step.
     """
     B, T = batch_size, len(backbone.alphas_cumprod)
     picture = in_turn(step, B, generator).to(latents.device) % len(latents)
-    prompt = [prompts[i % len(prompts)] for i in in_turn(step, B, generator).tolist()]
+    turns = in_turn(step, B, generator)
+    prompt = [prompts[i % len(prompts)] for i in (picture if matched else turns).tolist()]
     t = (torch.arange(B) + torch.rand(B, generator=generator)) / B * T
     t = t.long().clamp(max=T - 1)  # in fp32 the sum may round up to B
     noise = torch.randn((B, *latents.shape[1:]), generator=generator)

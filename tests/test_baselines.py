@@ -22,6 +22,7 @@ from dte_lab.config import single_path
 from dte_lab.e4t import E4TEncoder, load_e4t
 from dte_lab.evaluation.measures import diffusion_loss
 from dte_lab.objective import diffusion_target, objective
+from dte_lab.setting import picture_prompts
 from dte_lab.training.pretrain import PretrainConfig, pretrain
 from dte_lab.world.data import rendered
 
@@ -52,7 +53,8 @@ def test_first_step_of_textual_inversion_is_adam_on_the_plain_unet(pipe, pixels)
     torch.randperm(2, generator=generator), torch.randperm(2, generator=generator)
     t = ((torch.arange(2) + torch.rand(2, generator=generator)) / 2 * 1000).long()
     noise = torch.randn(latents.shape, generator=generator)
-    text = pipe.prompt_encoder(["a picture of S*"] * 2, v_star)
+    [prompt] = picture_prompts(pipe.backbone, pixels)
+    text = pipe.prompt_encoder([prompt] * 2, v_star)
     output = backbone.unet(add_noise(backbone, latents, noise, t), t, text).sample
     F.mse_loss(output, diffusion_target(backbone, latents, noise, t)).backward()
     lr = CONFIG.token_learning_rate * table.embeddings.square().mean().sqrt()
@@ -152,7 +154,9 @@ def test_lora_sees_the_rare_word_and_its_class_the_prior_the_class_alone(pipe, p
     for prior in (False, True):
         concept = dreambooth_lora(pipe, pixels, [0, 1], config=CONFIG, prior=prior)[0]
         state, batch, method = seen.pop()
-        assert batch.prompts == [f"a picture of S* {word}"] * 2 + ["a picture of S*"] * 2 * prior
+        [own] = picture_prompts(pipe.backbone, pixels, f"S* {word}")
+        assert own.startswith(f"a picture of S* {word} ")
+        assert batch.prompts == [own] * 2 + ["a picture of S*"] * 2 * prior
         rare = state.v_star[:1]
         assert torch.equal(rare, concept.v_star)
         length = pipe.prompt_encoder.table.embeddings.norm(dim=1).mean()
@@ -219,7 +223,7 @@ def test_e4t_keeps_v_star_near_the_class_word(tiny_backbone, tiny_pixels, seen):
     e4t(pipe, tiny_pixels[:1], [1], config=CONFIG)
     [(state, batch, method)] = seen
     assert method.regulariser == "l2" and method.alpha_blend == 1
-    assert batch.prompts == ["a picture of S*"] * 2
+    assert batch.prompts == [*picture_prompts(tiny_backbone, tiny_pixels[:1])] * 2
     expected = encoder.predict(tiny_backbone, tiny_pixels[:1]).class_word
     assert torch.equal(state.class_word, expected)
 

@@ -28,6 +28,7 @@ from dte_lab.cli.app import main  # noqa: E402
 from dte_lab.onnx_parts import export as export_module  # noqa: E402
 from dte_lab.onnx_parts.export import PART_NAMES, export_onnx  # noqa: E402
 from dte_lab.onnx_parts.parts import Layout  # noqa: E402
+from dte_lab.onnx_parts.tuning import TUNING_PROMPTS  # noqa: E402
 
 page_tool = pytest.importorskip("tools.page", reason="needs a checkout")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -191,7 +192,7 @@ def test_twelve_steps_of_tuning_end_at_the_same_concept(pipe, graphs, picture, p
     backbone, layout = pipe.backbone, Layout.of(pipe.encoder)
     masks = torch.zeros(1, 1, *picture.shape[2:])
     masks[..., :40, 16:] = 1
-    config = TuneConfig.of(backbone.recommended)
+    config = TuneConfig.of(backbone.recommended, prompts=TUNING_PROMPTS)
     result = tune(
         backbone, pipe.prompt_encoder, predicted, picture, pipe.encoder.method, config,
         bank=(pipe.encoder.bank, pipe.encoder.bank_concepts), seed=2, progress=False,
@@ -410,7 +411,7 @@ def test_a_drawn_thing_is_predicted_tuned_and_drawn_as_in_python(page, random_pi
     drawn(page)
     result = tune(
         pipe.backbone, pipe.prompt_encoder, predicted, pixels, pipe.encoder.method,
-        TuneConfig.of(pipe.backbone.recommended), seed=0, progress=False,
+        TuneConfig.of(pipe.backbone.recommended, prompts=TUNING_PROMPTS), seed=0, progress=False,
         bank=(pipe.encoder.bank, pipe.encoder.bank_concepts),
     )  # fmt: skip
     v, offsets = fields(page, "v", "offsets")

@@ -36,7 +36,7 @@ from dte_lab.onnx_parts.parts import (
     unet_part,
     words_part,
 )
-from dte_lab.onnx_parts.tuning import TERMS, tune_part, tuning_prompts
+from dte_lab.onnx_parts.tuning import TERMS, TUNING_PROMPTS, tune_part
 from dte_lab.pipeline import DTEPipeline
 from dte_lab.tuning import TuneConfig
 
@@ -131,7 +131,7 @@ def describe(pipe: DTEPipeline, parts: list[Part]) -> dict:
         "alpha_blend": encoder.method.alpha_blend,
         "guidance_scale": usual.guidance_scale,
         "tuning": {
-            "prompt": tuning_prompts()[0],
+            "prompt": TUNING_PROMPTS[0],
             "terms": list(TERMS),
             "num_steps": usual.num_steps,
             "constant_steps": config.constant_steps,

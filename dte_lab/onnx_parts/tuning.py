@@ -14,12 +14,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch._decomp import get_decompositions
 
+from dte_lab import placeholder_token
 from dte_lab.encoder import EncoderPrediction
 from dte_lab.objective import Batch, objective
 from dte_lab.onnx_parts.parts import Layout, Part, example_v_star
 from dte_lab.pipeline import DTEPipeline
 from dte_lab.tokens import PromptTokens
-from dte_lab.tuning import TuneConfig
 
 TERMS = ("loss", "diffusion", "regulariser")
 aten = torch.ops.aten
@@ -36,6 +36,10 @@ def gradient_decompositions() -> dict[torch._ops.OpOverload, Callable]:
         aten.mse_loss_backward.default: _mse_loss_backward,
         aten.convolution_backward.default: _convolution_backward,
     }
+
+
+# `TuneConfig.prompts` of the graph: without CLIP's texts, no setting can be named (setting.py).
+TUNING_PROMPTS = (f"a picture of {placeholder_token}",)
 
 
 def tune_part(pipe: DTEPipeline) -> Part:
@@ -75,7 +79,7 @@ def tune_part(pipe: DTEPipeline) -> Part:
         )
         return torch.cat([total[None], rest]), of_v, of_offsets
 
-    ids, slots = (x.int() for x in pipe.prompt_encoder.tokenize(tuning_prompts()))
+    ids, slots = (x.int() for x in pipe.prompt_encoder.tokenize(TUNING_PROMPTS))
     shape = backbone.latent_shape
     inputs = {
         "v_star": example_v_star(pipe),
@@ -88,12 +92,6 @@ def tune_part(pipe: DTEPipeline) -> Part:
         "weights": torch.ones(1, 1, *shape[1:]),
     }
     return Part("tune", step, inputs, ("terms", "v_star_gradient", "offsets_gradient"))
-
-
-def tuning_prompts() -> tuple[str]:
-    """The one prompt that a picture is tuned with."""
-    (prompt,) = TuneConfig().prompts
-    return (prompt,)
 
 
 def one_prompt(pipe: DTEPipeline, batch_size: int) -> SimpleNamespace:
