@@ -126,3 +126,15 @@ def test_a_concept_of_another_backbone(concept, tiny_backbone):
     concept.v_star = torch.zeros(1, 23)
     with pytest.raises(ValueError, match="v\\* has shape"):
         concept.check(tiny_backbone)
+
+
+def test_a_word_or_the_weights_alone(tiny_offsets):
+    concept = Concept(torch.full((1, 24), 2.0), tiny_offsets(), "tiny", info={"seed": 7})
+    word = concept.word_alone()
+    assert word.v_star is concept.v_star and word.info == concept.info
+    for key, (a, b) in word.offsets.items():
+        assert torch.equal(a, concept.offsets[key][0]) and not b.any()
+        assert concept.offsets[key][1].any(), "the concept itself keeps its offsets"
+    weights = concept.weights_alone(torch.full((1, 24), 3.0, dtype=torch.float64))
+    assert weights.offsets is concept.offsets and concept.v_star[0, 0] == 2
+    assert torch.equal(weights.v_star, torch.full((1, 24), 3.0))

@@ -81,6 +81,7 @@ def test_masked_batch_without_any_negative_is_finite():
 def test_norm_loss():
     v = torch.tensor([[3.0, 4.0], [0.0, 10.0]])
     assert norm_loss(v, 5.0).item() == (1 + 4) / 2
+    assert norm_loss(v, 5.0, free=1.5).item() == pytest.approx((0 + 0.25) / 2)
 
 
 @pytest.fixture(scope="module")

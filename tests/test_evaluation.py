@@ -14,6 +14,7 @@ from PIL import Image
 
 from dte_lab import Concept, DTEPipeline
 from dte_lab.cli import main
+from dte_lab.common.errors import DTEError
 from dte_lab.common.images import to_pil
 from dte_lab.common.processes import in_processes
 from dte_lab.common.stats import interval
@@ -37,7 +38,7 @@ from dte_lab.evaluation.run import EvaluationConfig
 from dte_lab.evaluation.specifications import parse
 from dte_lab.evaluation.trials import Sampling, Trial, anchor_trial, rows_of, trials
 from dte_lab.world.scenes import SCENES
-from dte_lab.world.sprites import STYLES, sprite
+from dte_lab.world.sprites import STYLES, split_names, sprite, unseen_names
 
 
 def test_every_test_concept_is_asked_twelve_edits_that_its_picture_does_not_show():
@@ -410,7 +411,7 @@ def test_scene_edits_tell_the_scene_and_style_edits_the_truth():
         assert cell[measure] == pytest.approx(expected + 0.1 * i), measure
     assert cell["seconds"] == 7 and "loss" not in cell
     clip = {name: cell[name] for name in ("clip_i_small", "clip_t_small")}
-    assert cell["fidelity_small"] == pytest.approx(2 * 0.02 * 0.32 / 0.34), clip
+    assert cell["fidelity_small"] == pytest.approx(2 * 0.02 * 0.42 / 0.44), clip
 
 
 def test_stored_results_are_read_as_they_were_summarised():
@@ -454,3 +455,19 @@ def test_export_from_the_command_line(tiny_backbone, tiny_offsets, tmp_path, cap
     assert not exit_.value.code
     assert len(list((tmp_path / "out").iterdir())) == 3
     assert "load_lora_weights" in capsys.readouterr().out
+
+
+def test_the_split_of_the_unseen_style():
+    chosen = items(71, "fxemoji")
+    assert [item.name for item in chosen] == unseen_names()
+    assert {item.style for item in chosen} == {"fxemoji"}
+    assert {item.scene for item in chosen} == {"white", "grass", "table"}
+    others = chosen[5].others
+    assert len(others) == 70 and chosen[5].name not in {item.name for item in others}
+    assert {(item.style, item.scene) for item in others} == {("fxemoji", chosen[5].scene)}
+    styles = [edit.style for edit in edits(chosen[5]) if edit.is_style]
+    assert styles == ["noto", "twemoji", "fluent"]
+    own = items(60, "test")[7]
+    assert [item.name for item in own.others] == [n for n in split_names("test") if n != own.name]
+    with pytest.raises(DTEError, match="use one of .*test, train, val, fxemoji"):
+        items(2, "openmoji")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dte_lab import Concept, DTEPipeline, MethodConfig
+from dte_lab.evaluation import edits as edits_module
 from dte_lab.evaluation import measures
 from dte_lab.evaluation.edits import Edit, Item, edits, items, truth
 from dte_lab.evaluation.measures import LOSSES, PICTURE_MEASURES, Measures, diffusion_loss
@@ -71,8 +72,8 @@ def judges(monkeypatch):
     monkeypatch.setattr(
         measures, "classify_scene", lambda x: (100 * x[:, 0, 0, 0]).round().int().numpy()
     )
-    monkeypatch.setattr(measures, "split_names", lambda split: ["cat", *OTHERS])
-    judges.see = clip.features
+    monkeypatch.setattr(edits_module, "split_names", lambda split: ["cat", *OTHERS])
+    judges.see, judges.mean_norm = clip.features, 4.0
     return judges
 
 
@@ -89,6 +90,17 @@ def in_mask(picture, style):
     """The object region of (3, 64, 64), grey elsewhere, from the sprite's own alpha."""
     mask = sprite("cat", style, 48)[..., 3] > 0.1
     return torch.from_numpy(np.where(mask, picture[:, 8:56, 8:56].numpy(), 0))[None], mask
+
+
+def borders_by_loops(x):
+    """Cells of 16 px; the sprite's box is 8 to 55."""
+    across, elsewhere = [[], []], [[], []]
+    for axis in (1, 2):
+        for i in range(9, 56):
+            a, b = (np.take(x, k, axis=axis) for k in (i - 1, i))
+            change = np.abs(a - b)[:, 8:56].mean()
+            (across if i % 16 == 0 else elsewhere)[axis - 1].append(change)
+    return sum(map(np.mean, across)) / sum(map(np.mean, elsewhere))
 
 
 def test_measures_of_pictures_are_their_formulas(judges):
@@ -120,6 +132,8 @@ def test_measures_of_pictures_are_their_formulas(judges):
             strange = [cosine(region(x, "noto"), region(o[0], "noto")) for o in others]
             expected["identity"].append(identity)
             expected["identity_margin"].append(identity - np.mean(strange))
+            expected["nearest"].append(identity > max(strange))
+            expected["borders"].append(borders_by_loops(x.numpy()))
             expected["clip_i_small"].append(cosine(judges.see(x[None])[0], judges.see(given)[0]))
             expected["clip_t_small"].append(cosine(judges.see(x[None])[0], text))
             expected["scene"].append(right[i][s])
@@ -151,7 +165,9 @@ def test_another_item_is_compared_with_its_own_others(judges):
 
 
 def test_words_are_compared_with_the_name(judges):
-    found = judges.words("cat", ["dog", "pug", "tax"])
+    v_star = torch.tensor([[3.0, 0, 0, 4.0]])
+    found = judges.words("cat", ["dog", "pug", "tax"], v_star)
+    assert found["word_norm"] == 5 / 4
     words = ["cat", "dog", "pug", "tax"]
     captions = [f"a picture of {x}" for x in ("a cat", "a dog", "pug", "tax")]
     for name, judge, texts in (
@@ -161,7 +177,7 @@ def test_words_are_compared_with_the_name(judges):
         own, *nearest = judge.embed(texts)
         expected = np.mean([float(own @ word) for word in nearest])
         assert found[name] == pytest.approx(expected, abs=1e-6), name
-    assert judges.words("cat", []) == {}
+    assert judges.words("cat", [], v_star) == {}
 
 
 def test_prompts_hold_the_phrase_of_the_concept():
@@ -178,9 +194,9 @@ def test_measures_prefer_the_truth(tiny_backbone, monkeypatch):
         measures.Judge, "text", lambda self, texts: torch.full((len(texts), 12), 12**-0.5)
     )
     names = [item.name for item in items(60)[::10]]
-    monkeypatch.setattr(measures, "split_names", lambda split: names)
-    judges = Measures(tiny_backbone)
     item, other = items(60)[4], items(60)[11]
+    monkeypatch.setattr(edits_module, "split_names", lambda split: names)
+    judges = Measures(tiny_backbone)
     asked = edits(item, ("beach", "red"))
     true = torch.stack([torch.stack([truth(item, e, 100 + s) for s in (0, 1)]) for e in asked])
     wrong = torch.stack(
@@ -193,7 +209,7 @@ def test_measures_prefer_the_truth(tiny_backbone, monkeypatch):
         assert g["truth_similarity"] > 0.98
         assert b["diversity"] == pytest.approx(0, abs=1e-5)
     assert [b["scene"] for b in bad[:2]] == [0, 0]  # white pictures where beach and red were asked
-    near, far = judges.words("kitten", ["cat"]), judges.words("kitten", ["tax"])
+    near, far = (judges.words("kitten", [word], torch.ones(1, 24)) for word in ("cat", "tax"))
     assert near["word_similarity"] > far["word_similarity"] + 0.2
 
 

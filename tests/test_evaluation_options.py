@@ -107,10 +107,10 @@ def methods(tiny_backbone, encoder, tmp_path_factory):
 # Beside what each option acts: the rest of the specification, and the value to try.
 ACTS = {
     "dte": {
-        "encoder": ("", "other"), "rank": ("", 1),
+        "encoder": ("", "other"), "rank": ("", 1), "part": ("", "word"),
         "alpha_blend": ("", 0.3), "offsets_on": ("", "hard"), "granularity": ("", "block"),
         "regulariser": ("", "l2"), "num_positives": ("", 2), "temperature": ("", 1),
-        "contrastive_weight": ("", 1), "norm_weight": ("", 1),
+        "contrastive_weight": ("", 1), "norm_weight": ("", 1), "norm_free": ("", 0),
         "regulariser_weight": ("@regulariser=gaussian", 1),
         "prediction_interval": ("", 1), "unconditional_offsets": ("", "false"),
         "trainable": ("", "heads"), "batch_size": ("", 3), "token_learning_rate": ("", 0.01),
@@ -163,7 +163,7 @@ def test_every_option_that_is_accepted_changes_something(made, name, option):
 def test_the_fields_of_the_settings_are_options_or_not_read_by_the_method():
     known = {f.name for c in (MethodConfig, TuneConfig) for f in fields(c)}
     known -= {"num_steps", "constant_steps"}  # all numbers of steps come from one run
-    assert set(OPTIONS["dte"]) == known | {"encoder", "rank"}
+    assert set(OPTIONS["dte"]) == known | {"encoder", "rank", "part"}
     assert set().union(*BASELINE_OPTIONS.values()) == {f.name for f in fields(BaselineConfig)}
     assert ACTS.keys() == OPTIONS.keys() - {"oracle", "other"}
     assert all(set(ACTS[name]) == set(OPTIONS[name]) for name in ACTS)
@@ -175,6 +175,8 @@ def test_the_fields_of_the_settings_are_options_or_not_read_by_the_method():
         ("dte@regulariser_weight=1:2", "regulariser=contrastive does not read it"),
         ("dte@regulariser=none@temperature=1:2", "temperature.*regulariser=none"),
         ("dte@regulariser=l2@norm_weight=1:2", "norm_weight.*regulariser=l2"),
+        ("dte@regulariser=l2@norm_free=0:2", "norm_free.*regulariser=l2"),
+        ("dte@norm_weight=0@norm_free=0:2", "norm_free.*no weight"),
         ("dte@regulariser=l2@temperature=1:2", "temperature.*regulariser=l2"),
         ("dte@regulariser=hinge@temperature=1:2", "temperature.*regulariser=hinge"),
         ("dte@contrastive_weight=0@num_positives=3:2", "num_positives.*no weight"),
@@ -292,3 +294,21 @@ def test_an_experiment_leaves_out_what_cannot_run(tiny_backbone, tiny_encoder):
         assert methods.experiment("rank") == ["dte@rank=1:0,12", "dte@rank=2:0,12"]
     with pytest.raises(DTEError, match="Unknown experiment 'tabel'"):
         methods.experiment("tabel")
+
+
+def test_a_part_is_drawn_alone(methods, tiny_pixels):
+    """The whole is tuned; then one part of it is left out."""
+    pixels = (tiny_pixels[:1] * 127).round() / 127.5
+
+    def concept(text):
+        return methods.concepts(parse(text), pixels, seed=1)[2]
+
+    whole, word, weights = (concept(f"dte{part}:2") for part in ("", "@part=word", "@part=weights"))
+    assert torch.equal(word.v_star, whole.v_star)
+    for key, (a, b) in whole.offsets.items():
+        assert torch.equal(weights.offsets[key][0], a) and torch.equal(weights.offsets[key][1], b)
+        assert b.any() and not word.offsets[key][1].any()
+    nothing = methods.pipe.prompt_encoder.word("thing")
+    assert torch.equal(weights.v_star, nothing) and not torch.equal(nothing, whole.v_star)
+    with pytest.raises(DTEError, match="part is one of word, weights"):
+        parse("dte@part=both:2")

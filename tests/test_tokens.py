@@ -155,3 +155,12 @@ def test_tokens_are_encoded_as_their_prompts(encode):
     assert torch.equal(encode.encode(swapped, v.flip(0)), encode(prompts, v).flip(0))
     two = encode.tokenize(["a S*"], 2)
     assert two.slots[0, :4].tolist() == [-1, -1, 0, 1]
+
+
+def test_a_word_is_the_mean_of_its_tokens(tiny_backbone):
+    encoder = PromptEncoder(tiny_backbone)
+    rows = tiny_backbone.text_encoder.get_input_embeddings().weight
+    ids = tiny_backbone.tokenizer("blue cat").input_ids[1:-1]
+    assert len(ids) > 1
+    expected = sum(rows[i] for i in ids) / len(ids)
+    torch.testing.assert_close(encoder.word("blue cat"), expected[None].detach())

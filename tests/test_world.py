@@ -33,7 +33,7 @@ from dte_lab.world.pairs import (
     vary,
 )
 from dte_lab.world.scenes import COLOURS, OFFSET, SPRITE_PX, background, compose
-from dte_lab.world.sprites import sprite
+from dte_lab.world.sprites import UNSEEN_STYLE, sprite, unseen_names
 from dte_lab.world.training import TrainConfig, muon_optimizer, schedule, train
 from dte_lab.world.words import grammar_words
 
@@ -441,3 +441,16 @@ def test_words_of_the_grammar_are_those_of_captions():
     assert {"picture", "background", "beach", "wooden", "red", *STYLES} <= set(words)
     grammar = {w for s in SCENES for style in STYLES for w in caption("S*", style, s).split()}
     assert set(words) == grammar - {"S*"}
+
+
+def test_the_unseen_style_has_things_that_no_training_saw():
+    names = unseen_names()
+    assert len(names) == len(set(names)) == 71
+    assert {concepts()[name].split for name in names} == {"val", "test"}
+    drawn = sprite("peacock" if "peacock" in names else names[0], UNSEEN_STYLE)
+    assert drawn.shape == (48, 48, 4) and 0.1 < drawn[..., 3].mean() < 0.9
+    assert (drawn[..., :3] <= drawn[..., 3:] + 0.02).all(), "premultiplied"
+    kinds = {sprite(name, UNSEEN_STYLE).tobytes() for name in names}
+    assert len(kinds) == 71, "each its own"
+    with pytest.raises(DTEError, match="There is no red apple in the style 'fxemoji'"):
+        sprite("red apple", UNSEEN_STYLE)

@@ -40,6 +40,9 @@ def evaluate(
     split: Annotated[
         str, typer.Option(help="test; val to choose settings on; fxemoji, an unseen style.")
     ] = "test",
+    scene: Annotated[
+        list[str] | None, typer.Option(help="Ask for this one; repeatable; by default for ten.")
+    ] = None,
     seeds: Annotated[int, typer.Option(parser=whole, help="Pictures per edit.")] = 2,
     backbone: SmallBackbone = "small",
     encoder: Encoder = None,
@@ -57,6 +60,8 @@ def evaluate(
         from dte_lab.evaluation.specifications import methods_of
 
         config = EvaluationConfig(seeds=seeds, split=split, concepts=concepts)
+        if scene:
+            config = replace(config, scenes=tuple(scene))
         if quick:
             config = replace(config, concepts=6, scenes=QUICK_SCENES, num_inference_steps=10)
         check_run(method or methods_of(name), config, processes)  # before anything is loaded

@@ -24,7 +24,10 @@ from dte_lab.evaluation.judges import ImageJudge, SentenceJudge
 from dte_lab.features import image_features
 from dte_lab.objective import Batch, objective
 from dte_lab.pipeline import DTEPipeline
+from dte_lab.setting import picture_prompts
+from dte_lab.tokens import TokenTable
 from dte_lab.world.captions import caption
+from dte_lab.world.latents import border_ratio
 from dte_lab.world.scenes import BOX, SCENES
 
 PICTURE_MEASURES = {
@@ -36,11 +39,13 @@ PICTURE_MEASURES = {
     "scene": "share of pictures whose scene, read from the pixels of the border, is the prompt's",
     "truth_similarity": "as identity, but to the true rendering of the edit",
     "truth_rmse": "root mean squared error to the true rendering in the object region, 0 to 1",
+    "borders": "change across the borders of latent cells over change elsewhere, on the thing",
     "diversity": "one minus the mean cosine of the object regions' features between seeds",
 }
 WORD_MEASURES = {
     "word_similarity_small": "mean CLIP text cosine of the concept's name to v*'s nearest words",
     "word_similarity": "the same by a sentence encoder, all-MiniLM-L6-v2",
+    "word_norm": "norm of v* in units of the words' mean norm",
 }
 LOSSES = {
     "loss": "diffusion loss of the input picture, on noise that is the same for all",
@@ -58,6 +63,7 @@ class Measures:
         self.clip = Judge(backbone)
         self.outside = ImageJudge(size=JUDGE_SIZE)
         self.sentences = SentenceJudge()
+        self.mean_norm = TokenTable(backbone).mean_norm
         self._latest: tuple[Item, Tensor] | None = None
 
     def pictures(
@@ -83,6 +89,7 @@ class Measures:
         margin, nearest = identity - to_others.mean(-1), identity > to_others.amax(-1)
         features = features.view(E, S, -1)
         pairs = (features @ features.mT)[:, ~torch.eye(S, dtype=torch.bool)]  # (E, S * (S - 1))
+        borders = border_ratio(x).view(E, S)
         to_truth = [self._to_truth(drawn[i], item, edit) for i, edit in enumerate(edits)]
 
         rows = []
@@ -92,13 +99,15 @@ class Measures:
                 "clip_i_small": clip_i[i], "identity": identity[i], "identity_margin": margin[i],
                 "nearest": nearest[i].double(), "clip_t_small": clip_t[i],
                 "scene": scene[i], "truth_similarity": similarity,
-                "truth_rmse": error, "diversity": 1 - pairs[i],
+                "truth_rmse": error, "borders": borders[i], "diversity": 1 - pairs[i],
             }  # fmt: skip
             rows.append({name: value.mean().item() for name, value in values.items()})
         return rows
 
-    def words(self, name: str, words: Sequence[str]) -> dict[str, float]:
-        """WORD_MEASURES of the words nearest to a v*; nothing where a method learns none."""
+    def words(
+        self, name: str, words: Sequence[str], v_star: Float[Tensor, "1 dim"]
+    ) -> dict[str, float]:
+        """WORD_MEASURES of a v* and the words nearest to it; nothing where a method learns none."""
         if not words:
             return {}
         texts = [caption(text, None, None) for text in [name, *words]]
@@ -106,6 +115,7 @@ class Measures:
         return {
             "word_similarity_small": (small[1:] @ small[0]).mean().item(),
             "word_similarity": (outside[1:] @ outside[0]).mean().item(),
+            "word_norm": v_star.norm().item() / self.mean_norm,
         }
 
     def _features(
@@ -178,7 +188,7 @@ def concept_losses(
     pipe: DTEPipeline, concept: Concept, item: Item, edits: Sequence[Edit]
 ) -> dict[str, float]:
     """LOSSES of a concept."""
-    own = [f"a picture of {phrase_of(concept)}"]
+    own = picture_prompts(pipe.backbone, item.picture(), phrase_of(concept))  # as in tuning
     true = torch.stack([truth(item, edit) for edit in edits])
     return {
         "loss": diffusion_loss(pipe, concept, item.picture(), own),

@@ -47,9 +47,11 @@ class Row:
     scene: float | None = None
     truth_similarity: float | None = None
     truth_rmse: float | None = None
+    borders: float | None = None
     diversity: float | None = None
     word_similarity_small: float | None = None
     word_similarity: float | None = None
+    word_norm: float | None = None
     loss: float | None = None
     loss_elsewhere: float | None = None
     nearest_words: str = ""
@@ -118,16 +120,17 @@ def read_run(folder: Path) -> tuple[dict, list[Row]]:
             raise DTEError(f"{path} has no settings of a run: {AGAIN}.")
     rows = read_csv(table) if table.exists() or summary else []
     if "summary" in document:
-        edits, concepts = defaultdict(list), Counter()
+        edits, concepts, asked = defaultdict(list), Counter(), defaultdict(set)
         for row in rows:
             edits[row.method, row.steps, row.concept].append(row.edit)
-        for method, steps, _ in edits:
+        for (method, steps, concept), names in edits.items():
             concepts[method, steps] += 1
+            asked[concept].add(frozenset(names))  # of every method the same
         try:
             told = {(x["method"], x["steps"]): x["identity"]["n"] for x in summary}
         except (TypeError, LookupError) as error:
             raise DTEError(f"The summary in {path} is damaged: {AGAIN}.") from error
-        alike = len({frozenset(names) for names in edits.values()}) == 1
+        alike = all(len(kinds) == 1 for kinds in asked.values())
         once = all(len(set(names)) == len(names) for names in edits.values())
         if told != concepts or not alike or not once:
             raise DTEError(f"{table} has not the rows of which {path} has the summary: {AGAIN}.")

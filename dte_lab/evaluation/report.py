@@ -165,7 +165,7 @@ HEADINGS = {
     "identity": "similarity to input", "clip_i_small": "CLIP-I (small)",
     "clip_t_small": "CLIP-T (small)",
     "word_similarity": "words (MiniLM)", "word_similarity_small": "words (small CLIP)",
-    "diversity": "diversity", "seconds": "seconds",
+    "word_norm": "norm of v*", "borders": "borders", "diversity": "diversity", "seconds": "seconds",
     "seconds_per_picture": "seconds per picture", "extra_memory_mb": "extra MB",
 }  # fmt: skip
 

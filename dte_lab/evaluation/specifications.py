@@ -214,17 +214,20 @@ def _idle_in_tuning(
         "temperature": ("contrastive",),
         "contrastive_weight": ("contrastive",),
         "norm_weight": ("contrastive", "hinge", "norm"),
+        "norm_free": ("contrastive", "hinge", "norm"),
         "regulariser_weight": ("l2", "nearest", "hinge", "gaussian"),
     }
     for option, kinds in works_with.items():
         if kind not in kinds:
             idle[option] = f"regulariser={kind} does not read it"
-        elif kind == "contrastive" and option != "norm_weight" and not has_bank:
+        elif kind == "contrastive" and not option.startswith("norm") and not has_bank:
             idle[option] = "the encoder knows no other concepts to keep away from"
     weight = method.contrastive_weight if kind == "contrastive" else method.regulariser_weight
     for option in ("num_positives", "temperature"):
         if not weight:
             idle.setdefault(option, "the term has no weight")
+    if not method.norm_weight:
+        idle.setdefault("norm_free", "the term has no weight")
     freely = spec.tuning.trainable == "predictions"
     for option in TUNE_OPTIONS:
         if option.endswith("_learning_rate") and (option == "encoder_learning_rate") == freely:

@@ -112,16 +112,17 @@ def rows_of(
     losses: dict[str, float] | None = None,
 ) -> list[Row]:
     """One row per edit of a trial of the method with this label. losses: LOSSES where measured."""
-    concept, words, seconds = trial.concept, [], None
+    concept, words, seconds, of_words = trial.concept, [], None, {}
     if concept is not None:
         words, seconds = [word for word, _ in concept.nearest_words], concept.seconds
+        of_words = judges.words(item.name, words, concept.v_star)
     return [
         Row(
             method=label, steps=trial.steps, concept=item.name, group=item.group,
             input_style=item.style, input_scene=item.scene, edit=edit.name, is_style=edit.is_style,
             nearest_words=" ".join(words), seconds=seconds,
             seconds_per_picture=trial.seconds_per_picture, extra_memory_mb=trial.extra_memory_mb,
-            **values, **judges.words(item.name, words), **(losses or {}),
+            **values, **of_words, **(losses or {}),
         )
         for edit, values in zip(edits, judges.pictures(trial.pictures, item, edits), strict=True)
     ]  # fmt: skip
