@@ -9,6 +9,8 @@ import pkgutil
 import check_cases
 import pytest
 import torch
+from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell, new_notebook
 
 from dte_lab import checks
 
@@ -72,3 +74,26 @@ def test_an_answer_cannot_change_the_question(name):
         return answer
 
     getattr(checks, name)(careless)
+
+
+def test_a_notebook_shows_one_sentence_and_no_source():
+    """Through a real kernel: what a wrong answer and a skeleton print."""
+    wrong = "def blend(soft, hard, alpha):\n    return soft + hard\nchecks.blend(blend)"
+    missing = wrong.replace("return soft + hard", 'raise NotImplementedError("Write this part.")')
+    sources = ["from dte_lab import checks", wrong, missing]
+    cells = [new_code_cell(source) for source in sources]
+    notebook = new_notebook(cells=cells)
+    NotebookClient(notebook, timeout=120, allow_errors=True).execute()
+    shown = [cell.outputs[0].traceback for cell in notebook.cells[1:]]
+    assert shown == [
+        ["Both paths count in full: weigh them with alpha and 1 - alpha."], ["Write this part."]
+    ]  # fmt: skip
+
+
+def test_a_function_that_stops_is_told_shapes_only_where_there_are_tensors():
+    with pytest.raises(AssertionError, match=r"stopped with KeyError: 3\.$"):
+        checks.steps_needed(lambda curve, level, patience: curve[3])
+    with pytest.raises(
+        AssertionError, match=r"of shapes \(3, 5\), \(4, 5\), \(5, 2\), \(2, 4\)\.$"
+    ):
+        checks.low_rank_offset(lambda x, w, a, b: x @ w)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dte_lab import panels
 from dte_lab.lora import PROJECTIONS, attention_layers
-from dte_lab.panels import quickstart
+from dte_lab.panels import quickstart, shared
 
 
 @pytest.fixture(scope="module")
@@ -142,3 +142,31 @@ def test_figures_leave_pyplot_alone(pictures):
     assert isinstance(quickstart.blend_figure(pictures, 0.5, 1), Figure)
     pyplot = sys.modules.get("matplotlib.pyplot")
     assert pyplot is None or not pyplot.get_fignums()
+
+
+def test_what_was_seen_is_folded_and_escaped(monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda data, raw: shown.append(data))
+    panels.saw("1 < 2.", "So it is.")
+    folded = "<details><summary>What we saw</summary><p>1 &lt; 2. So it is.</p></details>"
+    (data,) = shown
+    assert data == {"text/html": folded, "text/plain": "What we saw: 1 < 2. So it is."}
+
+
+def test_stored_numbers_say_which_model_they_are_of(monkeypatch):
+    monkeypatch.setattr(shared, "WEIGHTS_SINCE", "2026-03-02")
+    said = [panels.measured_with({"date": date}) for date in ("2026-03-01", "2026-03-02")]
+    assert said == ["measured 2026-03-01, former model", "measured 2026-03-02"]
+
+
+def test_a_panel_says_what_went_wrong_where_one_looks(pictures):
+    some = dict(pictures)
+    panel = quickstart.blend_panel(some)
+    del some[1, 0]
+    panel.alpha.value = 1
+    assert "could not be drawn. KeyError: (1, 0)" in panel.view.value
+    assert 'role="alert"' in panel.view.value
+    panel.alpha.value = 0
+    assert panel.view.value.startswith("<img alt=")
+    with pytest.raises(KeyError):
+        quickstart.blend_panel({(0, 0): pictures[0, 0], (1, 1): pictures[1, 1]})

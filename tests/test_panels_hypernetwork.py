@@ -131,10 +131,11 @@ def test_encoders_figure_shows_every_seed_the_interval_and_the_longer_run():
 
 
 def test_distances_figure_has_a_line_per_concept_their_mean_and_the_floor():
-    distances = {"cup": [0.4, 0.2, 0.1], "bus": [0.2, 0.2, 0.3]}
+    distances = {"cup": {0: 0.4, 2: 0.2, 8: 0.1}, "bus": {0: 0.2, 2: 0.2, 8: 0.3}}
     (ax,) = ranks.distances_figure(distances, floor=0.05).axes
     drawn = [list(line.get_ydata()) for line in ax.get_lines()]
-    assert all(values in drawn for values in distances.values())
+    assert all(list(values.values()) in drawn for values in distances.values())
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0: v* alone", "2", "8"]
     np.testing.assert_allclose(ax.containers[0][0].get_ydata(), [0.3, 0.2, 0.2])
     assert [0.05, 0.05] in drawn
 

@@ -1,8 +1,8 @@
 """One check per exercise of the notebooks: `checks.NAME(your_function)`.
 
-A check prints one line when the function is right. When it is wrong it raises AssertionError with
-a sentence that says where to look: the known mistakes are recognised by what they return. The
-NotImplementedError of a part not yet written goes through.
+A check prints one line when the function is right. When it is wrong it raises an AssertionError
+with a sentence that says where to look: the known mistakes are recognised by what they return. For
+a part not yet written it is a NotImplementedError. A notebook shows the sentence and no more.
 """
 
 from dte_lab.checks.contrastive import contrastive_loss, cosine_gradient, negatives_mask

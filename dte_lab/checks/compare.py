@@ -1,38 +1,108 @@
 """What all checks share: call the answer on copies, compare, and name the known mistake."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Said:
+    """An exception of which a notebook shows its sentence alone, and not the check's source."""
+
+    def _render_traceback_(self) -> list[str]:  # IPython asks for it
+        return [str(self)]
+
+
+class WrongAnswer(Said, AssertionError):
+    """The answer is not right; the message says where to look."""
+
+
+class NotWritten(Said, NotImplementedError):
+    """The skeleton is as it was."""
 
 
 def call(answer: Callable[..., object], *arguments: object) -> object:
-    """The answer's result; AssertionError says how it stopped, if it did."""
+    """The answer's result; WrongAnswer says how it stopped, if it did, NotWritten that it is none.
+
+    It gets copies of tensors.
+    """
+    return _call(answer, _copies(arguments))
+
+
+def call_thin(answer: Callable[..., object], *arguments: object) -> tuple[object, int]:
+    """`call`, and the number of entries of the largest tensor that it made on the way."""
+    given = _copies(arguments)
+    with LargestTensor() as largest:
+        got = _call(answer, given)
+    return got, largest.numel
+
+
+def _copies(arguments: Sequence[object]) -> list[object]:
+    return [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+
+
+def _call(answer: Callable[..., object], given: Sequence[object]) -> object:
     try:
-        return answer(*(a.clone() if isinstance(a, torch.Tensor) else a for a in arguments))
-    except NotImplementedError:
-        raise
+        return answer(*given)
+    except NotImplementedError as error:
+        raise NotWritten(str(error) or "Write this part, then run the cell.") from None
     except Exception as error:
-        shapes = [tuple(a.shape) for a in arguments if isinstance(a, torch.Tensor)]
-        raise AssertionError(
-            f"Your function stopped with {type(error).__name__}: {error}. "
-            f"It was given tensors of shapes {', '.join(map(str, shapes))}."
+        shapes = [str(tuple(a.shape)) for a in given if isinstance(a, torch.Tensor)]
+        said = f" It was given tensors of shapes {', '.join(shapes)}." if shapes else ""
+        raise WrongAnswer(
+            f"Your function stopped with {type(error).__name__}: {error}.{said}"
         ) from error
 
 
+class LargestTensor(TorchDispatchMode):
+    """Records the number of entries of the largest tensor made inside the block; views are none."""
+
+    numel = 0
+
+    def __torch_dispatch__(
+        self,
+        function: Callable[..., object],
+        types: Sequence[type],
+        args: tuple = (),
+        kwargs: dict | None = None,
+    ) -> object:
+        kwargs = kwargs or {}
+        there = {x.untyped_storage().data_ptr() for x in _tensors((args, kwargs))}
+        out = function(*args, **kwargs)
+        made = (x.numel() for x in _tensors(out) if x.untyped_storage().data_ptr() not in there)
+        self.numel = max([self.numel, *made])
+        return out
+
+
+def _tensors(tree: object) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+def refuse_whole(numel: int, a: Tensor, b: Tensor, advice: str) -> None:
+    """Raise WrongAnswer when a tensor as large as A B was made."""
+    if numel >= (whole := len(a) * b.shape[1]):
+        raise WrongAnswer(
+            f"The number is right, but a tensor with {numel} numbers was made on the way; A B has "
+            f"{whole}. {advice}"
+        )
+
+
 def compare(got: object, expected: object, mistakes: Mapping[str, object], advice: str) -> None:
-    """Raise AssertionError with the mistake whose result `got` is, else with general advice."""
+    """Raise WrongAnswer with the mistake whose result `got` is, else with general advice."""
     if same(got, expected):
         return
     if isinstance(expected, torch.Tensor) and not isinstance(got, torch.Tensor):
-        raise AssertionError(f"Return a tensor; got {type(got).__name__}.")
+        raise WrongAnswer(f"Return a tensor; got {type(got).__name__}.")
     for sentence, wrong in mistakes.items():
         if not same(wrong, expected) and same(got, wrong):
-            raise AssertionError(sentence)
+            raise WrongAnswer(sentence)
     if isinstance(expected, torch.Tensor) and got.shape != expected.shape:
-        raise AssertionError(
+        raise WrongAnswer(
             f"The result has shape {tuple(got.shape)}, expected {tuple(expected.shape)}. {advice}"
         )
-    raise AssertionError(f"The result is not right yet. {advice}")
+    raise WrongAnswer(f"The result is not right yet. {advice}")
 
 
 def same(a: object, b: object) -> bool:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dte_lab.checks.compare import call, compare
+from dte_lab.checks.compare import WrongAnswer, call, compare
 
 
 def contrastive_loss(answer: Callable[..., object]) -> None:
@@ -22,9 +22,10 @@ def contrastive_loss(answer: Callable[..., object]) -> None:
 
     for tau in (0.5, 0.1, 0.002):
         a, b = near / tau, far / tau
+        each = torch.cat([a, b]).logsumexp(0) - a  # (N,)
         got = call(answer, v, positives, negatives, tau)
         if tau == 0.002 and isinstance(got, torch.Tensor) and not got.isfinite().all():
-            raise AssertionError(
+            raise WrongAnswer(
                 f"Right, but at temperature {tau} the result is {got.tolist()}: the exponentials "
                 "overflow. torch.logsumexp does log and sum of exponentials in one, safely."
             )
@@ -32,6 +33,9 @@ def contrastive_loss(answer: Callable[..., object]) -> None:
             got,
             loss(a, b),
             {
+                "The temperature is always 0.1 here: use the argument.": loss(
+                    near / 0.1, far / 0.1
+                ),
                 "The temperature is not used: divide each cosine by it.": loss(near, far),
                 "The cosines were multiplied by the temperature: divide by it.": loss(
                     near * tau, far * tau
@@ -45,6 +49,10 @@ def contrastive_loss(answer: Callable[..., object]) -> None:
                 "Here each positive has a loss of its own. In the paper's formula the positives "
                 "are summed inside the logarithm.": torch.stack([loss(x[None], b) for x in a])
                 .mean(),
+                "This is the mean over the positives of a logarithm each. In the paper's formula "
+                "they are summed inside the logarithm.": each.mean(),
+                "This is the sum over the positives of a logarithm each. In the paper's formula "
+                "they are summed inside the logarithm.": each.sum(),
                 "Positives and negatives are swapped: v* shall be near its words.": loss(b, a),
             },
             f"At temperature {tau} with {len(a)} positives and {len(b)} negatives it should be "
@@ -61,7 +69,7 @@ def negatives_mask(answer: Callable[..., object]) -> None:
     expected = other & (ids != -1)
     got = call(answer, concepts, bank)
     if isinstance(got, torch.Tensor) and got.dtype != torch.bool:
-        raise AssertionError(f"Return booleans, as a comparison gives them; got {got.dtype}.")
+        raise WrongAnswer(f"Return booleans, as a comparison gives them; got {got.dtype}.")
     diagonal = torch.arange(len(ids)) != torch.arange(len(concepts))[:, None]
     compare(
         got,
@@ -101,6 +109,8 @@ def cosine_gradient(answer: Callable[..., object]) -> None:
             across / length,
             {
                 "A long v turns more slowly: divide by the norm of v.": across,
+                "The norm of v divides once: the unit vectors are divided already.": across
+                / length**2,
                 "The norm of v divides, it does not multiply.": across * length,
                 "This points at u, but the part along v changes the length alone, which a cosine "
                 "does not see: subtract cos(v, u) times the unit vector of v.": target / length,

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dte_lab.checks.compare import call, compare
+from dte_lab.checks.compare import WrongAnswer, call, compare
 
 
 def soft_attention(answer: Callable[..., object]) -> None:
@@ -107,7 +107,7 @@ def dual_output(answer: Callable[..., object]) -> None:
             f"{1 - alpha:g} * project(hard).",
         )
         if sum(seen) > len(soft):
-            raise AssertionError(
+            raise WrongAnswer(
                 f"The numbers are right, but project has seen {sum(seen)} rows where {len(soft)} "
                 "are enough: blend soft and hard before you project."
             )
@@ -127,6 +127,8 @@ def alpha_schedule(answer: Callable[..., object]) -> None:
             + (last - first) * share,
             "`last` is missing: at t = 0 alpha is `last`, not 0.": first * share,
             "Divide t by T: the share of the way is between 0 and 1.": last + (first - last) * t,
+            "Divide by T itself, not by T - 1: alpha is `first` at t = T.": last
+            + (first - last) * t / (T - 1),
             "This is a step; between the ends alpha lies on a straight line.": torch.where(
                 share > 0.5, first, last
             ),

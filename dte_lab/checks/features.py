@@ -54,9 +54,9 @@ def map_to_grid(answer: Callable[..., object]) -> None:
     g = torch.Generator().manual_seed(0)
     # Batch entries, channels and positions all have scales and means of their own.
     scale = 3 + 40 * torch.rand(2, 3, 1, 1, generator=g)
-    shift = 20 * torch.randn(2, 1, 4, 4, generator=g)
+    shift = 20 * torch.randn(2, 1, 6, 6, generator=g)
     x = (
-        scale * torch.randn(2, 3, 4, 4, generator=g)
+        scale * torch.randn(2, 3, 6, 6, generator=g)
         + shift
         + torch.tensor([5.0, 90.0])[:, None, None, None]
     )
@@ -71,7 +71,7 @@ def map_to_grid(answer: Callable[..., object]) -> None:
 
 
 def map_mistakes(x: Tensor) -> dict[str, Tensor]:
-    """{sentence: what this known mistake makes of the map x (B, C, 4, 4) and a grid of 2}."""
+    """{sentence: what this known mistake makes of the map x (B, C, 6, 6) and a grid of 2}."""
     whole = (1, 2, 3)
     return {
         "Averaging comes last: it shrinks the variance, so a map that is normalised after it "
@@ -79,6 +79,10 @@ def map_mistakes(x: Tensor) -> dict[str, Tensor]:
         "Mean and variance were taken over the whole batch: each picture's map is normalised "
         "over itself, dims (1, 2, 3), or its features would depend on its "
         "neighbours.": pooled(normalised(x, (0, 1, 2, 3))),
+        "Mean and standard deviation are those of the whole batch, and std divided by n - 1: each "
+        "picture's map is normalised over itself, dims (1, 2, 3), correction=0.": pooled(
+            normalised(x, (0, 1, 2, 3), correction=1)
+        ),
         "Each channel was normalised alone, which hides how strongly one channel answers "
         "beside another: take mean and variance over channels and positions, dims "
         "(1, 2, 3).": pooled(normalised(x, (2, 3))),
@@ -99,10 +103,12 @@ def map_mistakes(x: Tensor) -> dict[str, Tensor]:
             normalised(x, whole, correction=1)
         ),
         "The largest value of each cell was kept: take the mean, avg_pool instead of "
-        "max_pool.": F.max_pool2d(normalised(x, whole), 2),
+        "max_pool.": F.adaptive_max_pool2d(normalised(x, whole), 2),
+        "grid is the number of cells on a side, and was taken for the side of a cell: "
+        "F.adaptive_avg_pool2d(x, grid).": F.avg_pool2d(normalised(x, whole), 2),
         "Single positions were picked and the rest dropped: average over the cell.": normalised(
             x, whole
-        )[..., ::2, ::2],
+        )[..., ::3, ::3],
         "The map has its old size: average it down to grid x grid.": normalised(x, whole),
     }
 
@@ -114,8 +120,8 @@ def normalised(x: Tensor, dims: int | tuple[int, ...], correction: int = 0) -> T
 
 
 def pooled(x: Tensor) -> Tensor:
-    """Means of 2 x 2 positions: 4 to 2."""
-    return F.avg_pool2d(x, 2)
+    """Means of 3 x 3 positions: 6 to 2."""
+    return F.adaptive_avg_pool2d(x, 2)
 
 
 def fuse(answer: Callable[..., object]) -> None:

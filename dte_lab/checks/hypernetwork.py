@@ -1,57 +1,23 @@
 """Checks of the exercises in 03_lora_hypernetwork."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from dte_lab.checks.compare import call, compare
+from dte_lab.checks.compare import WrongAnswer, call, call_thin, compare, refuse_whole
 
-
-class LargestTensor(TorchDispatchMode):
-    """Records the number of entries of the largest tensor made inside the block."""
-
-    numel = 0
-
-    def __torch_dispatch__(
-        self,
-        function: Callable[..., object],
-        types: Sequence[type],
-        args: tuple = (),
-        kwargs: dict | None = None,
-    ) -> object:
-        out = function(*args, **(kwargs or {}))
-        made = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-        self.numel = max([self.numel, *made])
-        return out
-
-
-def call_thin(answer: Callable[..., object], *arguments: object) -> tuple[object, int]:
-    """The answer's result, and the size of the largest tensor that it made on the way."""
-    with LargestTensor() as largest:
-        got = call(answer, *arguments)
-    return got, largest.numel
+THIN = "Reorder the products so that only r x r matrices appear."
 
 
 def scalar(got: object) -> Tensor:
-    """A number or a tensor with one entry as a tensor of shape (); else AssertionError."""
+    """A number or a tensor with one entry as a tensor of shape (); else WrongAnswer."""
     if isinstance(got, int | float):
         return torch.tensor(float(got))
     if not isinstance(got, torch.Tensor) or got.numel() != 1:
         shape = f" of shape {tuple(got.shape)}" if isinstance(got, torch.Tensor) else ""
-        raise AssertionError(f"Return one number; got {type(got).__name__}{shape}.")
+        raise WrongAnswer(f"Return one number; got {type(got).__name__}{shape}.")
     return got.reshape(())
-
-
-def refuse_whole(numel: int, a: Tensor, b: Tensor) -> None:
-    """Raise AssertionError when a tensor as large as A B was made."""
-    if numel >= (whole := len(a) * b.shape[1]):
-        raise AssertionError(
-            f"The number is right, but a tensor with {numel} numbers was made on the way; A B has "
-            f"{whole}. Reorder the products so that only r x r matrices appear."
-        )
 
 
 def largest_useful_rank(answer: Callable[..., object]) -> None:
@@ -61,9 +27,9 @@ def largest_useful_rank(answer: Callable[..., object]) -> None:
         expected = (full - 1) // (d_in + d_out)
         got = call(answer, d_in, d_out)
         if isinstance(got, float) and not got.is_integer():
-            raise AssertionError(f"A rank is a whole number: got {got}, round it down.")
+            raise WrongAnswer(f"A rank is a whole number: got {got}, round it down.")
         if not isinstance(got, int | float):
-            raise AssertionError(f"Return a whole number; got {type(got).__name__}.")
+            raise WrongAnswer(f"Return a whole number; got {type(got).__name__}.")
         compare(
             int(got),
             expected,
@@ -114,7 +80,7 @@ def low_rank_norm(answer: Callable[..., object]) -> None:
         "The square of the norm is tr(B^T A^T A B), and the trace does not change when factors "
         "are moved round in a circle: tr((A^T A)(B B^T)).",
     )
-    refuse_whole(numel, a, b)
+    refuse_whole(numel, a, b, THIN)
     print("low_rank_norm: right. Two r x r matrices were enough.")
 
 
@@ -163,5 +129,5 @@ def offset_cosine(answer: Callable[..., object]) -> None:
         "<A1 B1, A2 B2> = tr(B1^T A1^T A2 B2) = sum of (A1^T A2) * (B1 B2^T) over all entries; "
         "divide by the root of <A1 B1, A1 B1> <A2 B2, A2 B2>.",
     )
-    refuse_whole(numel, a1, b1)
+    refuse_whole(numel, a1, b1, THIN)
     print("offset_cosine: right. Two changes compared, and neither was formed.")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dte_lab.checks.compare import call, compare
+from dte_lab.checks.compare import WrongAnswer, call, call_thin, compare, refuse_whole
 
 
 def nearest_words(answer: Callable[..., object]) -> None:
@@ -18,8 +18,9 @@ def nearest_words(answer: Callable[..., object]) -> None:
     table = length[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)  # (6, 2)
     v = F.normalize(torch.tensor([1.0, 1.0]), dim=0)
     got = call(answer, v, table, words, 3)
-    if not isinstance(got, list | tuple) or len(got) != 3 or not set(got) <= set(words):
-        raise AssertionError(f"Return a list of k words, here 3 of {words}; got {got!r}.")
+    listed = isinstance(got, list | tuple) and len(got) == 3
+    if not listed or not all(isinstance(word, str) and word in words for word in got):
+        raise WrongAnswer(f"Return a list of k words, here 3 of {words}; got {got!r}.")
     got = list(got)
 
     def ranked(score: Tensor) -> list[str]:
@@ -55,8 +56,9 @@ def low_rank_offset(answer: Callable[..., object]) -> None:
     x, weight = torch.randn(3, 5, generator=g), torch.randn(4, 5, generator=g)
     a, b = torch.randn(5, 2, generator=g), torch.randn(2, 4, generator=g)
     base, extra = x @ weight.T, x @ a @ b
+    got, numel = call_thin(answer, x, weight, a, b)
     compare(
-        call(answer, x, weight, a, b),
+        got,
         base + extra,
         {
             "The layer itself is missing: W stays, A B only comes on top.": extra,
@@ -69,6 +71,7 @@ def low_rank_offset(answer: Callable[..., object]) -> None:
         "The layer gives x W^T (torch keeps W as (Dout, Din)); the offset gives (x A) B, with A "
         "first: x has Din columns, and so A has Din rows.",
     )
+    refuse_whole(numel, a, b, "Multiply x with A first, and the result, which is thin, with B.")
     print("low_rank_offset: right. A B was never formed: two thin products are enough.")
 
 

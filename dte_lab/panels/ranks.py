@@ -45,15 +45,16 @@ def pairs_figure(
     return figure
 
 
-def distances_figure(distances: Mapping[str, Sequence[float]], floor: float) -> Figure:
+def distances_figure(distances: Mapping[str, Mapping[int, float]], floor: float) -> Figure:
     """Distance to the input by rank: one thin line per concept, their mean with its spread.
 
-    distances: {concept: one number per rank from 0}. floor: distance of the input to itself after
-    the autoencoder, mean over concepts.
+    distances: {concept: {rank: distance}}, the same ranks for all, the first 0. floor: distance of
+    the input to itself after the autoencoder, mean over concepts.
     """
     figure = Figure(figsize=(6, 3.1), layout="constrained")
     ax = figure.add_subplot()
-    array = np.array(list(distances.values()))  # (n, ranks)
+    ranks = list(next(iter(distances.values())))
+    array = np.array([[by_rank[r] for r in ranks] for by_rank in distances.values()])  # (n, ranks)
     x = np.arange(array.shape[1])
     for values in array:
         ax.plot(x, values, color=MUTED, linewidth=0.8, alpha=0.7)
@@ -63,7 +64,7 @@ def distances_figure(distances: Mapping[str, Sequence[float]], floor: float) -> 
     )  # fmt: skip
     ax.axhline(floor, color=BEFORE, linestyle="--", label="the autoencoder alone")
     ax.set_ylim(0, 1.35 * max(array.max(), floor))
-    ax.set_xticks(x, ["0: v* alone", *(str(r) for r in x[1:])])
+    ax.set_xticks(x, ["0: v* alone", *(str(r) for r in ranks[1:])])
     ax.set_xlabel("rank that is kept")
     ax.set_ylabel("distance to the input (RMSE)")
     ax.legend(frameon=False, fontsize=9, loc="upper right")
@@ -126,7 +127,7 @@ def rank_figure(
             numbers[chosen], np.asarray(spectrum)[chosen], color=colour, hatch=hatch,
             edgecolor="white", linewidth=0, label=label,
         )  # fmt: skip
-    axes[2].set_xticks(numbers)
+    axes[2].set_xticks(numbers if len(numbers) <= 8 else [1, *numbers[3::4]])
     axes[2].set_ylim(0, 1.3 * max(spectrum))
     axes[2].set_xlabel("singular value (mean over layers)")
     axes[2].legend(frameon=False, fontsize=9, ncols=2, loc="upper right")
@@ -138,11 +139,11 @@ def rank_panel(
     pictures: Mapping[str, Image.Image],
     drawn: Mapping[tuple[str, int], Image.Image],
     spectra: Mapping[str, Sequence[float]],
-    distances: Mapping[str, Sequence[float]],
+    distances: Mapping[str, Mapping[int, float]],
 ) -> "VBox":
     """A list of concepts and a slider for the rank over `rank_figure`.
 
-    pictures, spectra, distances: by concept; drawn: by (concept, rank), with ranks from 0.
+    pictures, spectra, distances: by concept, distances then by rank; drawn: by (concept, rank).
     Returns a VBox; its attributes `concept`, `rank` and `view` are the widgets.
     """
     import ipywidgets as widgets

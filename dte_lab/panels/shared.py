@@ -1,6 +1,7 @@
 """The colours and manners of all figures, and how one comes into a notebook."""
 
 import base64
+import html
 import io
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 SKY, VERMILION = "#56B4E9", "#D55E00"
 BEFORE, AFTER = ORANGE, BLUE
+WEIGHTS_SINCE = "2026-11-28"  # when the shipped weights were trained
 
 
 def show(figure: Figure | Image.Image, alt: str) -> None:
@@ -30,8 +32,23 @@ def show(figure: Figure | Image.Image, alt: str) -> None:
     from IPython.display import display
 
     png = encode(figure, "png")
-    jpeg = encode(figure, "jpeg", quality=92)  # for drawings a fraction, for charts not
+    jpeg = encode(figure, "jpeg", quality=86)  # for drawings a fraction, for charts not
     display(Shown(min(png, with_palette(png), jpeg, key=len), alt=alt))
+
+
+def measured_with(versions: Mapping[str, str]) -> str:
+    """When stored numbers were measured, and whether that was before today's weights were."""
+    date = versions["date"]
+    return f"measured {date}" + (", former model" if date < WEIGHTS_SINCE else "")
+
+
+def saw(*sentences: str) -> None:
+    """Display what is to be seen in the results above, folded: the reader looks first."""
+    from IPython.display import display
+
+    text = " ".join(sentences)
+    folded = f"<details><summary>What we saw</summary><p>{html.escape(text)}</p></details>"
+    display({"text/html": folded, "text/plain": f"What we saw: {text}"}, raw=True)
 
 
 def with_palette(png: bytes) -> bytes:
@@ -112,6 +129,7 @@ def figure_panel(
 ) -> "VBox":
     """Widgets above the figure `figure_of(*values)` with alt text `describe(*values)`.
 
+    What goes wrong while one moves them is said in the figure's place, or nobody would see it.
     Returns a VBox; its attribute `view` is the widget that shows the figure.
     """
     import ipywidgets as widgets
@@ -121,8 +139,16 @@ def figure_panel(
 
     def redraw(change: object = None) -> None:
         values = [knob.value for knob in knobs]
-        data = base64.b64encode(encode(figure_of(*values), "png")).decode()
-        panel.view.value = f'<img alt="{describe(*values)}" src="data:image/png;base64,{data}">'
+        try:
+            data = base64.b64encode(encode(figure_of(*values), "png")).decode()
+        except Exception as error:
+            if change is None:
+                raise
+            said = html.escape(f"{type(error).__name__}: {error}")
+            panel.view.value = f'<p role="alert">This could not be drawn. {said}</p>'
+            return
+        alt = html.escape(describe(*values))
+        panel.view.value = f'<img alt="{alt}" src="data:image/png;base64,{data}">'
 
     for knob in knobs:
         knob.observe(redraw, "value")

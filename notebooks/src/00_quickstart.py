@@ -19,13 +19,14 @@
 # snow. A text-to-image model cannot do that by itself: you would have to describe your thing in
 # words, and words fit many things. The **tuning-encoder** of
 # [Arar et al. 2023](https://arxiv.org/abs/2307.06925) looks at the picture and predicts two things:
-# a new *word* for it, written `S*` in prompts, and a small change of the model's weights. A few
+# a new *word* for it, written `S*` in prompts, and a change of the model's weights. A few
 # optimisation steps then sharpen both.
 #
 # After this notebook you can
 #
 # - personalize a small text-to-image model with one picture, in five lines of Python;
 # - say what the encoder predicts, and what the twelve tuning steps add;
+# - say what the predicted word says alone, and what the weight change adds;
 # - read a predicted word through its nearest real words, and the weight change through its size;
 # - choose between likeness and freedom with `alpha_blend`;
 # - tell by looking when it has failed, and why.
@@ -45,7 +46,7 @@ import torch
 
 from dte_lab import checks
 from dte_lab.common.quiet import quiet_libraries
-from dte_lab.panels import describe_machine, show
+from dte_lab.panels import describe_machine, saw, show
 
 quiet_libraries()
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,16 +55,18 @@ print("backbone: small, since it comes with the package, needs no download and r
 
 # %% [markdown]
 # **The small backbone** is a complete text-to-image model, built like Stable Diffusion but with
-# pictures of 64 × 64 pixels. It knows a small world: things as emoji, in several drawing styles,
-# before plain and painted backgrounds. Some things were kept from it during all training. Our
-# picture shows one of those, so neither the model nor the encoder has ever seen it.
+# pictures of 64 × 64 pixels. It knows a small world: drawn things before plain and painted
+# backgrounds, emoji in several styles and the icons of many other sets, some 17,000 drawings in
+# all. Some things were kept from it during all training. Our picture shows one of those, so
+# neither the model nor the encoder has ever seen it.
 
 # %%
 from dte_lab.world import SCENES, STYLES, concepts, render_image, split_names
 
 NAME = "cupcake"
 picture = render_image(NAME, "fluent", "white")
-print(f"trained on {len(split_names('train'))} things, {len(STYLES)} styles, {len(SCENES)} scenes")
+print(f"emoji: {len(split_names('train'))} things to train on, in {len(STYLES)} styles")
+print(f"backgrounds: {len(SCENES)} scenes")
 print(f"kept back: {len(split_names('val'))} things to choose with, among them the {NAME}, and")
 print(f"{len(split_names('test'))} to test with")
 assert concepts()[NAME].split == "val"
@@ -117,48 +120,100 @@ show(
 # %% [markdown]
 # ## What happened inside
 #
-# ### 1. What CLIP reads in the picture
+# ### 1. A word that says what the thing looks like
 #
-# Part of the new word is a guess. CLIP, which was trained to match pictures with texts, compares
-# the picture with the text "a picture of a …" for every word of the vocabulary. The embeddings of
-# the best words are mixed, weighted by how well they fit. The chart shows the real words that lie
-# nearest to that mixture. The thing's own name cannot be among them: the names of the things kept
-# back are not in the vocabulary either. Are the neighbours alike in kind, or only in colour? How
-# much of the guess goes into the word is a number that the encoder has learned; the rest it reads
-# from the parts of the picture, each in its place. Both are ours; the paper does not say where its
-# encoder begins.
+# The encoder's first head looks at the picture and predicts `v*`, a vector such as every word of
+# the vocabulary has one. It was first taught to be the *word of the picture*: as near as a single
+# word can come to what the thing looks like on white. The model draws such words. (This is ours;
+# the paper does not say where its encoder begins. `dte_lab/world/word_space.py` has it.) Then it
+# learned the method's own objective. So `v*` lies among the real words: which are near? And are
+# they alike in kind, in outline, or only in colour?
 
 # %%
-from dte_lab.features import image_features
 from dte_lab.panels.quickstart import words_figure
 
-features = image_features(pipe.backbone, pipe.pixels([picture]))
-guess = pipe.encoder.zero_shot(features.embeds)  # (1, d)
-words, cosines = zip(*pipe.nearest_words(guess, k=8), strict=True)
+predicted = pipe.personalize(picture, num_steps=0, progress=False)
 table = pipe.prompt_encoder.table
-print(f"{len(table)} words; {NAME!r} is {'one' if NAME in table.words else 'none'} of them")
-print(f"share of the guess in the new word: {pipe.encoder.zero_shot_weight.item():.2f}")
+words, cosines = zip(*pipe.nearest_words(predicted.v_star, k=8), strict=True)
+print(f"{len(table):,} words; {NAME!r} is {'one' if NAME in table.words else 'none'} of them")
 show(
-    words_figure({"CLIP's guess": cosines}, words, picture),
-    f"The input picture, and bars of the cosine similarity of CLIP's guess with its nearest "
+    words_figure({"v* as predicted": cosines}, words, picture),
+    f"The input picture, and bars of the cosine similarity of the predicted v* with its nearest "
     f"words: {', '.join(f'{w} {c:.2f}' for w, c in zip(words, cosines, strict=True))}.",
 )
+
+# %% [markdown]
+# A prediction has two parts, and either can draw without the other. `word_alone()` keeps `v*` and
+# leaves the model's weights as they are. `weights_alone(word)` keeps the weight change and puts an
+# empty word in the place of `v*`; we take *thing*. For comparison, the last row has the nearest
+# real word with the model's own weights. Which part knows the outline, which the colours?
+
+# %%
+white = "a picture of S* on a white background"
+encode, alone = pipe.prompt_encoder, predicted.word_alone()
+parts = {
+    "word and weights": predicted,
+    "word alone": alone,
+    "weights alone": predicted.weights_alone(encode.word("thing")),
+    f"nearest word, {words[0]}": alone.weights_alone(encode.word(words[0])),
+}
+by_part = {
+    label: [row[0] for row in pipe.generate(part, [white, *prompts[:2]], alpha_blend=1,
+                                            progress=False)]
+    for label, part in parts.items()
+}  # fmt: skip
+
+# %%
+show(
+    picture_grid(
+        [[picture, *row] for row in by_part.values()],
+        ["the input", "S* on white", *settings[:2]], list(by_part),
+    ),
+    f"Rows: {'; '.join(by_part)}. Columns: the input, then the thing on white, on the beach and at "
+    "night.",
+)  # fmt: skip
+
+# %%
+true = pipe.pixels([picture])
+errors = {
+    label: (pipe.pixels([row[0]]) - true).square().mean().sqrt().item() / 2
+    for label, row in by_part.items()
+}
+for label, error in errors.items():
+    print(f"{label:28} {error:.3f} from the input (root mean square, colours from 0 to 1)")
+order = sorted(errors, key=errors.get)
+saw(f"On white, pixel by pixel, the nearest to the input is: {order[0]}; then {order[1]}; then",
+    f"{order[2]}; last {order[3]}.")  # fmt: skip
 
 # %% [markdown]
 # ### 2. Predicted only, and tuned
 #
 # One pass through the encoder turns the picture into the word embedding `v*` and the weight change.
 # That is the *prediction*. The twelve tuning steps start from there. With `num_steps=0` we get the
-# prediction alone; the seeds are the same in both rows.
+# prediction alone; the seeds are the same in both rows. Is the thing more itself in the lower row?
+# And is every setting still the one that was asked for?
 
 # %%
-predicted = pipe.personalize(picture, num_steps=0)
 drawn = pipe.generate(predicted, prompts, seeds=[0])
 rows = [[picture] + [row[0] for row in result] for result in (drawn, images)]
 show(
     picture_grid(rows, ["the input"] + settings, ["predicted only", "tuned"]),
     "Two rows of the same six settings: drawn from the prediction alone, and after tuning.",
 )
+
+# %%
+from dte_lab.evaluation.base_model import classify_scene
+from dte_lab.world.captions import scene_words
+
+asked = [next(s for s in SCENES if prompt.endswith(scene_words(s))) for prompt in prompts]
+counts = {}
+for label, result in (("predicted", drawn), ("tuned", images)):
+    found = [SCENES[i] for i in classify_scene(pipe.pixels([row[0] for row in result]))]
+    wrong = [f"{a} ({f})" for a, f in zip(asked, found, strict=True) if a != f]
+    counts[label] = f"{len(asked) - len(wrong)} of {len(asked)} settings right"
+    counts[label] += f", not {', '.join(wrong)}" if wrong else ""
+saw("The border of a picture says which setting it shows.",
+    *(f"{label.capitalize()}: {count}." for label, count in counts.items()))  # fmt: skip
 
 # %% [markdown]
 # ### 3. The nearest real words, before and after
@@ -167,7 +222,7 @@ show(
 # lies close to. The method *wants* it close to some. The paper's reason: a vector far from every
 # word can still draw the thing, but gets on badly with the other words of a prompt. So a
 # contrastive term in the loss pulls `v*` towards its nearest words and away from the embeddings of
-# other things.
+# other things. How far do the tuning steps move it?
 
 # %%
 import torch.nn.functional as F
@@ -180,7 +235,11 @@ cosines = {
     for name, c in (("predicted", predicted), ("tuned", concept))
 }
 moved = F.cosine_similarity(predicted.v_star, concept.v_star).item()
+
+# %%
 print(f"cosine between the predicted and the tuned v*: {moved:.3f}")
+for c, label in ((predicted, "predicted"), (concept, "tuned")):
+    print(f"length of v* {label}: {c.v_star.norm() / table.mean_norm:.2f} of a word's")
 show(
     words_figure(cosines, words),
     "Bars of the cosine similarity with real words, predicted and tuned: "
@@ -190,6 +249,12 @@ show(
     )
     + ".",
 )
+
+# %%
+near = [{word for word, _ in pipe.nearest_words(c.v_star, k=6)} for c in (predicted, concept)]
+best = [c.nearest_words[0] for c in (predicted, concept)]
+saw(f"{len(near[0] & near[1])} of the six nearest words stay. Nearest: {best[0][0]}",
+    f"({best[0][1]:.2f}) as predicted, {best[1][0]} ({best[1][1]:.2f}) once tuned.")  # fmt: skip
 
 # %% [markdown]
 # #### Exercise 1: the nearest words
@@ -224,24 +289,30 @@ checks.nearest_words(nearest_words)
 # %% [markdown]
 # ### 4. Twelve steps, one by one
 #
-# Each tuning step adds noise to the input picture, asks the model to take it out again under the
-# prompt "a picture of S*", and moves `v*` and the weight change a little so that it succeeds
-# better. We tune once more with a callback that keeps every state. The seed is the same, and so
-# is the result. Each picture is drawn from the same initial noise.
+# Each tuning step adds noise to the input picture, asks the model to take it out again, and moves
+# `v*` and the weight change a little so that it succeeds better. The prompt says what the picture
+# shows besides the thing, such as "a picture of S* on a white background"; CLIP names the setting
+# (`picture_prompts` in `dte_lab/setting.py`). What the prompt says, `S*` need not say.
+#
+# We tune once more with a callback that keeps every state. The seed is the same, and so is the
+# result. Each picture is drawn from the same initial noise.
 #
 # The loss that tuning sees is noisy: every step draws new noise, some noise is easier to remove
 # than other, and so the dotted curve jumps about. To see progress we need the same noises at every
 # step; the solid curve is the mean over 32 of them.
 #
-# Watch the background as well as the thing. The loss is about the whole picture, and nothing tells
-# tuning which part of it is the thing.
+# The pictures are drawn under "a picture of S*", which leaves the setting open. Watch the
+# background as well as the thing: how much of the input's own comes along all the same?
 
 # %%
 from dataclasses import replace
 
 from dte_lab.encoder import EncoderPrediction
 from dte_lab.objective import Batch, objective
+from dte_lab.setting import picture_prompts
 
+(prompt,) = picture_prompts(pipe.backbone, pipe.pixels([picture]))
+print(f"tuning's prompt: {prompt!r}")
 record = []
 again = pipe.personalize(picture, callback=record.append)
 assert torch.equal(again.v_star, concept.v_star)
@@ -254,13 +325,14 @@ noise = torch.randn(latents.shape, generator=generator).to(latents)
 timesteps = torch.linspace(0, len(pipe.backbone.alphas_cumprod) - 1, N).long().to(latents.device)
 
 
+# %%
 @torch.no_grad()
 def loss_on_fixed_noise(state):
     """Diffusion loss of a state, mean over N noises that are the same for every state."""
     prediction = EncoderPrediction(state.v_star, state.offsets)
     with objective(
         pipe.backbone, pipe.prompt_encoder, prediction,
-        Batch(latents, noise, timesteps, ["a picture of S*"] * N), state.config,
+        Batch(latents, noise, timesteps, [prompt] * N), state.config,
     ) as terms:  # fmt: skip
         return terms["diffusion"].item()
 
@@ -287,6 +359,13 @@ show(
     f"goes from {fixed[0]:.3f} to {fixed[-1]:.3f}; the loss that tuning saw jumps about.",
 )
 
+# %%
+highest = max(range(len(fixed)), key=fixed.__getitem__)
+hurt = fixed[highest] > 1.05 * fixed[0]
+why = " The first steps hurt: AdamW's are large while it knows little." if hurt else ""
+saw(f"On fixed noise the loss is highest after {highest} steps ({fixed[highest]:.3f}), and ends",
+    f"{'below' if fixed[-1] < fixed[0] else 'above'} where it began.{why}")  # fmt: skip
+
 # %% [markdown]
 # ### 5. How large the weight change is
 #
@@ -294,7 +373,7 @@ show(
 # the encoder predicts two thin matrices, `A` with `Din × r` and `B` with `r × Dout` numbers, and
 # the layer uses `W + A B`. The map shows the size of `A B` as a share of the size of `W` (Frobenius
 # norms), layer by layer. *Self* layers mix positions of the picture, *cross* layers read the
-# prompt.
+# prompt. Is the change small beside the weights? And how much of it does tuning add?
 
 # %%
 from dte_lab.panels.quickstart import offset_sizes, offsets_figure
@@ -314,6 +393,12 @@ show(
     f"Predicted: {100 * before.min():.1f} to {100 * before.max():.1f} percent; "
     f"tuned: {100 * after.min():.1f} to {100 * after.max():.1f} percent.",
 )
+
+# %%
+growth = after.mean() / before.mean()
+saw(f"{count / full:.0%} as many numbers change the weights by {100 * before.mean():.0f} % of",
+    f"their size as predicted; tuning makes that {growth:.1f} times as much. The largest has",
+    f"{100 * after.max():.0f} % of its weight's size.")  # fmt: skip
 
 # %% [markdown]
 # #### Exercise 2: a layer with a low-rank offset
@@ -354,7 +439,7 @@ checks.low_rank_offset(low_rank_offset)
 # $$\text{out} = \alpha \cdot \text{soft} + (1 - \alpha) \cdot \text{hard}$$
 #
 # At α = 0 the model draws its own idea of the nearest word and your picture plays no further part.
-# At α = 1 only the prediction counts.
+# At α = 1 only what was learned counts. From where on is it your thing, and does the beach last?
 
 # %%
 ALPHAS, SEEDS = [0, 0.2, 0.4, 0.6, 0.8, 1], [0, 1, 2, 3]
@@ -373,6 +458,15 @@ show(
     f"{len(ALPHAS)} pictures on the beach with the same seed: at alpha 0 the model's own "
     f"{hard_word}, at alpha 1 the soft path alone; then the input.",
 )
+
+# %%
+beaches = {
+    alpha: (classify_scene(pipe.pixels([blended[alpha, s] for s in SEEDS]))
+            == SCENES.index("beach")).sum()
+    for alpha in ALPHAS
+}  # fmt: skip
+saw("Beaches by the picture's border, of the", f"{len(SEEDS)} seeds drawn at each α:",
+    ", ".join(f"{n} at {alpha:g}" for alpha, n in beaches.items()) + ".")  # fmt: skip
 
 # %% [markdown]
 # #### Exercise 3: the blend
@@ -445,14 +539,15 @@ show(
 )
 
 # %% [markdown]
-# - **A thing from another world** (the first two). The small model has only ever seen emoji, and a
+# - **A thing from another world** (the first two). The small model has only seen drawings, and a
 #   photograph is squeezed into what it knows. The paper says the same of its own encoder: what the
 #   training data rarely show is hard to encode.
-# - **Words that the model does not know** (*on a bicycle*). Tuning teaches the model your thing,
-#   and no new scenes.
+# - **A setting that the model has never read** (*on a bicycle*). Tuning teaches the model your
+#   thing, and no new scenes.
 # - **Lost likeness** (α = 0, or small). You get the model's own idea of the nearest real word.
-# - **Overfitting** (*no setting*). A prompt that leaves the background open gets the background of
-#   the input picture. With more tuning or a larger α the input can win over the prompt as well.
+# - **Overfitting** (*no setting*). Where the prompt leaves the background open, the model shows how
+#   much of the input's own has become a part of `S*`. With more tuning or a larger α the input can
+#   win over the prompt as well.
 # - **An unlucky seed.** Compare the rows of the table above before you judge by one picture.
 
 # %% [markdown]
@@ -475,6 +570,7 @@ if MY_PICTURE:
 # ## To take along
 #
 # - One picture gives a word embedding `v*` and a low-rank weight change; tuning refines both.
+# - The word says what the thing looks like, the weights add to it; each can be drawn alone.
 # - `v*` has neighbours among the real words, and staying near them keeps a prompt's other words in
 #   force.
 # - `alpha_blend` trades likeness for freedom. Look at several seeds before you choose.

@@ -44,7 +44,7 @@ import torch.nn.functional as F
 
 from dte_lab import checks
 from dte_lab.common.quiet import quiet_libraries
-from dte_lab.panels import describe_machine, show
+from dte_lab.panels import describe_machine, saw, show
 
 quiet_libraries()
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,7 +64,7 @@ print(f"latents of {' x '.join(map(str, backbone.latent_shape))} (channels, heig
 # ### The pictures
 #
 # The small world can render any of its things in three drawing styles and twenty scenes. We take
-# things that the backbone was never shown, the same number from each of the world's groups, and
+# things that were kept from all training, the same number from each of the world's groups, and
 # render each of them several times. Style, scene and small variations of the scene are drawn at
 # random. So we know everything about every picture, and can ask which of it the features know.
 
@@ -72,10 +72,10 @@ print(f"latents of {' x '.join(map(str, backbone.latent_shape))} (channels, heig
 from dte_lab.world import SCENES, STYLES, concepts, split_names
 from dte_lab.world.data import rendered
 
-PER_GROUP, RENDERINGS = 20, 5
+PER_GROUP, RENDERINGS = 12, 6
 rng = np.random.default_rng(0)
 members = {}
-for name in split_names("extra"):
+for name in split_names("val") + split_names("test"):
     members.setdefault(concepts()[name].group, []).append(name)
 chosen = [n for names in members.values() for n in rng.choice(names, PER_GROUP, replace=False)]
 items = [
@@ -135,6 +135,8 @@ examples = [
     )
     for k, g in enumerate(members)
 ]
+
+# %%
 pictures = [to_image(pixels[i]) for i in examples]
 captions = [f"{thing[i]}\n{style[i]}, {scene[i]}" for i in examples]
 
@@ -209,6 +211,7 @@ layers = unet_layers(backbone.unet)
 prompt = pipe.prompt_encoder.plain([encoder.settings.feature_prompt])
 
 
+# %%
 def noised(latents, step, seed):
     """Latents at time step `step`: (x_t, timesteps); the noise depends on seed and step."""
     generator = torch.Generator().manual_seed(seed * T + step)
@@ -295,6 +298,31 @@ show(
     f"{len(layers)} UNet layers as colours.",
 )
 
+# %%
+shown = list(dict.fromkeys(name for name, _ in keys))
+
+
+def own(maps, name, f):
+    """What the map of a picture has beyond the mean map of all of them, at one t."""
+    return (maps[name, f] - np.mean([maps[n, f] for n in shown], axis=0)).ravel()
+
+
+# %%
+alike = {
+    layer: [
+        np.mean([np.corrcoef(own(maps, n, f), own(maps, n, 0.0))[0, 1] for n in shown])
+        for f in FRACTIONS
+    ]
+    for layer, maps in layer_maps.items()
+}
+for layer, row in alike.items():
+    print(f"{layer:28}", " ".join(f"{r:5.2f}" for r in row))
+half = {layer: [f for f, r in zip(FRACTIONS, row, strict=True) if r > 0.5][-1]
+        for layer, row in alike.items()}  # fmt: skip
+saw("What a map has beyond the mean of all pictures correlates by more than 0.5 with itself at",
+    "t = 0 up to:",
+    "; ".join(f"{layer} {f:g} T" for layer, f in half.items()) + ".")  # fmt: skip
+
 # %% [markdown]
 # #### Try it: picture, noise level and layer
 #
@@ -380,6 +408,8 @@ curves = {
 }
 like_clip = dict(zip(FRACTIONS, curves["with CLIP patches"][0], strict=True))
 nearest_clip = max(like_clip, key=like_clip.get)
+
+# %%
 print(f"n = {len(items)} pictures. The UNet's features are most like CLIP's patches at")
 print(f"t = {nearest_clip:g} T (CKA {like_clip[nearest_clip]:.2f}). Neighbouring noise levels have")
 print(f"a CKA between {between.diagonal(1).min():.2f} and {between.diagonal(1).max():.2f}.")
@@ -387,6 +417,14 @@ show(
     similarity_figure(FRACTIONS, between, curves),
     "A map of the CKA between the UNet's features at all pairs of noise levels, from "
     f"{between.min():.2f} to 1, and curves of their CKA with CLIP's features.",
+)
+
+# %%
+flat = max(like_clip.values()) - min(v for f, v in like_clip.items() if f < 1)
+saw(
+    f"Below the last step the CKA with CLIP's patches varies by {flat:.2f}: "
+    f"{'a flat curve, so do not make much of its maximum' if flat < 0.1 else 'it depends on t'}.",
+    f"Shuffled pictures still reach {max(curves['with CLIP patches, pictures shuffled'][0]):.2f}.",
 )
 
 # %% [markdown]
@@ -439,6 +477,17 @@ show(
 for name in spaces:
     print(f"{name + ':':<22}" + notes["scene", name].replace("\n", " "))
 
+# %%
+above = {
+    name: {what: neighbours_alike(x, values, thing) / neighbours_alike(
+        rng.normal(size=x.shape), values, thing) for what, values in
+        (("group", group), ("style", style), ("scene", scene))}
+    for name, x in spaces.items()
+}  # fmt: skip
+saw("What decides most, measured in multiples of chance:",
+    "; ".join(f"in {name} the {max(v, key=v.get)} ({max(v.values()):.1f} times)"
+              for name, v in above.items()) + ".")  # fmt: skip
+
 # %% [markdown]
 # The last three lines ask the same about the scene. Compare them with the numbers in the figure:
 # what decides who is near whom in each space? If it is the scene, then a small difference between
@@ -462,7 +511,7 @@ for name in spaces:
 # To be fair to spaces of different size, every space is first brought to the same number of
 # dimensions, its first principal components. For comparison we probe the picture's own pixels,
 # 8 × 8 of them, and the noisy latents: what the UNet's maps know beyond those is the UNet's own
-# work. The bars are one standard deviation over five splits, and *guessing* always says the most
+# work. The bars are one standard deviation over the splits, and *guessing* always says the most
 # frequent label.
 
 # %%
@@ -472,6 +521,7 @@ from sklearn.model_selection import GroupKFold, LeaveOneGroupOut, cross_val_scor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+# %%
 DIMENSIONS = 64
 probe = LogisticRegression(C=0.3, max_iter=500)
 by_thing = GroupKFold(5, shuffle=True, random_state=0)
@@ -489,6 +539,7 @@ def reduced(features):
     return make_pipeline(StandardScaler(), pca).fit_transform(features)
 
 
+# %%
 def accuracy(features, target):
     """Mean and standard deviation of the probe's accuracy on what was held back."""
     values, splitter, together = targets[target]
@@ -529,6 +580,8 @@ for target, curves in probed.items():
         f"{target}: {best} {level:.0%} ± {spread:.0%}; UNet {first}, {last}; "
         f"guessing {chance[target]:.0%}"
     )
+
+# %%
 show(
     curves_figure(
         FRACTIONS,
@@ -536,9 +589,28 @@ show(
         "accuracy on what was held back",
         {titles[t]: level for t, level in chance.items()},
     ),
-    f"Accuracy of linear probes against t for four labels, n = {len(items)} pictures, five splits; "
+    f"Accuracy of linear probes against t for four labels, n = {len(items)} pictures; "
     "the numbers are printed above the figure.",
 )
+
+# %%
+seen = []
+for target, curves in probed.items():
+    level = {n: (v[0][0] if n in over_t else v[0]) for n, v in curves.items()}
+    best, second = sorted(level, key=level.get, reverse=True)[:2]
+    seen.append(
+        f"{target}, at the smallest t: {best} {level[best]:.0%}, {second} {level[second]:.0%}; "
+        f"at the last step the UNet is {curves['UNet maps'][0][-1] - chance[target]:+.0%} from "
+        "guessing."
+    )
+lead = {t: curves["UNet maps"][0] - chance[t] for t, curves in probed.items()}
+lost = {t: next((f for f, x in zip(FRACTIONS, v, strict=True) if x < v[0] / 2), 1)
+        for t, v in lead.items()}  # fmt: skip
+seen.append(
+    "Half of the UNet's lead over guessing is lost by: "
+    + ", ".join(f"{t} {f:g} T" for t, f in lost.items()) + "."
+)  # fmt: skip
+saw(*seen)
 
 # %% [markdown]
 # How to read it:
@@ -551,7 +623,7 @@ show(
 # - A UNet curve **above** that of the noisy latents is knowledge that the UNet adds. One beside it
 #   only hands on what it was given.
 # - A CLIP line above the UNet's curve is a reason to look at CLIP as well; where the error bars
-#   overlap, five splits cannot tell.
+#   overlap, these splits cannot tell.
 # - Where *nothing* is far above guessing, this backbone knows little about that label for things it
 #   was never shown, and a head that predicts from its features will have to do with that little.
 
@@ -601,8 +673,10 @@ checks.fuse(fuse)
 # %% [markdown]
 # The module adds an embedding of `t` to the picture's vector. We have seen why: the same picture
 # has other features at another `t`. After the sum come residual blocks of 3 × 3 convolutions, in
-# which neighbours talk to each other, and a learned vector for each position. Here are the two maps
-# that go in, and the tokens of the trained encoder that come out.
+# which neighbours talk to each other, and a learned vector for each position. The head of the word
+# reads the tokens *in their places* beside their mean, since a mean no longer knows what is where
+# (`TokenHead` in `dte_lab/hypernetwork.py`). Here are the two maps that go in, and the tokens of
+# the trained encoder that come out.
 
 # %%
 middle = min(FRACTIONS, key=lambda f: abs(f - np.mean(encoder.settings.feature_timesteps)))
@@ -655,6 +729,7 @@ view, clean = encoder.image_features(backbone, unseen), backbone.encode_images(u
 other_view = ImageFeatures(*(x.roll(1, dims=0) for x in view))
 
 
+# %%
 def length(pairs):
     """Frobenius norm of all the products A B together, per picture: (B,).
 
@@ -676,6 +751,7 @@ def change(old, new):
     return words.cpu().numpy(), (length(difference) / length(before)).cpu().numpy()
 
 
+# %%
 changes = ["other noise", "UNet maps of another picture", "CLIP features of another picture"]
 moved = {part: {name: [] for name in changes} for part in ("word v*", "weight offsets")}
 words_at = {}
@@ -715,6 +791,18 @@ show(
     f"pictures, medians and quartiles; t = {', '.join(f'{f:g} T' for f in used)} marked.",
 )
 
+# %%
+seen = []
+for part, by_change in curves.items():
+    at = {name: median[FRACTIONS.index(middle)] for name, (median, _) in by_change.items()}
+    noise, of_unet, of_clip = (at[name] for name in changes)
+    seen.append(
+        f"The {part} at t = {middle:g} T: another picture's CLIP features move it "
+        f"{of_clip / of_unet:.1f} times as far as another picture's UNet maps, and those "
+        f"{of_unet / noise:.1f} times as far as other noise."
+    )
+saw(*seen)
+
 # %% [markdown]
 # The grey stripes mark the `feature_timesteps` of this encoder. Where *other noise* is as high as
 # *UNet maps of another picture*, the prediction cannot tell another picture from other noise, and a
@@ -735,6 +823,13 @@ print("t / T   cosine of v* with its mean over all t   nearest word as at the sm
 for f, cosine in alike.items():
     same = np.mean([a == b for a, b in zip(nearest[f], nearest[FRACTIONS[0]], strict=True)])
     print(f"{f:<7g} {cosine.mean():.3f} ± {cosine.std():.3f}{'':26}{same:.0%}")
+
+# %%
+means = {f: cosine.mean().item() for f, cosine in alike.items()}
+saw(
+    f"The word changes most at t = {min(means, key=means.get):g} T (cosine",
+    f"{min(means.values()):.3f}), and is most like the mean at {max(means, key=means.get):g} T.",
+)
 
 # %% [markdown]
 # If the cosines are near 1 and the nearest word stays the same, a static prediction loses little,

@@ -17,8 +17,8 @@
 #
 # A text-to-image model knows a lot about the world: what a beach looks like, where light falls at
 # night. That knowledge is its *prior*. When we fit a word and weights to a single picture, the
-# prior suffers. The model learns the thing, and with it the white background and the exact pose,
-# and then draws them whatever the prompt says.
+# prior suffers. The model learns the thing, and with it the exact pose, and whatever else of the
+# picture the prompt of tuning does not say, and then draws that under any prompt.
 #
 # The remedy of [Arar et al. 2023](https://arxiv.org/abs/2307.06925) is to run each attention branch
 # twice: once with what was learned (the *soft* path), once with the nearest real word and untouched
@@ -30,7 +30,11 @@
 # - show with two lines of algebra why two paths do not cost twice as much, and measure it;
 # - see where in the picture a token is looked at, and which tokens carry the concept;
 # - use `alpha_blend`, `offsets_on` and `granularity`, and let alpha change during sampling;
+# - say what the word brings and what the weights bring, by drawing with either alone;
 # - read a measurement of all this with its uncertainty.
+#
+# Stored numbers that are marked *former model* were measured with the weights before the present
+# ones.
 
 # %% [markdown]
 # ## Set up
@@ -50,10 +54,9 @@ import torch.nn.functional as F
 from IPython.display import display
 from tqdm.auto import tqdm
 
-from dte_lab import DTEPipeline, checks
+from dte_lab import checks
 from dte_lab.common.quiet import quiet_libraries
-from dte_lab.panels import describe_machine, picture_grid, show
-from dte_lab.world import concepts, render_image
+from dte_lab.panels import describe_machine, measured_with, picture_grid, saw, show
 
 quiet_libraries()
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -61,6 +64,9 @@ print(describe_machine(device))
 print("backbone: small, since it comes with the package, needs no download and runs on a CPU")
 
 # %%
+from dte_lab import DTEPipeline
+from dte_lab.world import concepts, render_image
+
 NAME = "strawberry"
 picture = render_image(NAME, "fluent", "white")
 assert concepts()[NAME].split == "val"  # no part of the model has seen it
@@ -96,6 +102,78 @@ show(
     f"Three rows of the input and three settings ({', '.join(settings)}): soft path alone, "
     f"blend with alpha {DEFAULT:g}, hard path alone.",
 )
+
+# %%
+from dte_lab.evaluation.base_model import classify_scene
+from dte_lab.world.scenes import SCENES
+
+asked = ["beach", "night", "snow"]
+
+
+def settings_right(pictures):
+    """How many of the three pictures show the setting that was asked for, by their border."""
+    found = [SCENES[i] for i in classify_scene(pipe.pixels(pictures))]
+    return sum(a == b for a, b in zip(found, asked, strict=True))
+
+
+counts = [settings_right([row[0] for row in result]) for result in drawn.values()]
+saw("; ".join(f"{label}: {n} of {len(asked)} settings right"
+              for label, n in zip(labels, counts, strict=True)) + ".")  # fmt: skip
+
+# %% [markdown]
+# ### The word alone, the weights alone
+#
+# The soft path has two parts, and each can be switched off. `word_alone()` keeps `v*` and leaves
+# the model's own weights; `weights_alone(word)` keeps the weights and puts another word in the
+# place of `v*`, here the empty word *thing*. Both are drawn with the soft path alone. Below are the
+# two parts together, and the hard path, which has neither. First as the encoder predicts them, then
+# tuned. Which part has the outline, which the colours, and which of them does tuning change? (One
+# thing is an example. `dte evaluate` asks the same of many: its methods `dte@part=word` and
+# `dte@part=weights`.)
+
+# %%
+predicted = pipe.personalize(picture, num_steps=0, progress=False)
+thing = pipe.prompt_encoder.word("thing")
+parts, DRAW = {}, ["a picture of S* on a white background", prompts[0]]
+for when, state in (("predicted", predicted), ("tuned", concept)):
+    for what, part, alpha in (
+        ("word alone", state.word_alone(), 1),
+        ("weights alone", state.weights_alone(thing), 1),
+        ("both", state, 1),
+        ("neither", state, 0),
+    ):
+        rows = pipe.generate(part, DRAW, alpha_blend=alpha, **SAMPLING)
+        parts[when, what] = [row[0] for row in rows]
+kinds = list(dict.fromkeys(what for _, what in parts))
+columns = [f"{what},\n{where}" for where in ("white", "beach") for what in kinds]
+table = [
+    [parts[when, what][i] for i in (0, 1) for what in kinds] for when in ("predicted", "tuned")
+]
+
+# %%
+show(
+    picture_grid(table, columns, ["predicted", "tuned"]),
+    f"Two rows, predicted and tuned: {', '.join(kinds)}, on white and on the beach.",
+)
+
+# %%
+errors = {
+    key: (pipe.pixels(row[:1]) - pipe.pixels([picture])).square().mean().sqrt().item() / 2
+    for key, row in parts.items()
+}
+for key, error in errors.items():
+    print(f"{', '.join(key):26} {error:.3f} from the input (root mean square, on white)")
+seen = []
+for when in ("predicted", "tuned"):
+    first, second = sorted(("word alone", "weights alone"), key=lambda what: errors[when, what])
+    seen.append(f"Nearest to the input as {when}: {first}, then {second}.")
+for what in ("word alone", "weights alone", "both"):
+    before, after = (errors[when, what] for when in ("predicted", "tuned"))
+    seen.append(
+        f"Tuning takes the picture of {what} {'nearer' if after < before else 'further away'}, "
+        f"from {before:.3f} to {after:.3f}."
+    )
+saw(*seen, "What tuning gives to the weights, the word need no longer say.")
 
 # %% [markdown]
 # ## 2. One attention layer by hand
@@ -266,6 +344,7 @@ def thrifty(x, soft_text, hard_text, alpha):
     return attn.to_out[0](alpha * soft + (1 - alpha) * hard) + extra  # one projection
 
 
+# %%
 from dte_lab.dual_path import DualPathProcessor
 
 for alpha in (0, 0.3, DEFAULT, 1):
@@ -348,6 +427,7 @@ def call(**paths):
         return unet(noisy8, t, soft8)
 
 
+# %%
 WAYS = {
     "without offsets": {},
     "single path": {"alpha_blend": 1.0},
@@ -387,6 +467,7 @@ for round_ in tqdm(range(ROUNDS + 2), desc="rounds"):
         if round_ >= 2:  # the first calls allocate memory
             seconds[way].append(time.perf_counter() - start)
 
+# %%
 costs = {}
 for way, times in seconds.items():
     low, median, high = np.percentile(np.divide(times, seconds["single path"]), (25, 50, 75))
@@ -396,7 +477,7 @@ if (file := RESULTS / "dual_path.json").is_file():
     KEYS = ("vanilla", "single", "dual attention figure", "dual block figure")  # as WAYS
     for way, key in zip(WAYS, KEYS, strict=True):
         row = stored["ways"][key]
-        source = f"benchmark, {stored['rounds']} rounds"
+        source = f"benchmark, rank {stored['rank']}, {stored['rounds']} rounds"
         costs[way][source] = (row["over_single"], *row["quartiles"])
 
 # %%
@@ -458,6 +539,7 @@ with dual_path(unet, concept.offsets, texts[1], DEFAULT):
         attn_layer.set_processor(recorder)
     unet(noisy, times, texts[0])
 
+# %%
 h, w = latents.shape[-2:]
 
 
@@ -496,6 +578,7 @@ tokens = [word.removesuffix("</w>") for word in backbone.tokenizer.convert_ids_t
 tokens[0], tokens[position] = "start", "S*"
 tokens[end:] = [f"end {i + 1}" for i in range(len(tokens) - end)]
 
+# %%
 changed = ((soft_text - hard_text).norm(dim=-1) / hard_text.norm(dim=-1))[0].tolist()
 share = {f"{path} path": m.mean((0, 2, 3)).tolist() for path, m in maps.items()}
 sums = {
@@ -524,9 +607,9 @@ show(
 # the model works on a coarse grid of latents.
 #
 # The fourth row is one of the end tokens: the one with the largest product of the two bars above.
-# If a token is looked at from the thing's place, its map is brightest in the middle; the word of
-# the setting should light up around it. Where the differences within a map are small against its
-# scale, do not read shapes into them.
+# If a token is looked at from the thing's place, its map is brightest in the middle. Does the word
+# of the setting light up around it, as its meaning suggests? Where the differences within a map are
+# small against its scale, do not read shapes into them.
 
 # %%
 from dte_lab.common.images import to_pil
@@ -543,6 +626,8 @@ rows = {
     "all end tokens,\nsoft path": maps["soft"][:, end:].sum(1),
 }
 noisy_pictures = to_pil(backbone.decode_latents(noisy).clamp(-1, 1))
+
+# %%
 show(
     maps_figure(
         noisy_pictures,
@@ -564,13 +649,23 @@ from dte_lab.world.scenes import OFFSET
 
 inside = F.pad(object_mask(NAME, "fluent").float(), (OFFSET,) * 4)  # (64, 64)
 inside = F.adaptive_avg_pool2d(inside[None], (h, w))[0].to(latents)
+ratios = {}
 print("attention from the thing's place over that from around it; 1: no preference")
 print(f"{'t':<26}" + "".join(f"{step:7}" for step in times.tolist()))
 for label, row in rows.items():
     name_of = label.replace("\n", " ")
     ratio = (row * inside).sum((1, 2)) / inside.sum()
     ratio = ratio / ((row * (1 - inside)).sum((1, 2)) / (1 - inside).sum())
+    ratios[name_of] = ratio.tolist()
     print(f"{name_of:<26}" + "".join(f"{r:7.2f}" for r in ratio.tolist()))
+
+# %%
+within = [name for name, r in ratios.items() if r[-1] > 1]
+of_place = ratios[f"{place}, soft path"][-1]
+saw(f"At t = {times[-1]}, looked at more from the thing's place: {'; '.join(within) or 'none'}.",
+    f"The word of the setting, {place}, has a ratio of {of_place:.2f}: it is looked at more",
+    f"{'from the thing than from around it' if of_place > 1 else 'from around the thing'}. Where a",
+    "map is bright says where a token is read, and not what is drawn there.")  # fmt: skip
 
 # %% [markdown]
 # ## 6. Try it: blend, path of the offsets, granularity
@@ -601,10 +696,10 @@ display(dual_path_panel(blended))
 
 # %% [markdown]
 # On a page that has no notebook running behind it, this table shows one seed of each setting. Read
-# the rows from left to right. Under `figure`, α = 1 has everything that was learned and α = 0
-# nothing. Under `text` each end has *half*: at α = 0 the learned weights with a real word, at α = 1
-# the learned word with the model's own weights. So these two ends also show what the weights do
-# without the word, and the word without the weights.
+# the rows from left to right. With the offsets on the soft path, α = 1 has everything that was
+# learned and α = 0 nothing. With the offsets on the hard path each end has *half*: at α = 0 the
+# learned weights with the nearest real word, at α = 1 the learned word with the model's own
+# weights, as in section 1.
 
 # %%
 show(
@@ -672,7 +767,7 @@ checks.alpha_schedule(alpha_schedule)
 # %% [markdown]
 # Some more freedom at sampling time, all with the same seed and the same tuned concept:
 #
-# - α falling, so that the learned word decides first and the prior has the last word; α rising, the
+# - α falling, so that what was learned decides first and the prior has the last word; α rising, the
 #   other way round. Which keeps the setting, which the thing?
 # - `unconditional_offsets=False`: the unconditional half of guidance keeps the model's own weights.
 # - `prediction_interval`: the encoder's features depend on the noisy picture, so its prediction
@@ -695,6 +790,8 @@ pictured = replace(concept, pictures=to_bytes(pipe.pixels([picture])))
 for changes in variants.values():
     varied = replace(pictured, config=replace(concept.config, **changes))
     columns.append(pipe.generate(varied, prompts[:2], **SAMPLING))
+
+# %%
 show(
     picture_grid(
         [[column[i][0] for column in columns] for i in range(2)], list(variants), settings[:2]
@@ -704,11 +801,23 @@ show(
     + ".",
 )
 
+# %%
+seen = []
+for label, column in zip(variants, columns, strict=True):
+    found = [SCENES[i] for i in classify_scene(pipe.pixels([row[0] for row in column]))]
+    right = sum(f == a for f, a in zip(found, asked, strict=False))
+    here, first = (pipe.pixels([row[0] for row in c]) for c in (column, columns[0]))
+    moved = (here - first).square().mean().sqrt().item() / 2
+    name_of = label.replace("\n", " ")
+    seen.append(f"{name_of}: {right} of 2 settings right, {moved:.3f} from the first way.")
+saw(*seen)
+
 # %% [markdown]
 # ## 8. Without an encoder
 #
 # Where no encoder has been trained, as for Stable Diffusion 1.5, `dte_lab/zero_shot.py` takes its
-# place: `v*` starts as the word that CLIP finds in the picture, and the offsets start with `B = 0`.
+# place: `v*` starts as a mixture of the words that CLIP finds in the picture, and the offsets start
+# with `B = 0`.
 # What does α do then? Think before you run the cell: which word is nearest to `v*`, and how large
 # is `A B`?
 
@@ -720,6 +829,7 @@ without = DTEPipeline(backbone, ZeroShotStart(backbone))
 start = without.personalize(picture, num_steps=0)
 tuned = without.personalize(picture, num_steps=STEPS)
 
+# %%
 rows, few = {}, [0, 0.5, 1]
 for label, state in (
     ("no encoder, 0 steps", start),
@@ -739,10 +849,10 @@ show(
 )
 
 # %% [markdown]
-# In the first row both paths are the same: the same word, the same weights. A blend of two equal
-# things is that thing, whatever α. So tuning starts exactly at the prior, and only what it learns
-# can be turned up and down with α. An encoder's prediction is away from the prior before the first
-# step.
+# Before the first step both paths have the same weights, and words that are close: a mixture of
+# words, and the real word nearest to it. The first number above is all that α can change there.
+# Tuning starts near the prior, and what it learns can then be turned up and down with α. An
+# encoder's prediction is away from the prior before the first step.
 #
 # ## 9. Experiment 2: what does the blend buy?
 #
@@ -767,12 +877,14 @@ from dte_lab.panels.dual_path import alpha_figure
 document = json.loads((RESULTS / "blending.json").read_text())
 table, run = by_setting(document["rows"]), document["settings"]
 count = len({row["concept"] for row in document["rows"]})
+print(measured_with(document["versions"]))
 print(
     f"n = {count} concepts of the split {run['split']}, {len(run['scenes'])} prompts x "
     f"{run['seeds']} seeds each, {run['num_steps']} tuning steps, {len(table)} settings"
 )
 
 
+# %%
 def mean_of(setting, measure):
     return table[setting][measure].mean()
 
@@ -816,6 +928,7 @@ def plane_alt(x, y):
     return f"{y} over {x} with ellipses; figure, attention at (x, y): {'; '.join(points)}."
 
 
+print(measured_with(document["versions"]))
 show(plane_figure(table), plane_alt("scene", "identity_scaled"))
 
 # %% [markdown]
@@ -824,7 +937,19 @@ show(plane_figure(table), plane_alt("scene", "identity_scaled"))
 # a part in training the model that it judges.
 
 # %%
+print(measured_with(document["versions"]))
 show(plane_figure(table, "clip_t_small", "clip_i_small"), plane_alt("clip_t_small", "clip_i_small"))
+
+# %%
+orders = {}
+for one, other in (("identity_scaled", "clip_i_small"), ("scene", "clip_t_small")):
+    ranks = [
+        np.argsort(np.argsort([row[m].mean() for row in table.values()])) for m in (one, other)
+    ]
+    orders[f"{one} and {other}"] = np.corrcoef(ranks)[0, 1]
+said = "; ".join(f"{pair} {r:+.2f}" for pair, r in orders.items())
+saw(f"{measured_with(document['versions']).capitalize()}.",
+    f"Rank correlation of the settings' means: {said}. 1 is the same order.")  # fmt: skip
 
 # %% [markdown]
 # ### The differences
@@ -836,6 +961,7 @@ show(plane_figure(table, "clip_t_small", "clip_i_small"), plane_alt("clip_t_smal
 # %%
 from dte_lab.common.stats import interval
 
+print(measured_with(document["versions"]))
 soft, hard, dual = (("soft", "attention", alpha) for alpha in (1, 0, 0.7))
 for title, one, other in (
     ("blend 0.7 against soft path alone", dual, soft),
@@ -858,10 +984,11 @@ for title, one, other in (
 #   thing, the blend draws a mixture of two things. Print the word before you choose α.
 # - **Ghosts.** Two paths that disagree about the layout are averaged inside the network. Middle
 #   values of α can show parts of both.
-# - **The input's background in every picture.** α is too large for how long you tuned. Lower it
-#   before you tune less.
+# - **The input's background in every picture.** Tuning did not know of it, or α is too large for
+#   how long you tuned. Look at the prompt of tuning (`dte_lab/setting.py`), then lower α before you
+#   tune less.
 # - **A blend that does nothing.** Then both paths are nearly the same: the offsets are small and
-#   `v*` lies on a word. Section 8 shows the extreme.
+#   `v*` lies near a word. Section 8 shows that.
 # - **A saturated measure.** When nearly every scene is right, its share cannot tell settings apart;
 #   look at the other one.
 #
@@ -869,6 +996,7 @@ for title, one, other in (
 #
 # - Soft path: `v*` and changed weights. Hard path: the nearest word and the model's own weights.
 #   `alpha_blend` goes from the prior, 0, to what was learned, 1.
+# - Word and weights can be drawn apart. What one says, the other need not say.
 # - Because the output projection is affine and the coefficients add up to 1, it is needed once.
 # - Every token after `S*` has read it, so the concept does not enter through one token alone.
 # - Identity and editability belong on one plane, with their uncertainty.

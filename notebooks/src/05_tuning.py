@@ -27,6 +27,9 @@
 # - find the least number of steps that satisfies, and say how sure you are of it;
 # - predict how much memory tuning takes before you run it, and make it fit a card of 15 GB;
 # - compare methods fairly: by the clock, not by the number of steps.
+#
+# Stored numbers that are marked *former model* were measured with the weights before the present
+# ones.
 
 # %% [markdown]
 # ## Set up
@@ -47,7 +50,7 @@ import torch
 
 from dte_lab import checks
 from dte_lab.common.quiet import quiet_libraries
-from dte_lab.panels import describe_machine, picture_grid, show
+from dte_lab.panels import describe_machine, measured_with, picture_grid, saw, show
 
 quiet_libraries()
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,6 +96,7 @@ show(
 
 # %%
 from dte_lab.evaluation.measures import diffusion_loss
+from dte_lab.setting import picture_prompts
 from dte_lab.tuning import TRAINABLE, TuneConfig
 
 predicted = pipe.personalize(picture, num_steps=0)
@@ -109,17 +113,19 @@ trained["heads"] = sum(count(part.parameters()) for part in heads)
 trained["encoder"] = trained["heads"] + count(pipe.encoder.fusion.parameters())
 frozen = sum(count(part.parameters()) for part in pipe.backbone.modules)
 
+# %%
+own_prompts = picture_prompts(pipe.backbone, pixels)  # what tuning says of the picture
 drawn = [pipe.generate(predicted, prompts["beach"], progress=False)[0][0]]
-print(f"frozen numbers: {frozen:,}")
-loss = diffusion_loss(pipe, predicted, pixels, [prompts["no setting"]])
-print(f"loss on fixed noise before tuning: {loss:.3f}")
+print(f"frozen numbers: {frozen:,}; tuning's prompt: {own_prompts[0]!r}")
+losses = {"before tuning": diffusion_loss(pipe, predicted, pixels, own_prompts)}
+print(f"loss on fixed noise before tuning: {losses['before tuning']:.3f}")
 for part in TRAINABLE:
     concept = pipe.personalize(picture, config=TuneConfig(trainable=part), progress=False)
     drawn += pipe.generate(concept, prompts["beach"], progress=False)[0]
-    loss = diffusion_loss(pipe, concept, pixels, [prompts["no setting"]])
+    losses[part] = diffusion_loss(pipe, concept, pixels, own_prompts)
     print(
         f"{part:<12}{trained[part]:>12,} numbers tuned, {concept.seconds:5.1f} s, "
-        f"loss after 12 steps {loss:.3f}"
+        f"loss after 12 steps {losses[part]:.3f}"
     )
 show(
     picture_grid([drawn], ["predicted", *TRAINABLE]),
@@ -130,6 +136,15 @@ show(
 # Compare the losses, then the seconds, then the pictures: do they tell the same story? The
 # optimiser is AdamW without weight decay. `v*` and the matrices have learning rates of their own,
 # since their entries differ in size; these are our choices, in one place, `TuneConfig`.
+#
+# The prompt of tuning says what else the picture shows, in words that CLIP finds (`picture_prompts`
+# in `dte_lab/setting.py`; ours, not the paper's). We measure the loss under the same prompt, for
+# what the prompt says is not asked of `S*`. Section 3 tries what happens without.
+
+# %%
+start = losses.pop("before tuning")
+saw(*(f"Tuning the {part} changes the loss by {loss - start:+.3f}." for part, loss in
+      losses.items()), f"The lowest loss has: {min(losses, key=losses.get)}.")  # fmt: skip
 
 # %% [markdown]
 # ## 2. What the loss asks
@@ -203,11 +218,12 @@ def loss_at(t):
     timesteps = torch.full((N,), t, device=latents.device)
     with objective(
         pipe.backbone, pipe.prompt_encoder, prediction,
-        Batch(latents, noise, timesteps, [prompts["no setting"]] * N), pipe.encoder.method,
+        Batch(latents, noise, timesteps, [own_prompts[0]] * N), pipe.encoder.method,
     ) as terms:  # fmt: skip
         return terms["diffusion"].item()
 
 
+# %%
 grid = [int(t) for t in np.linspace(0, T - 1, 24)]
 by_timestep = [loss_at(t) for t in grid]
 rng = np.random.default_rng(0)
@@ -228,7 +244,8 @@ show(
 # ## 3. From 0 to 12 steps, and far beyond
 #
 # One long run of tuning, with a callback that keeps the state after every step. From some of them
-# we draw: without a setting in the prompt, and in three scenes. The seed is always the same.
+# we draw: without a setting in the prompt, and in three scenes. The seed is always the same. A
+# prompt without a setting shows what of the input's background has become a part of `S*`.
 
 # %%
 STEPS = (0, 2, 4, 8, 12, 25, 50)
@@ -243,6 +260,7 @@ def keep(state):
 last = pipe.personalize(picture, num_steps=STEPS[-1], callback=keep, config=TuneConfig())
 
 
+# %%
 def after(steps):
     """The concept after so many steps of the long run."""
     if steps == len(record):
@@ -250,11 +268,11 @@ def after(steps):
     return replace(last, v_star=record[steps]["v_star"], offsets=record[steps]["offsets"])
 
 
-def look(concept, wanted):
+def look(concept, wanted, **options):
     """One picture per prompt; `phrase` is what a method writes for S*."""
     phrase = concept.info.get("phrase", "S*")
     texts = [prompts[name].replace("S*", phrase) for name in wanted]
-    rows = pipe.generate(concept, texts, num_inference_steps=15, progress=False)
+    rows = pipe.generate(concept, texts, num_inference_steps=15, progress=False, **options)
     return {name: row[0] for name, row in zip(wanted, rows, strict=True)}
 
 
@@ -278,26 +296,74 @@ show(
 )
 
 # %% [markdown]
-# Read the upper row first: does the drawing come closer and closer to the input picture? Then why
+# Read the upper row first: does the thing come closer and closer to the input picture's? Then why
 # should one ever stop? Now read the lower row. What happens to the night, and to the colours of the
 # thing? Where they go wrong, the model has unlearned what it needs for any picture but this one.
-# That is **overfitting**, and the upper row cannot show it.
+# That is **overfitting**, and the upper row cannot show it. A number for either: how far the drawn
+# picture is from the true one, pixel by pixel.
+
+
+# %%
+def error(drawn, reference):
+    """Root mean squared difference of two pictures, colours from 0 to 1."""
+    a, b = pipe.pixels([drawn, reference])
+    return (a - b).square().mean().sqrt().item() / 2
+
+
+errors = {name: [error(pictures[n, name], references[name]) for n in DRAWN] for name in prompts}
+for name, row in errors.items():
+    print(f"{name:12}", " ".join(f"{n} steps {e:.3f}" for n, e in zip(DRAWN, row, strict=True)))
+least = {name: DRAWN[int(np.argmin(row))] for name, row in errors.items()}
+saw("Nearest to the truth after:", ", ".join(f"{n} steps ({name})" for name, n in least.items()),
+    f"of {', '.join(map(str, DRAWN))}.")  # fmt: skip
+
+# %% [markdown]
+# ### With the setting in the prompt of tuning, and without
+#
+# The same picture, the same twelve steps, and in the second row a prompt that does not say what the
+# background is: `TuneConfig(prompts=("a picture of S*",))`. Then `v*` and the offsets must say it.
+# In which row does the input's background come along? The soft path draws alone (`alpha_blend=1`);
+# the hard path, which has not been tuned, would hide some of it.
+
+# %%
+from dte_lab.evaluation.base_model import classify_scene
+from dte_lab.world.scenes import SCENES as ALL_SCENES
+
+tuned_with = {"setting named": after(12)}
+tuned_with["not named"] = pipe.personalize(
+    picture, num_steps=12, config=TuneConfig(prompts=("a picture of S*",)), progress=False
+)
+both = {label: look(state, prompts, alpha_blend=1) for label, state in tuned_with.items()}
+show(
+    picture_grid([[picture, *row.values()] for row in both.values()],
+                 ["the input", *prompts], list(both)),
+    f"Two rows, tuned with the setting named and not: {', '.join(prompts)}.",
+)  # fmt: skip
+seen_as = {
+    label: [ALL_SCENES[i] for i in classify_scene(pipe.pixels(list(row.values())))]
+    for label, row in both.items()
+}
+saw("By their border the pictures show,",
+    "; ".join(f"{label}: {', '.join(scenes)}" for label, scenes in seen_as.items()) + ".",
+    f"The truth: any, {', '.join(SCENES)}.")  # fmt: skip
 
 # %% [markdown]
 # ### Can the loss show it?
 #
 # Three losses of the same run. The dots are what tuning saw. The solid line is the same loss on
-# noise that is the same at every point, so that progress can be seen. The dashed line is the loss
-# of the *true pictures in other scenes* under their prompts: the validation loss that nobody with
-# one photograph can compute.
+# noise that is the same at every point, so that progress can be seen, under tuning's own prompt.
+# The dashed line is the loss of the *true pictures in other scenes* under their prompts: the
+# validation loss that nobody with one photograph can compute.
 
 # %%
 from dte_lab.panels.tuning import losses_figure
 
 seen = [state["diffusion"] for state in record]
-own = [diffusion_loss(pipe, after(n), pixels, [prompts["no setting"]]) for n in STEPS]
+own = [diffusion_loss(pipe, after(n), pixels, own_prompts) for n in STEPS]
 elsewhere = [diffusion_loss(pipe, after(n), true, [edit.prompt for edit in asked]) for n in STEPS]
 best = STEPS[int(np.argmin(elsewhere))]
+
+# %%
 print(
     f"input picture: {own[0]:.3f} before tuning, {own[-1]:.3f} after {STEPS[-1]} steps, lowest "
     f"after {STEPS[int(np.argmin(own))]}"
@@ -313,6 +379,13 @@ show(
     f"scenes from {elsewhere[0]:.2f} by {min(elsewhere):.2f} after {best} steps to "
     f"{elsewhere[-1]:.2f}.",
 )
+
+# %%
+highest = STEPS[int(np.argmax(own))]
+saw(f"On the input picture the loss is highest after {highest} steps and lowest after",
+    f"{STEPS[int(np.argmin(own))]}" + (": the first steps hurt before they help." if highest in
+    STEPS[1:4] else ".") + f" In other scenes it is lowest after {best}, and at the end",
+    f"{elsewhere[-1] - min(elsewhere):+.3f} from there.")  # fmt: skip
 
 # %% [markdown]
 # #### Try it: steps and scene
@@ -362,6 +435,9 @@ measures = {
     "fidelity": "harmonic mean of the two",
 }
 n_concepts = curves["dte"]["fidelity"][0]["n"]
+
+# %%
+print(measured_with(results["versions"]))
 print(f"{n_concepts} concepts of the {results['settings']['split']} split; mean [95 % interval]")
 for method, of_method in curves.items():
     top = max(of_method["fidelity"], key=lambda point: point["mean"])
@@ -377,31 +453,47 @@ show(
 
 # %% [markdown]
 # How to read it. Every method's rate was the best of a few at 12 steps, on other things. What is
-# best for few steps can be too fast for many: after 25 steps the tuning encoder goes on gaining
-# identity, and loses the prompt faster than it gains. The curve with `offset_learning_rate=0.002`
-# tests whether the rate is the reason. It is the same encoder at a third of its rate: behind at 12
-# steps, and ahead of itself later on. The E4T-style encoder, which tunes whole matrices, leads
-# where there are many steps; the next cell says how much of that lead the rate explains. LoRA has
-# two curves: with its prior kept, it also learns pictures that the base model draws of the same
-# kind of thing. Ask of this what it is for: does it cost identity at few steps, and does it keep
-# the prompt at many?
+# best for few steps can be too fast for many: then a method goes on gaining identity, and loses the
+# prompt faster than it gains. The curve with a lower `offset_learning_rate` tests whether the rate
+# is the reason, with the same encoder at a lower rate. The E4T-style encoder tunes whole matrices;
+# the next cell says who is ahead where, and how much of it the rate explains. LoRA has two curves:
+# with its prior kept, it also learns pictures that the base model draws of the same kind of thing.
+# Ask of this what it is for: does it cost identity at few steps, and does it keep the prompt at
+# many?
 
 # %%
 from dte_lab.common.stats import interval
 
+print(measured_with(results["versions"]))
 fidelity = {}
 for point in results["points"]:
     cell = fidelity.setdefault((point["method"], point["steps"]), {})
     cell[point["concept"]] = point["fidelity"]
-slower = next(method for method in curves if "offset_learning_rate" in method)
+slower = [method for method in curves if "offset_learning_rate" in method]
 for steps in (12, 25, 50, 100):
-    for method in ("dte", slower):
+    for method in ("dte", *slower):
+        if {(method, steps), ("e4t", steps)} - fidelity.keys():
+            continue
         ours, theirs = fidelity[method, steps], fidelity["e4t", steps]
         ahead = interval(np.array([theirs[concept] - ours[concept] for concept in ours]))
         print(
             f"{steps:3} steps: E4T-style ahead of {names[method]:<42} by {ahead['mean']:+.3f} "
             f"[{ahead['low']:+.3f}, {ahead['high']:+.3f}]"
         )
+
+# %%
+seen = []
+for steps in (4, 12, 50, 100) if {"lora", "lora-prior"} <= curves.keys() else ():
+    kept, free = (
+        {m: next((p["mean"] for p in curves[name][m] if p["steps"] == steps), np.nan)
+         for m in ("identity_scaled", "scene")} for name in ("lora-prior", "lora")
+    )  # fmt: skip
+    seen.append(
+        f"After {steps} steps the kept prior changes LoRA's identity by "
+        f"{kept['identity_scaled'] - free['identity_scaled']:+.2f} and its prompt fidelity by "
+        f"{kept['scene'] - free['scene']:+.2f}."
+    )
+saw(f"{measured_with(results['versions']).capitalize()}.", *seen)
 
 # %% [markdown]
 # ### How good a guide is the loss?
@@ -427,6 +519,8 @@ def correlation(found):
     return f"{found['mean']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]" if found else "-"
 
 
+# %%
+print(measured_with(results["versions"]))
 width = 1 + max(len(names[method]) for method in results["guide"])
 for loss, title in LOSSES.items():
     print(
@@ -444,6 +538,15 @@ show(
     "identity and prompt fidelity against the loss on the input picture, and against the loss in "
     "other scenes.",
 )
+
+# %%
+seen = []
+for part, found in results["guide"]["dte"].items():
+    guide = {loss: found[loss].get("fidelity") for loss in LOSSES}
+    said = ", ".join(f"{LOSSES[loss]} {correlation(r)}" for loss, r in guide.items())
+    seen.append(f"Tuning encoder, {part}, with the harmonic mean: {said}.")
+when = f"{measured_with(results['versions']).capitalize()}."
+saw(when, *seen, "-1 would be a perfect guide.")
 
 # %% [markdown]
 # ## 5. The least steps that satisfy
@@ -499,6 +602,7 @@ checks.steps_needed(steps_needed)
 from dte_lab.panels.tuning import least_figure
 
 least = results["least"]
+print(measured_with(results["versions"]))
 print(f"enough: {results['share']:.0%} of the best mean harmonic mean in the group")
 for group, found in least.items():
     texts = []
@@ -566,6 +670,7 @@ from dte_lab.panels.tuning import memory_figure
 from dte_lab.tuning import tune
 
 
+# %%
 def one_step(noise_levels):
     tune(
         pipe.backbone, pipe.prompt_encoder, prediction, pixels, pipe.encoder.method,
@@ -587,6 +692,7 @@ def measured_mb(noise_levels):
     return peak.read()
 
 
+# %%
 batches = (1, 4, 16)
 expected = [predicted_mb(batch) for batch in batches]
 measured = [measured_mb(batch) for batch in batches]
@@ -603,6 +709,9 @@ show(
     f"{expected[-1]:.0f} MB"
     + (f", measured {measured[0]:.0f} to {measured[-1]:.0f} MB." if measured else "."),
 )
+if measured:
+    gaps = [f"{m - e:+.0f} MB at {b}" for b, e, m in zip(batches, expected, measured, strict=True)]
+    saw(f"Measured minus predicted: {', '.join(gaps)} noise levels.")
 
 # %% [markdown]
 # ### Stable Diffusion 1.5 on a card of 15 GB
@@ -629,6 +738,7 @@ for file in sorted(RESULTS.glob("sd15_card_*.json")):
         if (peak := row["measured"]["tuning"]["bytes"]) is not None:
             known[str(Setting(**row["setting"]))] = peak / 1e9
 
+# %%
 parts = random_parts("meta")
 weights = {k: count(v.parameters()) for k, v in parts.items() if isinstance(v, torch.nn.Module)}
 free = 768 + 199_296 * Setting().rank  # v*, and A and B of 128 projections; see docs/sd15.md
@@ -656,6 +766,12 @@ show(
     + "; ".join(f"{label}: {gb:.1f} GB" for label, gb in zip(labels, gigabytes, strict=True))
     + ".",
 )
+
+# %%
+fits = [label for label, gb in zip(labels, gigabytes, strict=True) if gb <= CARD]
+saw(
+    f"{len(fits)} of {len(labels)} settings fit, by prediction: {'; '.join(fits)}. Fewer noise",
+    "levels and a smaller side cost quality, checkpointing and offload cost time.")  # fmt: skip
 
 # %% [markdown]
 # ## 7. The same steps on Stable Diffusion 1.5
@@ -773,6 +889,7 @@ show(
 # at the first point of each curve too: what does a method know before it tunes at all?
 
 # %%
+print(measured_with(results["versions"]))
 for method, of_method in curves.items():
     seconds = {p["steps"]: p["mean"] for p in of_method["seconds"]}
     top = max(of_method["fidelity"], key=lambda point: point["mean"])
@@ -784,6 +901,9 @@ show(
     quality_figure(curves, names, measures, over="seconds"),
     f"Identity, prompt fidelity and their harmonic mean over seconds, {n_concepts} concepts.",
 )
+begin = {m: c["fidelity"][0] for m, c in curves.items() if c["fidelity"][0]["steps"] == 0}
+saw(when, "Harmonic mean before any tuning:",
+    "; ".join(f"{names[m]} {point['mean']:.2f}" for m, point in begin.items()) + ".")  # fmt: skip
 
 # %% [markdown]
 # ## To take along

@@ -37,9 +37,12 @@ def naive(v, p, n, tau):
     return -torch.log(near / (near + far))
 
 
+def log_shares(v, p, n, tau):
+    return cosines(v, torch.cat([p, n]), tau).log_softmax(0)[: len(p)]
+
+
 def by_log_softmax(v, p, n, tau):
-    everything = cosines(v, torch.cat([p, n]), tau)
-    return -everything.log_softmax(0)[: len(p)].logsumexp(0)
+    return -log_shares(v, p, n, tau).logsumexp(0)
 
 
 def one_by_one(v, p, n, tau):
@@ -83,6 +86,9 @@ OTHER_RIGHT = {
 WRONG = {  # check: [(what the message must say, the wrong function)]
     "contrastive_loss": [
         ("overflow", naive),
+        ("always 0.1", lambda v, p, n, tau: stable(cosines(v, p) / 0.1, cosines(v, n) / 0.1)),
+        ("mean over the positives", lambda v, p, n, tau: -log_shares(v, p, n, tau).mean()),
+        ("sum over the positives", lambda v, p, n, tau: -log_shares(v, p, n, tau).sum()),
         ("temperature is not used", lambda v, p, n, tau: stable(cosines(v, p), cosines(v, n))),
         (
             "multiplied by the temperature",
@@ -122,6 +128,7 @@ WRONG = {  # check: [(what the message must say, the wrong function)]
     ],
     "cosine_gradient": [
         ("divide by the norm of v", across),
+        ("divides once", lambda v, u: across(v, u) / v.norm() ** 2),
         ("does not multiply", lambda v, u: across(v, u) * v.norm()),
         ("changes the length alone", lambda v, u: unit(u) / v.norm()),
         ("whole and unscaled", lambda v, u: u),

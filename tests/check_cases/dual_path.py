@@ -139,6 +139,7 @@ WRONG = {  # check: [(what the message must say, the wrong function)]
     ],
     "alpha_schedule": [
         ("swapped", lambda t, T, first, last: alpha_at((last, first), t, T)),
+        ("not by T - 1", lambda t, T, first, last: last + (first - last) * t / (T - 1)),
         ("`last` is missing", lambda t, T, first, last: first * t / T),
         ("Divide t by T", lambda t, T, first, last: last + (first - last) * t),
         ("a step", lambda t, T, first, last: torch.where(t > T / 2, first, last)),

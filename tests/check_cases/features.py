@@ -105,6 +105,8 @@ WRONG = {  # check: [(what the message must say, the wrong function)]
     "map_to_grid": [
         ("comes last", lambda x, g: normalised(pool(x, g), (1, 2, 3))),
         ("whole batch", lambda x, g: pool(normalised(x, (0, 1, 2, 3)), g)),
+        ("whole batch", lambda x, g: pool((x - x.mean()) / x.std(), g)),
+        ("side of a cell", lambda x, g: F.avg_pool2d(normalised(x, (1, 2, 3)), g)),
         ("Each channel", lambda x, g: pool(normalised(x, (2, 3)), g)),
         ("Each channel", lambda x, g: pool(F.instance_norm(x), g)),
         ("Each position", lambda x, g: pool(normalised(x, 1), g)),

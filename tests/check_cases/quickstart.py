@@ -50,7 +50,7 @@ OTHER_RIGHT = {
     "nearest_words": lambda v, e, w, k: sorted(
         w, key=lambda word: -F.cosine_similarity(e[w.index(word)], v, dim=0).item()
     )[:k],
-    "low_rank_offset": lambda x, w, a, b: x @ (w.T + a @ b),
+    "low_rank_offset": lambda x, w, a, b: x @ w.T + torch.einsum("ti,ir,ro->to", x, a, b),
     "blend": lambda soft, hard, alpha: torch.lerp(hard, soft, alpha),
 }
 WRONG = {  # check: [(what the message must say, the wrong function)]
@@ -64,6 +64,7 @@ WRONG = {  # check: [(what the message must say, the wrong function)]
         ("sign", lambda v, e, w, k: pick(cosines(v, e).abs(), w, k)),
         ("list of k words", lambda v, e, w, k: cosines(v, e).topk(k).indices.tolist()),
         ("list of k words", lambda v, e, w, k: pick(cosines(v, e), w, 1)[0]),
+        ("list of k words", lambda v, e, w, k: [[word] for word in pick(cosines(v, e), w, k)]),
         ("TypeError", lambda v, e, w, k: pick(cosines(v, e), w, k=str(k))),
     ],
     "low_rank_offset": [
@@ -76,6 +77,9 @@ WRONG = {  # check: [(what the message must say, the wrong function)]
         ("RuntimeError", lambda x, w, a, b: F.linear(x, w) + x @ b @ a),  # A and B swapped
         ("RuntimeError", lambda x, w, a, b: F.linear(x, w) + x @ a.T @ b.T),  # transposed
         ("not right yet", lambda x, w, a, b: F.linear(x, w) + 2 * x @ a @ b),
+        ("with 20 numbers", lambda x, w, a, b: F.linear(x, w + (a @ b).T)),
+        ("with 20 numbers", lambda x, w, a, b: x @ (w.T + a @ b)),
+        ("with 20 numbers", lambda x, w, a, b: F.linear(x, w) + x @ (a @ b)),
         ("Return a tensor", lambda x, w, a, b: None),
     ],
     "blend": [
