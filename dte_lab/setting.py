@@ -41,7 +41,9 @@ def picture_prompts(
     if not backbone.has_projection:
         return (plain,) * len(images)
     settings = SMALL_WORLD_SETTINGS if backbone.draws_small_world else PHOTOGRAPH_SETTINGS
-    texts = [f"a picture of a thing {setting}" for setting in settings]
+    texts = [
+        f"a picture of thing {setting}" for setting in settings
+    ]  # as in training the small CLIP
     with torch.no_grad():
         pictures = image_features(backbone, images).embeds  # (n, p)
         best = (pictures @ clip_embeddings(backbone, texts).T).argmax(dim=-1)

@@ -1,6 +1,6 @@
 """Draw the pictures of the README and the model card anew. Same seed, same picture.
 
-    python figures/make.py [quickstart] [world] [curve]
+    python figures/make.py [quickstart] [world] [unseen]
     python figures/make.py --check
 
 Each picture carries a digest of the function that drew it and of the files that it was drawn from;
@@ -9,7 +9,6 @@ Each picture carries a digest of the function that drew it and of the files that
 
 import hashlib
 import inspect
-import json
 import sys
 import textwrap
 from pathlib import Path
@@ -20,15 +19,19 @@ from PIL import Image
 
 from dte_lab import DTEPipeline
 from dte_lab.backbone import WEIGHTS, load_backbone
-from dte_lab.common.images import read_image
+from dte_lab.common.images import read_image, to_pil
 from dte_lab.common.plots import picture_grid, save_figure
 from dte_lab.evaluation.base_model import evaluation_items, generate
+from dte_lab.evaluation.edits import items
 from dte_lab.world.captions import caption
 from dte_lab.world.data import pixel_grid, rendered
+from dte_lab.world.scenes import render_image
+from dte_lab.world.sprites import UNSEEN_STYLE
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 PARTS = ["unet", "vae", "text_encoder"]
+UNSEEN_PROMPT = "a picture of S* on the beach"
 SETTINGS = ("on the beach", "at night", "in the snow", "in the desert", "in the forest")
 
 
@@ -56,37 +59,26 @@ def world(seed=4848):
     return figure
 
 
-def curve():
-    """What generated pictures show, and what the caption alone tells, against samples seen."""
-    points = json.loads((ROOT / "results" / "world_curve.json").read_text())["points"]
-    samples = [point["samples"] / 1e6 for point in points]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-
-    def draw(axis, key, label):
-        low, mean, high = ([p[key][part] for p in points] for part in ("low", "mean", "high"))
-        axis.plot(samples, mean, marker="o", label=label)
-        axis.fill_between(samples, low, high, alpha=0.15)
-
-    names = {"scene": "scene", "concept_top5": "thing among the best 5", "style": "style",
-             "concept_top1": "thing"}  # fmt: skip
-    for key, label in names.items():
-        draw(left, key, label)
-    draw(right, "told_error", None)
-    left.set_ylabel("share that is right")
-    right.set_ylabel("squared error from pure noise")
-    right.set_ylim(0)
-    left.legend(fontsize=8, loc="center", bbox_to_anchor=(0.72, 0.2))
-    for axis in (left, right):
-        axis.set(xscale="log", xlabel="samples seen, millions")
-        axis.set_xticks(samples, [f"{x:.1f}" for x in samples])
-        axis.minorticks_off()
-    return figure
+def unseen(count=8):
+    """Things in a drawing style that no training saw: what the predicted word draws alone, what
+    the whole prediction does, what 12 steps do, and the truth; input in other scenes."""
+    pipe, chosen, columns = DTEPipeline.from_pretrained("small"), items(count, UNSEEN_STYLE), []
+    for item in chosen:
+        [picture] = to_pil(item.picture())
+        predicted = pipe.personalize(picture, num_steps=0, progress=False)
+        stages = predicted.word_alone(), predicted, pipe.personalize(picture, progress=False)
+        drawn = [pipe.generate(concept, UNSEEN_PROMPT, progress=False)[0][0] for concept in stages]
+        true = render_image(item.name, UNSEEN_STYLE, "beach")
+        columns.append([picture, *drawn, true])
+    stages = ["input", "word alone", "prediction", "12 steps", "truth"]
+    names = [textwrap.fill(item.name, 16) for item in chosen]
+    return picture_grid([list(row) for row in zip(*columns, strict=True)], names, stages)
 
 
 FIGURES = {  # name -> what draws it, and the files that it is drawn from
     "quickstart": (quickstart, [*PARTS, "encoder", "examples/bus.png"]),
     "world": (world, PARTS),
-    "curve": (curve, ["results/world_curve.json"]),
+    "unseen": (unseen, [*PARTS, "encoder"]),
 }
 
 

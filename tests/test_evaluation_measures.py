@@ -14,6 +14,7 @@ from dte_lab.evaluation import edits as edits_module
 from dte_lab.evaluation import measures
 from dte_lab.evaluation.edits import Edit, Item, edits, items, truth
 from dte_lab.evaluation.measures import LOSSES, PICTURE_MEASURES, Measures, diffusion_loss
+from dte_lab.setting import picture_prompts
 from dte_lab.world.scenes import SCENES, render
 from dte_lab.world.sprites import sprite
 
@@ -286,6 +287,7 @@ def test_losses_are_of_the_input_and_of_the_true_edits(pipe, concept, monkeypatc
     named = replace(concept, info={"phrase": "S* dog"})
     found = measures.concept_losses(pipe, named, ITEM, asked)
     assert list(found) == list(LOSSES) and list(found.values()) == [10, 20]
-    assert torch.equal(calls[0][0], ITEM.picture()) and calls[0][1] == ["a picture of S* dog"]
+    own = picture_prompts(pipe.backbone, ITEM.picture(), "S* dog")  # as in tuning
+    assert torch.equal(calls[0][0], ITEM.picture()) and calls[0][1] == [*own]
     assert torch.equal(calls[1][0], torch.stack([truth(ITEM, edit) for edit in asked]))
     assert calls[1][1] == ["S* dog there", "S* dog drawn"] and calls[0][3] == calls[1][3]

@@ -353,6 +353,7 @@ def test_half_precision_on_a_gpu_by_default(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("dte_lab.backbone.load_parts", parts)
+    monkeypatch.setattr("dte_lab.backbone.checked_device", lambda device: device)
     for name, device in (("sd15", "cuda"), ("small", "cuda:1"), ("other", "cpu")):
         with pytest.raises(KeyboardInterrupt):
             load_backbone(name, device)

@@ -23,7 +23,7 @@ def test_every_scene_is_named_behind_things_that_no_training_saw(small_pipe):
     images = to_tensor(render_all(items))
     found = picture_prompts(small_pipe.backbone, images, "S* cup")
     truth = [f"a picture of S* cup {scene_words(scene)}" for scene in SCENES]
-    assert sum(a == b for a, b in zip(found, truth, strict=True)) >= 19
+    assert list(found) == truth
 
 
 def test_the_best_setting_is_that_with_the_largest_cosine(tiny_backbone):
@@ -32,7 +32,7 @@ def test_the_best_setting_is_that_with_the_largest_cosine(tiny_backbone):
     embeds = image_features(tiny_backbone, images).embeds
     cosines = []
     for setting in PHOTOGRAPH_SETTINGS:
-        ids = tiny_backbone.tokenizer([f"a picture of a thing {setting}"], return_tensors="pt")
+        ids = tiny_backbone.tokenizer([f"a picture of thing {setting}"], return_tensors="pt")
         text = tiny_backbone.text_encoder(ids.input_ids[:, :16]).text_embeds[0]
         cosines.append(F.cosine_similarity(embeds, text, dim=-1))
     best = torch.stack(cosines).argmax(dim=0).tolist()
