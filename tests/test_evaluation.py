@@ -83,7 +83,7 @@ class FakeMeasures:
         assert drawn.shape[:2] == (len(asked), 2)
         return [dict.fromkeys(PICTURE_MEASURES, drawn[i].std().item()) for i in range(len(asked))]
 
-    def words(self, name, words):
+    def words(self, name, words, v_star):
         return {"word_similarity": 0.5} if words else {}
 
 

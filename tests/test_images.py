@@ -341,7 +341,7 @@ def upload(*contents):
         for n, x in enumerate(contents)
     ]  # fmt: skip
     widget = FileUpload(multiple=True)
-    known = ipywidgets.version_info[0] > 7
+    known = int(ipywidgets.__version__.split(".")[0]) > 7
     widget.set_trait("value", files if known else {file["name"]: file for file in files})
     return widget
 

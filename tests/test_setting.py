@@ -32,8 +32,9 @@ def test_the_best_setting_is_that_with_the_largest_cosine(tiny_backbone):
     embeds = image_features(tiny_backbone, images).embeds
     cosines = []
     for setting in PHOTOGRAPH_SETTINGS:
-        ids = tiny_backbone.tokenizer([f"a picture of thing {setting}"], return_tensors="pt")
-        text = tiny_backbone.text_encoder(ids.input_ids[:, :16]).text_embeds[0]
+        text = f"a picture of thing {setting}"
+        ids = tiny_backbone.tokenizer([text], truncation=True, return_tensors="pt").input_ids
+        text = tiny_backbone.text_encoder(ids).text_embeds[0]
         cosines.append(F.cosine_similarity(embeds, text, dim=-1))
     best = torch.stack(cosines).argmax(dim=0).tolist()
     found = picture_prompts(tiny_backbone, images)

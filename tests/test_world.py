@@ -83,7 +83,7 @@ def test_render_is_pure_and_says_what_is_unknown():
     assert not np.array_equal(picture, render("red apple", "noto", "beach", 3))
     apple = "red apple"
     for wrong in (("no such", "noto", "red"), (apple, "oil", "red"), (apple, "noto", "?")):
-        with pytest.raises(DTEError, match="Unknown"):
+        with pytest.raises(DTEError, match="Unknown|There is no red apple in the style"):
             render(*wrong)
 
 

@@ -88,11 +88,11 @@ def measure_methods(
     """
     config, methods = config or EvaluationConfig(), Methods(pipe)
     parsed = check_run(specs, config, processes)
-    prepare_folder(out_dir)
     for spec in parsed:
         methods.check(spec, guided=config.guidance_scale > 1)
     if processes > 1 and load is None:
         raise DTEError("Several processes need `load`, with which each makes its own pipe.")
+    prepare_folder(out_dir)
     chosen = items(config.concepts, config.split)
     settings = {
         "methods": [spec.text for spec in parsed], **asdict(config), **methods.settings(),
