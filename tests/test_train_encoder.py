@@ -73,8 +73,10 @@ def test_it_trains_an_encoder_that_loads(backbone, quick, tmp_path, e4t, pieces)
         quick(tmp_path, steps=5, rank=2, regulariser="hinge", e4t=e4t)
     with pytest.raises(DTEError, match="word.safetensors is of an encoder of another size"):
         quick(tmp_path / "other", steps=1, word=tmp_path / "word.safetensors", patch_channels=3)
-    with pytest.raises(DTEError, match="nowhere cannot be read"):
-        quick(tmp_path / "other", steps=1, word=tmp_path / "nowhere")
+    (tmp_path / "damaged").write_bytes(b"no tensors")
+    for name in ("nowhere", "damaged"):
+        with pytest.raises(DTEError, match=f"{name} cannot be read"):
+            quick(tmp_path / "other", steps=1, word=tmp_path / name)
     with pytest.raises(ValueError, match="other settings .*model"):
         quick(tmp_path, steps=5, e4t=not e4t)
 

@@ -162,15 +162,13 @@ def encoder(
     steps: Steps = None,
     minutes: Minutes = None,
     batch_size: BatchSize = None,
-    wide: Annotated[Path | None, typer.Option(help="What `dte world build --wide` wrote.")] = None,
-    count: Annotated[int | None, typer.Option(parser=whole, help="Of drawings.")] = None,
+    wide: Annotated[Path | None, WIDE] = None,
+    count: Count = None,
     word_steps: Annotated[int | None, typer.Option(parser=whole, help="Of the word.")] = None,
     word: Annotated[
         Path | None, typer.Option(help="word.safetensors of another run, instead.")
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(parser=whole, help="Of weights, pictures and noise.")
-    ] = None,
+    seed: Seed = None,
     width: Annotated[int | None, typer.Option(parser=whole, help="Of tokens and queries.")] = None,
     rank: Rank = None,
     regulariser: Annotated[str | None, typer.Option(help="Of v*, as in dte pretrain.")] = None,

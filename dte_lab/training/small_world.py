@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -210,7 +211,8 @@ def train_word(
     minutes: float | None, device: str, settings: dict,
 ) -> None:  # fmt: skip
     """The first phase, in `out/word`; the weights it leaves go into the encoder and `out/WORD`."""
-    frozen = [p for key, p in encoder.named_parameters() if key not in word_state(encoder)]
+    own = word_state(encoder).keys()
+    frozen = [p for key, p in encoder.named_parameters() if key not in own]
     for p in frozen:
         p.requires_grad_(False)
     average = train(
@@ -219,16 +221,16 @@ def train_word(
     )  # fmt: skip
     for p in frozen:
         p.requires_grad_(True)
-    encoder.load_state_dict(word_state(average), strict=False)
-    state = {key: x.contiguous().cpu() for key, x in word_state(average).items()}
-    write_atomically(out / WORD, save(state))
+    found = word_state(average)
+    encoder.load_state_dict(found, strict=False)
+    write_atomically(out / WORD, save({key: x.contiguous().cpu() for key, x in found.items()}))
 
 
 def read_word(encoder: TuningEncoder, path: Path) -> None:
     """Start from another run's first phase. Raises DTEError for that of another kind of encoder."""
     try:
         state, own = load_file(path), word_state(encoder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise DTEError(f"{path} cannot be read: give the {WORD} of a run.") from error
     if {k: x.shape for k, x in state.items()} != {k: x.shape for k, x in own.items()}:
         raise DTEError(f"{path} is of an encoder of another size: train this one's word anew.")
