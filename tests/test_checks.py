@@ -28,7 +28,7 @@ def all_checks():
     return {
         name: check
         for name, check in vars(checks).items()
-        if callable(check) and not name.startswith("_")
+        if callable(check) and not name.startswith("_") and name != "yours"
     }
 
 
@@ -74,6 +74,17 @@ def test_an_answer_cannot_change_the_question(name):
         return answer
 
     getattr(checks, name)(careless)
+
+
+def test_a_right_answer_is_handed_on_and_a_wrong_one_is_not(capsys):
+    right, wrong = OWN["blend"], lambda soft, hard, alpha: soft
+    checks.blend(right)
+    assert checks.yours("blend", otherwise=wrong) is right
+    with pytest.raises(AssertionError):
+        checks.blend(wrong)
+    assert checks.yours("blend", otherwise=max) is max
+    said = capsys.readouterr().out.splitlines()
+    assert said[1:] == ["computed with your own blend", "computed with the notebook's blend"]
 
 
 def test_a_notebook_shows_one_sentence_and_no_source():

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dte_lab.checks.compare import WrongAnswer, call, compare
+from dte_lab.checks.compare import WrongAnswer, call, compare, exercise
 
 
+@exercise
 def contrastive_loss(answer: Callable[..., object]) -> None:
     """02, exercise 1: (v (d,), positives (N, d), negatives (M, d), temperature) -> scalar."""
     g = torch.Generator().manual_seed(0)
@@ -61,6 +62,7 @@ def contrastive_loss(answer: Callable[..., object]) -> None:
     print("contrastive_loss: right, and safe at small temperatures.")
 
 
+@exercise
 def negatives_mask(answer: Callable[..., object]) -> None:
     """02, exercise 2: (concepts (B,), bank_concepts (M,)) -> bool (B, B + M)."""
     concepts, bank = torch.tensor([3, 1, 3, 7]), torch.tensor([1, -1, 3, 5, -1])
@@ -95,6 +97,7 @@ def negatives_mask(answer: Callable[..., object]) -> None:
     print("negatives_mask: right. The same thing in another picture is not pushed away.")
 
 
+@exercise
 def cosine_gradient(answer: Callable[..., object]) -> None:
     """02, exercise 3: (v (d,), u (d,)) -> gradient of their cosine with respect to v, (d,)."""
     g = torch.Generator().manual_seed(1)

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dte_lab.checks.compare import WrongAnswer, call, compare
+from dte_lab.checks.compare import WrongAnswer, call, compare, exercise
 
 
+@exercise
 def soft_attention(answer: Callable[..., object]) -> None:
     """04, exercise 1: (x (T, C), text (L, d), W, offsets) -> (T, D), one head of the soft path.
 
@@ -62,6 +63,7 @@ def soft_attention(answer: Callable[..., object]) -> None:
     print("soft_attention: right. Three thin products changed what the layer looks at and says.")
 
 
+@exercise
 def dual_output(answer: Callable[..., object]) -> None:
     """04, exercise 2: (soft (T, D), hard (T, D), alpha, project, A (D, r), B (r, C)) -> (T, C).
 
@@ -114,6 +116,7 @@ def dual_output(answer: Callable[..., object]) -> None:
     print("dual_output: right. The coefficients add up to 1, so one projection serves both paths.")
 
 
+@exercise
 def alpha_schedule(answer: Callable[..., object]) -> None:
     """04, exercise 3: (t (B,), T, first, last) -> (B,), from first at t = T to last at t = 0."""
     t, T, first, last = torch.tensor([1000.0, 750.0, 250.0, 0.0]), 1000, 0.9, 0.3

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dte_lab.checks.compare import call, compare
+from dte_lab.checks.compare import call, compare, exercise
 
 
+@exercise
 def noisy_latent(answer: Callable[..., object]) -> None:
     """01, exercise 1: (x0 (B, C, h, w), noise alike, t (B,), alphas_cumprod (T,)) -> x_t."""
     g = torch.Generator().manual_seed(0)
@@ -46,6 +47,7 @@ def noisy_latent(answer: Callable[..., object]) -> None:
     print("noisy_latent: right. The two variances add up to 1 at every t.")
 
 
+@exercise
 def map_to_grid(answer: Callable[..., object]) -> None:
     """01, exercise 2: (map (B, C, h, w), grid) -> each normalised over itself, (B, C, grid, grid).
 
@@ -124,6 +126,7 @@ def pooled(x: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(x, 2)
 
 
+@exercise
 def fuse(answer: Callable[..., object]) -> None:
     """01, exercise 3: two maps and a vector per picture -> one token per position (B, g*g, d).
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dte_lab.checks.compare import WrongAnswer, call, call_thin, compare, refuse_whole
+from dte_lab.checks.compare import WrongAnswer, call, call_thin, compare, exercise, refuse_whole
 
 THIN = "Reorder the products so that only r x r matrices appear."
 
@@ -20,6 +20,7 @@ def scalar(got: object) -> Tensor:
     return got.reshape(())
 
 
+@exercise
 def largest_useful_rank(answer: Callable[..., object]) -> None:
     """03, exercise 1: (d_in, d_out) -> the largest rank at which A and B are smaller than W."""
     for d_in, d_out in ((768, 320), (192, 192), (12, 6), (96, 192), (2, 3)):
@@ -54,6 +55,7 @@ def largest_useful_rank(answer: Callable[..., object]) -> None:
     print("largest_useful_rank: right. For a square W it is just below half the width.")
 
 
+@exercise
 def low_rank_norm(answer: Callable[..., object]) -> None:
     """03, exercise 2: (A (Din, r), B (r, Dout)) -> Frobenius norm of A B, without forming it."""
     g = torch.Generator().manual_seed(0)
@@ -84,6 +86,7 @@ def low_rank_norm(answer: Callable[..., object]) -> None:
     print("low_rank_norm: right. Two r x r matrices were enough.")
 
 
+@exercise
 def offset_cosine(answer: Callable[..., object]) -> None:
     """03, exercise 3: (A1, B1, A2, B2) -> cosine of A1 B1 and A2 B2 as vectors of entries."""
     g = torch.Generator().manual_seed(1)

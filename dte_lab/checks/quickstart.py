@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dte_lab.checks.compare import WrongAnswer, call, call_thin, compare, refuse_whole
+from dte_lab.checks.compare import WrongAnswer, call, call_thin, compare, exercise, refuse_whole
 
 
+@exercise
 def nearest_words(answer: Callable[..., object]) -> None:
     """00, exercise 1: (v (d,), embeddings (n, d), words, k) -> the k nearest words by cosine."""
     words = ["tram", "bus", "car", "kite", "moon", "soup"]
@@ -50,6 +51,7 @@ def nearest_words(answer: Callable[..., object]) -> None:
     print("nearest_words: right. Only the direction of a vector counts, not its length.")
 
 
+@exercise
 def low_rank_offset(answer: Callable[..., object]) -> None:
     """00, exercise 2: (x (T, Din), W (Dout, Din), A (Din, r), B (r, Dout)) -> (T, Dout)."""
     g = torch.Generator().manual_seed(0)
@@ -75,6 +77,7 @@ def low_rank_offset(answer: Callable[..., object]) -> None:
     print("low_rank_offset: right. A B was never formed: two thin products are enough.")
 
 
+@exercise
 def blend(answer: Callable[..., object]) -> None:
     """00, exercise 3: (soft, hard, alpha) -> alpha * soft + (1 - alpha) * hard, any shape."""
     g = torch.Generator().manual_seed(0)

@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 import torch
 
-from dte_lab.checks.compare import call, compare
+from dte_lab.checks.compare import call, compare, exercise
 
 
+@exercise
 def velocity_target(answer: Callable[..., object]) -> None:
     """05, exercise 1: (latents and noise (B, C, h, w), alpha_bar (B,)) -> velocity, same shape."""
     g = torch.Generator().manual_seed(0)
@@ -104,6 +105,7 @@ CASES = (
 )  # fmt: skip
 
 
+@exercise
 def steps_needed(answer: Callable[..., object]) -> None:
     """05, exercise 2: (curve {steps: value}, level, patience) -> the least steps, or None."""
     for case in CASES:
@@ -117,6 +119,7 @@ def steps_needed(answer: Callable[..., object]) -> None:
     print("steps_needed: right. One lucky point is not enough to stop at.")
 
 
+@exercise
 def tuning_bytes(answer: Callable[..., object]) -> None:
     """05, exercise 3: (trained, frozen, frozen_bytes) -> bytes of weights, gradients and AdamW."""
     for trained, frozen, each in ((300, 5000, 2), (300, 5000, 4), (1000, 0, 2)):
