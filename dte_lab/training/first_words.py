@@ -29,7 +29,6 @@ def name_embeddings(backbone: Backbone, names: list[str]) -> Float[Tensor, "name
     return torch.stack([table[row].mean(dim=0) for row in ids])
 
 
-@torch.no_grad()
 def fit_token_head(
     encoder: TuningEncoder,
     backbone: Backbone,
@@ -37,16 +36,31 @@ def fit_token_head(
     pictures: int = 4000,
     seed: int = 0,
 ) -> None:
-    """Set `narrow`, `read` and the bias of a fresh encoder's token head; `zero_shot_weight` to 0.
+    """`fit_reading` on pictures of things whose names are known.
 
     names: concepts whose pictures are looked at, by default all of train.
     """
     rng, names = np.random.default_rng(seed), names or split_names("train")
     items = [random_item(rng, names) for _ in range(pictures)]
+    fit_reading(
+        encoder, backbone, rendered(items), name_embeddings(backbone, [name for name, *_ in items])
+    )
+
+
+@torch.no_grad()
+def fit_reading(
+    encoder: TuningEncoder,
+    backbone: Backbone,
+    pixels: Float[Tensor, "pictures 3 height width"],
+    words: Float[Tensor, "pictures dim"],
+) -> None:
+    """Set `narrow`, `read` and the bias of a fresh encoder's token head; `zero_shot_weight` to 0.
+
+    pixels: in [-1, 1]. words: embeddings of what they show.
+    """
     head, patches = encoder.token_head, []
-    for i in tqdm(range(0, pictures, 128), desc="first words"):
-        pixels = rendered(items[i : i + 128])
-        patches.append(encoder.image_features(backbone, pixels).patches)
+    for part in tqdm(pixels.split(128), desc="first words"):
+        patches.append(encoder.image_features(backbone, part).patches)
     patches = torch.cat(patches)  # (n, c, p, p)
 
     # narrow: the directions in which patches differ most
@@ -56,7 +70,7 @@ def fit_token_head(
     head.narrow.weight.copy_(directions.T[:rows, :, None, None])
 
     x = torch.cat([head.places(part) for part in patches.split(512)])
-    y = name_embeddings(backbone, [name for name, *_ in items]) / encoder.residual_unit
+    y = words / encoder.residual_unit
     weight = ridge(x - x.mean(dim=0), y - y.mean(dim=0), PENALTY)
     head.read.weight.copy_(weight.T)
     head.out.bias.copy_(y.mean(dim=0) - x.mean(dim=0) @ weight)
