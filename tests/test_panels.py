@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dte_lab import panels
+from dte_lab.common.plots import save_figure
 from dte_lab.lora import PROJECTIONS, attention_layers
 from dte_lab.panels import quickstart, shared
 
@@ -110,6 +111,9 @@ def test_show_stores_the_smaller_format_with_alt_text(monkeypatch, pictures):
     }
     for alt, figure in given.items():
         panels.show(figure, alt)
+    wide = [image._repr_mimebundle_()[1]["image/png"].get("width") for image in shown[:2]]
+    assert wide == [750, None], "a figure has more pixels than the page takes"
+    assert Image.open(io.BytesIO(shown[0].data)).width == pytest.approx(1.44 * 750, abs=1)
     kinds = []
     for image, alt in zip(shown, given, strict=True):
         data, metadata = image._repr_mimebundle_()
@@ -131,6 +135,50 @@ def test_few_colours_do_for_a_chart_and_not_for_a_picture():
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     picture = panels.shared.encode(Image.fromarray(noise), "png")
     assert panels.shared.with_palette(picture) == picture
+
+
+def test_a_stored_figure_is_shown_as_large_as_it_was_meant(tmp_path, pictures):
+    save_figure(quickstart.words_figure({"guess": [0.5]}, ["cat"]), tmp_path / "a.png", dpi=200)
+    assert shared.shown_width(Image.open(tmp_path / "a.png")) == pytest.approx(750, abs=1)
+    assert shared.shown_width(pictures[1, 0]) is None
+
+
+def test_a_table_is_text_and_page(monkeypatch):
+    import IPython.display
+
+    shown = []
+    monkeypatch.setattr(IPython.display, "display", lambda data, raw: shown.append(data))
+    panels.show_table([("cat", 1), ("a < b", 22)], ["Thing", "Steps"], "n = 2")
+    (data,) = shown
+    assert data["text/plain"].splitlines() == ["n = 2", "Thing  Steps", "cat    1", "a < b  22"]
+    page = data["text/html"]
+    assert page.count("<tr>") == 3 and "a &lt; b" in page and "<caption>n = 2</caption>" in page
+    with pytest.raises(ValueError):
+        panels.show_table([("cat",)], ["Thing", "Steps"])
+
+
+def test_differences_are_said_with_their_sign_and_verdict():
+    above, below, around = (
+        {"mean": m, "low": m - 0.1, "high": m + 0.1} for m in (0.25, -0.25, 0.05)
+    )
+    assert panels.bracketed(above, 2) == "0.25 [0.15, 0.35]"
+    assert panels.bracketed(above, 2, "+") == "+0.25 [+0.15, +0.35]"
+    said = [panels.verdict(d) for d in (above, below, around)]
+    assert said == ["higher", "lower", "not told apart"]
+
+
+def test_labels_of_points_do_not_collide():
+    figure = Figure(figsize=(3, 3), dpi=100)
+    ax = figure.add_subplot()
+    points = [(0, 0, "one"), (0.02, 0.01, "two"), (0.9, 0.9, "three"), (1, 1, "four")]
+    ax.plot([p[0] for p in points], [p[1] for p in points], "o", markersize=5)
+    shared.label_points(ax, points)
+    assert [text.get_text() for text in ax.texts] == ["one", "two", "three", "four"]
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in ax.texts]
+    for i, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:i])
+        assert not any(box.contains(*ax.transData.transform(p[:2])) for p in points)
 
 
 def test_describe_machine_names_the_device():

@@ -21,6 +21,7 @@ from dte_lab.panels.shared import (
     SKY,
     VERMILION,
     figure_panel,
+    label_points,
     one_picture,
     plain,
 )
@@ -195,12 +196,13 @@ def plane_figure(table: Table, x: str = "scene", y: str = "identity_scaled") -> 
     shared = set.intersection(*({k[2] for k in ways_of(table, way)} for way in WAY_LOOKS))
     figure = Figure(figsize=(8.6, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+    marks = {left: [], right: []}
     for (way, (colour, marker)), ax in zip(WAY_LOOKS.items(), (left, *3 * (right,)), strict=True):
         rows = ways_of(table, way)
         if ax is left:
-            _points(left, rows, x, y, colour, marker, way)
+            marks[left] = _points(left, rows, x, y, colour, marker, way)
         rows = {key: row for key, row in rows.items() if key[2] in shared}
-        _points(right, rows, x, y, colour, marker, way)
+        marks[right] += _points(right, rows, x, y, colour, marker, way)
     left.set_title("alpha_blend from 0 to 1: soft, attention", fontsize=10, color=INK)
     right.set_title("offsets on either path, both granularities", fontsize=10, color=INK)
     left.set_ylabel(MEASURE_TITLES[y])
@@ -208,26 +210,27 @@ def plane_figure(table: Table, x: str = "scene", y: str = "identity_scaled") -> 
         ax.set_xlabel(MEASURE_TITLES[x])
         plain(ax)
     right.legend(frameon=False, fontsize=9)
+    for ax, labels in marks.items():
+        label_points(ax, labels)
     return figure
 
 
 def _points(
     ax: Axes, rows: Table, x: str, y: str, colour: str, marker: str, way: tuple[str, str]
-) -> None:
+) -> list[tuple[float, float, str]]:
+    """Draw the means of a way; returns where the labels of alpha belong."""
     centres = []
-    for (_, _, alpha), row in rows.items():
+    for row in rows.values():
         centre, width, height, angle = confidence_ellipse(row[x], row[y])
         ax.add_patch(
             Ellipse(
                 centre, width, height, angle=angle, facecolor=colour, alpha=0.10, edgecolor="none"
             )
         )
-        ax.annotate(
-            f"{alpha:g}", centre, xytext=(5, 4), textcoords="offset points", fontsize=8, color=INK
-        )
         centres.append(centre)
     ax.plot(*zip(*centres, strict=True), color=colour, marker=marker, label=", ".join(way))
     ax.autoscale_view()
+    return [(*centre, f"{key[2]:g}") for key, centre in zip(rows, centres, strict=True)]
 
 
 def setting_figure(

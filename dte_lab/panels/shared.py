@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 SKY, VERMILION = "#56B4E9", "#D55E00"
 BEFORE, AFTER = ORANGE, BLUE
+DPI, SHOWN_DPI = 144, 100  # pixels of a figure, and of the page where it is shown, an inch
 WEIGHTS_SINCE = "2026-11-28"  # when the shipped weights were trained
 
 
@@ -32,14 +33,50 @@ def show(figure: Figure | Image.Image, alt: str) -> None:
     from IPython.display import display
 
     png = encode(figure, "png")
-    jpeg = encode(figure, "jpeg", quality=86)  # for drawings a fraction, for charts not
-    display(Shown(min(png, with_palette(png), jpeg, key=len), alt=alt))
+    jpeg = encode(figure, "jpeg", quality=60, optimize=True, progressive=True)
+    smallest = min(png, with_palette(png), jpeg, key=len)
+    display(Shown(smallest, alt=alt, width=shown_width(figure)))
+
+
+def show_table(rows: Sequence[Sequence[object]], columns: Sequence[str], caption: str = "") -> None:
+    """Display rows of numbers and texts under the names of their columns, and a caption above."""
+    from IPython.display import display
+
+    rows = [[str(cell) for cell in row] for row in rows]
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        cells = (f'<{tag} style="text-align: left">{html.escape(c)}</{tag}>' for c in cells)
+        return f"<tr>{''.join(cells)}</tr>"
+
+    title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    body = "".join(line(row, "td") for row in rows)
+    page = f"<table>{title}<thead>{line(columns, 'th')}</thead><tbody>{body}</tbody></table>"
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    plain_rows = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (columns, *rows)
+    ]
+    text = "\n".join([caption] * bool(caption) + plain_rows)
+    display({"text/html": page, "text/plain": text}, raw=True)
 
 
 def measured_with(versions: Mapping[str, str]) -> str:
     """When stored numbers were measured, and whether that was before today's weights were."""
     date = versions["date"]
     return f"measured {date}" + (", former model" if date < WEIGHTS_SINCE else "")
+
+
+def bracketed(value: Mapping[str, float], digits: int = 3, sign: str = "") -> str:
+    """A mean with its interval; sign: "+" for differences, whose direction is to be seen."""
+    mean, low, high = (f"{value[key]:{sign}.{digits}f}" for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def verdict(difference: Mapping[str, float], higher: str = "higher", lower: str = "lower") -> str:
+    """What an interval says of a difference."""
+    if difference["low"] > 0:
+        return higher
+    return lower if difference["high"] < 0 else "not told apart"
 
 
 def saw(*sentences: str) -> None:
@@ -140,7 +177,8 @@ def figure_panel(
     def redraw(change: object = None) -> None:
         values = [knob.value for knob in knobs]
         try:
-            data = base64.b64encode(encode(figure_of(*values), "png")).decode()
+            figure = figure_of(*values)
+            data = base64.b64encode(encode(figure, "png")).decode()
         except Exception as error:
             if change is None:
                 raise
@@ -148,7 +186,8 @@ def figure_panel(
             panel.view.value = f'<p role="alert">This could not be drawn. {said}</p>'
             return
         alt = html.escape(describe(*values))
-        panel.view.value = f'<img alt="{alt}" src="data:image/png;base64,{data}">'
+        wide = f' width="{width}"' if (width := shown_width(figure)) else ""
+        panel.view.value = f'<img alt="{alt}"{wide} src="data:image/png;base64,{data}">'
 
     for knob in knobs:
         knob.observe(redraw, "value")
@@ -161,16 +200,56 @@ def encode(figure: Figure | Image.Image, kind: str, **options: object) -> bytes:
     """A figure or a picture as PNG or JPEG. options: of Pillow's writer."""
     buffer = io.BytesIO()
     if isinstance(figure, Figure):
-        figure.savefig(buffer, format=kind, dpi=100, pil_kwargs=options)
+        figure.savefig(buffer, format=kind, dpi=DPI, pil_kwargs=options)
     else:
         figure.convert("RGB").save(buffer, format=kind, **options)
     return buffer.getvalue()
+
+
+def shown_width(figure: Figure | Image.Image) -> int | None:
+    """Pixels of a page that a figure takes, fewer than it has; None for a picture, as it is."""
+    if isinstance(figure, Figure):
+        return round(SHOWN_DPI * figure.get_figwidth())
+    dpi = figure.info.get("dpi")  # of a figure that was stored
+    return round(figure.width * SHOWN_DPI / dpi[0]) if dpi else None
 
 
 def plain(ax: Axes) -> None:
     """No frame above and on the right."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(colors=INK)
+
+
+def label_points(ax: Axes, labels: Sequence[tuple[float, float, str]], fontsize: float = 8) -> None:
+    """Write texts beside points (x, y), each where no other is yet; one without room is left out.
+
+    Call it when the axes have all else. No label lies on another, nor on another's point.
+    """
+    ax.figure.draw_without_rendering()  # so that points have places
+    scale, taken = 72 / ax.figure.dpi, []
+    places = [tuple(scale * ax.transData.transform((x, y))) for x, y, _ in labels]
+    for (x, y, text), (left, bottom) in zip(labels, places, strict=True):
+        width, height = 0.62 * fontsize * len(text), 1.1 * fontsize
+        for right_by, up_by in (
+            (5, 3), (5, -height - 3), (-width - 5, 3), (-width - 5, -height - 3),
+            (-width / 2, 7), (-width / 2, -height - 7), (9, -height / 2), (-width - 9, -height / 2),
+        ):  # fmt: skip
+            a, b = left + right_by, bottom + up_by
+            box = (a, b, a + width, b + height)
+            others = [(u - 3, v - 3, u + 3, v + 3) for u, v in places]
+            if any(_overlap(box, other) for other in taken + others):
+                continue
+            taken.append(box)
+            ax.annotate(
+                text, (x, y), (right_by, up_by), textcoords="offset points", fontsize=fontsize,
+                color=INK, va="bottom",
+            )  # fmt: skip
+            break
+
+
+def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    """Whether two boxes (left, bottom, right, top) share more than a border."""
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def layer_label(name: str) -> str:

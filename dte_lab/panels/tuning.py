@@ -18,6 +18,7 @@ from dte_lab.panels.shared import (
     SKY,
     VERMILION,
     figure_panel,
+    label_points,
     one_picture,
     plain,
 )
@@ -127,7 +128,7 @@ def guide_figure(points: Sequence[dict], quality: str, losses: Mapping[str, str]
     """
     figure = Figure(figsize=(4.2 * len(losses), 3.7), layout="constrained")
     axes = figure.subplots(1, len(losses), sharey=True, squeeze=False)[0]
-    steps = sorted({p["steps"] for p in points})
+    steps, marks = sorted({p["steps"] for p in points}), {}
     for ax, (loss, label) in zip(axes, losses.items(), strict=True):
         x, y = (
             [mean([p[key] for p in points if p["steps"] == s]) for s in steps]
@@ -136,16 +137,14 @@ def guide_figure(points: Sequence[dict], quality: str, losses: Mapping[str, str]
         ax.plot(x, y, color=HAIRLINE, linewidth=1.5, zorder=1)
         shades = [i / max(1, len(steps) - 1) for i in range(len(steps))]
         ax.scatter(x, y, c=shades, cmap="viridis", s=45, zorder=2, vmin=0, vmax=1.15)
-        for i, (a, b) in enumerate(zip(x, y, strict=True)):
-            ax.annotate(
-                str(steps[i]), (a, b), (0, -14 if i % 2 else 7), textcoords="offset points",
-                ha="center", fontsize=9, color=INK,
-            )  # fmt: skip
+        marks[ax] = list(zip(x, y, map(str, steps), strict=True))
         ax.invert_xaxis()
         ax.margins(0.1, 0.16)
         ax.set_xlabel(f"{label} (lower to the right)")
         plain(ax)
     axes[0].set_ylabel("harmonic mean of\nidentity and prompt fidelity")
+    for ax, labels in marks.items():
+        label_points(ax, labels, fontsize=9)
     return figure
 
 
