@@ -162,6 +162,7 @@ TWO_MEANINGS = {  # why a name may stand at the top of several files
     # The check of an exercise is named after what the reader writes, as the package has it.
     "contrastive_loss": "dte_lab.checks, and the function",
     "steps_needed": "dte_lab.checks, and the function",
+    "training_pair": "dte_lab.checks, and the function",
 }
 
 

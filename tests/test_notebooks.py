@@ -1,7 +1,8 @@
 """Notebooks are in step with their sources, and the tool that makes them does what it says.
 
 pytest runs the solved editions themselves (nbmake). An exercise edition differs from them in the
-exercise cells alone, and no other cell uses what those define: both is checked here.
+exercise cells alone, and no other cell uses what those define, but for `checks.yours`, which has
+something in place of an answer that is not right yet: all of this is checked here.
 """
 
 import ast
@@ -153,6 +154,24 @@ def test_exercises_are_complete_and_independent(path):
             assert not names & defined, "an exercise edition would stop here"
 
 
+def test_answers_are_used_again_and_there_are_four_kinds_of_tasks():
+    using, statements = set(), ""
+    for path in SOURCES:
+        cells, written = notebooks.read_source(path).cells, set()
+        for cell in cells:
+            if "exercise" in cell.metadata.get("tags", []):
+                (name,) = re.findall(r"^checks\.(\w+)\(", cell.source, re.M)
+                written.add(name)
+                continue
+            for name in re.findall(r"checks\.yours\(\s*\"(\w+)\"", cell.source):
+                assert name in written, f"{path.stem} uses {name} before it is asked for"
+                using.add(path.stem)
+        statements += "".join(f"{c.source}\n" for c in cells if c.cell_type == "markdown")
+    assert len(using) >= len(SOURCES) - 1
+    for kind in ("find the mistake", "predict, then run", "explain"):
+        assert re.search(rf"^#### Exercise \d: {kind}$", statements, re.M), kind
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 def test_exercise_cells_pass_when_solved_and_raise_when_not(path):
     source = notebooks.read_source(path)
@@ -183,7 +202,7 @@ def test_what_a_notebook_names_is_where_it_says(path):
         if isinstance(node, ast.ImportFrom):
             parts = node.module.split(".")
             assert not any(part.startswith("_") for part in parts), node.module
-            assert parts[:2] != ["dte_lab", "cli"]
+            assert parts[:2] not in (["dte_lab", "cli"], ["dte_lab", "common"]), node.module
             if parts[0] == "dte_lab":
                 module = importlib.import_module(node.module)
                 for alias in node.names:
@@ -207,6 +226,7 @@ def test_solved_edition_has_outputs_a_page_can_show(built):
     bar, widget, picture, exercise = codes
     assert [cell.execution_count for cell in codes] == [1, 2, 3, 4]
     (stream,) = bar.outputs
+    assert stream.name == "stdout", "a page shows what went to stderr in red"
     assert "3/3" in stream.text and "0/3" not in stream.text and "\r" not in stream.text
     assert widget.outputs == []
     png, printed = picture.outputs
@@ -279,8 +299,40 @@ def drop_alt_text(notebook):
     notebook.cells[4].outputs[0].metadata = {}
 
 
+def lengthen(notebook):
+    notebook.cells[2].source += "\npass" * 20
+
+
+def warn(notebook):
+    notebook.cells[2].outputs.append(new_output("stream", name="stderr", text="Warning: old"))
+
+
+def print_a_wall(notebook):
+    text = "\n".join(f"line {n}" for n in range(13))
+    notebook.cells[2].outputs.append(new_output("stream", text=text))
+
+
+def say_a_key(notebook):
+    notebook.cells[2].outputs.append(new_output("stream", text="identity_scaled 0.3"))
+
+
+def say_a_key_in_alt_text(notebook):
+    notebook.cells[4].outputs[0].metadata["image/png"]["alt"] = "a chart of clip_t_small"
+
+
 def grow(notebook):
     notebook.cells[4].outputs[1].text += "x" * notebooks.MAX_BYTES
+
+
+def test_bars_are_told_from_warnings(project):
+    notebook = solved(project)
+    cell = notebook.cells[2]
+    bar = "counting:   0%|          | 0/3 [00:00<?, ?it/s]\rcounting: 100%|##| 3/3 [00:00<00:00]\n"
+    for text in (bar, "careful\n"):
+        cell.outputs = [new_output("stream", name="stderr", text=text)]
+        notebooks.tidy(notebook)
+        assert cell.outputs[0].name == ("stdout" if text == bar else "stderr")
+    assert "0/3" not in bar.split("\r")[1] and not notebooks.is_bar(f"{bar}careful")
 
 
 @pytest.mark.parametrize(
@@ -288,10 +340,15 @@ def grow(notebook):
     [
         (edit_code, "differs from"),
         (edit_text, "differs from"),
-        (store_error, "error in cell 2: KeyError"),
+        (store_error, "stores an error (KeyError) in cell 2"),
         (store_widget, "widget in cell 2"),
         (store_widget_state, "state of widgets"),
         (drop_alt_text, "without alt text in cell 4"),
+        (lengthen, "in cell 2, more than 20"),
+        (warn, "stores a warning in cell 2"),
+        (print_a_wall, "prints 13 lines, more than 12: make a table, in cell 2"),
+        (say_a_key, "says identity_scaled where"),
+        (say_a_key_in_alt_text, "says clip_t_small where"),
         (grow, "more than 1 MB"),
     ],
 )
@@ -330,6 +387,9 @@ def test_a_new_first_cell_keeps_outputs(project, monkeypatch):
     monkeypatch.setattr(notebooks, "setup_cell", lambda *_: "print('another')")
     assert notebooks.build(project) == []
     assert solved(project).cells[2].source == "print('another')"
+    for edition in (solved, exercises):
+        metadata = edition(project).cells[2].metadata
+        assert metadata["jupyter"] == {"source_hidden": True} and metadata["cellView"] == "form"
     assert solved(project).cells[3].outputs[0].text == "kept"
 
 

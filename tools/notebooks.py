@@ -41,17 +41,18 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from dte_lab.common.files import write_atomically
 from tools.first_cell import setup_cell
+from tools.notebook_faults import WIDGET, faults, is_bar
 
 ROOT = Path(__file__).parents[1]
 MAX_BYTES = 1_000_000
 MARK = "<!-- table of notebooks: python -m tools.notebooks build -->"
 MARKED = re.compile(f"{MARK}\n(.*?){MARK}", re.S)
-WIDGET = "application/vnd.jupyter.widget-view+json"
 SOLUTION = re.compile(
     r"^(?P<indent> *)### BEGIN SOLUTION\n(?P<body>.*?)^ *### END SOLUTION\n?", re.M | re.S
 )
-# Plain bars, since the state of widgets is not stored; readers still get the widget.
+FOLDED = {"cellView": "form", "jupyter": {"source_hidden": True}}  # in Colab, and in JupyterLab
 REPOSITORY = re.compile(r'^repository = ".*"$', re.M)
+# Plain bars, since the state of widgets is not stored; readers still get the widget.
 PRELUDE = "import tqdm, tqdm.auto; tqdm.auto.tqdm = tqdm.tqdm"
 EPILOGUE = """
 import json
@@ -93,7 +94,8 @@ def _edition(source: NotebookNode, name: str, measured: dict, solved: bool) -> N
     for cell in source.cells[1:]:
         if "setup" in cell.metadata.get("tags", []):
             text = setup_cell(address, tag)
-            cells.append(new_code_cell(text, metadata={"tags": ["setup"]}))
+            tags = {"tags": ["setup", "hide-input"]}
+            cells.append(new_code_cell(text, metadata=tags | FOLDED))
         elif "exercise" not in cell.metadata.get("tags", []):
             cells.append(cell)
         elif solved:
@@ -121,7 +123,7 @@ def _edition(source: NotebookNode, name: str, measured: dict, solved: bool) -> N
         digest = hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()[:8]
         seen[digest] = seen.get(digest, 0) + 1
         cell.id = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
-        cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags"}
+        cell.metadata = {k: v for k, v in cell.metadata.items() if k in ("tags", *FOLDED)}
     return notebook
 
 
@@ -182,7 +184,10 @@ def execute(notebook: NotebookNode, folder: Path) -> dict:
 
 
 def tidy(notebook: NotebookNode) -> None:
-    """Leave of the outputs what a page can show: no widgets, bars in their last state."""
+    """Leave of the outputs what a page can show: no widgets, bars in their last state.
+
+    Bars become ordinary text: a page shows what went to stderr in red.
+    """
     notebook.metadata.pop("widgets", None)
     codes = [cell for cell in notebook.cells if cell.cell_type == "code"]
     for count, cell in enumerate(codes, start=1):
@@ -193,6 +198,8 @@ def tidy(notebook: NotebookNode) -> None:
                 continue
             if output.output_type == "execute_result":
                 output.execution_count = count
+            if output.output_type == "stream" and is_bar(output.text):
+                output.name = "stdout"
             if kept and output.output_type == "stream" and kept[-1].get("name") == output.name:
                 kept[-1].text += output.text
             else:
@@ -217,6 +224,7 @@ def build(root: Path, names: Sequence[str] = (), run: bool = False) -> list[str]
             measured = _measured(stored)
         notebook = solved_edition(source, name, measured)
         if stored and _codes(stored) == _codes(notebook):
+            tidy(stored)
             _copy_outputs(stored, notebook)
         else:
             notes.append(f"{name}: the code is new, so no outputs are stored; use --execute")
@@ -280,30 +288,6 @@ def check(root: Path) -> list[str]:
             "README.md has an old table of notebooks: run python -m tools.notebooks build."
         )
     return problems
-
-
-def faults(notebook: NotebookNode, solved: bool) -> list[str]:
-    """What is wrong with stored outputs, as ends of sentences."""
-    found = []
-    if "widgets" in notebook.metadata:
-        found.append("stores the state of widgets, with which GitHub does not show it.")
-    for number, cell in enumerate(notebook.cells):
-        if cell.cell_type != "code":
-            continue
-        if solved and cell.execution_count is None:
-            found.append(f"was not executed in cell {number}.")
-        if not solved and cell.outputs:
-            found.append(f"is the exercise edition, but has outputs in cell {number}.")
-        for output in cell.outputs:
-            if output.output_type == "error":
-                found.append(f"stores an error in cell {number}: {output.ename}.")
-            data = output.get("data", {})
-            if WIDGET in data:
-                found.append(f"stores a widget in cell {number}.")
-            for kind in {"image/png", "image/jpeg", "image/svg+xml"} & set(data):
-                if not output.metadata.get(kind, {}).get("alt"):
-                    found.append(f"has a picture without alt text in cell {number}.")
-    return found
 
 
 def _sources(root: Path, names: Sequence[str] = ()) -> list[Path]:

@@ -45,8 +45,7 @@ from pathlib import Path
 import torch
 
 from dte_lab import checks
-from dte_lab.common.quiet import quiet_libraries
-from dte_lab.panels import describe_machine, saw, show
+from dte_lab.panels import describe_machine, quiet_libraries, saw, show
 
 quiet_libraries()
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -438,6 +437,8 @@ checks.low_rank_offset(low_rank_offset)
 #
 # $$\text{out} = \alpha \cdot \text{soft} + (1 - \alpha) \cdot \text{hard}$$
 #
+# Your function of exercise 1 names the word below, once its check calls it right.
+#
 # At α = 0 the model draws its own idea of the nearest word and your picture plays no further part.
 # At α = 1 only what was learned counts. From where on is it your thing, and does the beach last?
 
@@ -448,7 +449,8 @@ for alpha in ALPHAS:
     result = pipe.generate(concept, prompts[0], seeds=SEEDS, alpha_blend=alpha, progress=False)
     blended |= {(alpha, seed): image for seed, image in zip(SEEDS, result[0], strict=True)}
 
-hard_word = pipe.nearest_words(concept.v_star, k=1)[0][0]
+nearest = checks.yours("nearest_words", lambda v, *_: [w for w, _ in pipe.nearest_words(v, k=1)])
+(hard_word,) = nearest(concept.v_star.flatten(), table.embeddings, table.words, 1)
 print(f"nearest real word: {hard_word}; blend used so far: {concept.config.alpha_blend}")
 show(
     picture_grid(
@@ -521,7 +523,7 @@ show(
 from PIL import Image
 from skimage.data import chelsea
 
-from dte_lab.common.images import read_image, square
+from dte_lab.panels import read_image, square
 
 photograph = square(Image.fromarray(chelsea()), pipe.backbone.resolution)
 cat = pipe.personalize(photograph)

@@ -43,8 +43,7 @@ import torch
 import torch.nn.functional as F
 
 from dte_lab import checks
-from dte_lab.common.quiet import quiet_libraries
-from dte_lab.panels import describe_machine, saw, show
+from dte_lab.panels import describe_machine, quiet_libraries, saw, show
 
 quiet_libraries()
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -193,9 +192,9 @@ def noisy_latent(x0, noise, t, alphas_cumprod):
 checks.noisy_latent(noisy_latent)
 
 # %% [markdown]
-# The package has it as `add_noise` in `dte_lab/backbone.py`. Now we can ask for features at several
-# `t`. The prompt is the one that the encoder uses, by default the empty one: nobody tells the UNet
-# what it looks at.
+# The package has it as `add_noise` in `dte_lab/backbone.py`; below, yours is used if it is right.
+# Now we can ask for features at several `t`. The prompt is the one that the encoder uses, by
+# default the empty one: nobody tells the UNet what it looks at.
 #
 # The UNet's encoder half has few layers: `conv_in`, the down blocks and the middle block. Each
 # gives one map or several. Their scales differ by far, and so may their sizes; to fuse them they
@@ -207,6 +206,7 @@ from dte_lab.features import unet_feature_dim, unet_features, unet_layers
 
 FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the last time step
 STEPS = [round(f * (T - 1)) for f in FRACTIONS]
+mix = checks.yours("noisy_latent", lambda x0, noise, t, table: add_noise(backbone, x0, noise, t))
 layers = unet_layers(backbone.unet)
 prompt = pipe.prompt_encoder.plain([encoder.settings.feature_prompt])
 
@@ -217,7 +217,7 @@ def noised(latents, step, seed):
     generator = torch.Generator().manual_seed(seed * T + step)
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     timesteps = torch.full((len(latents),), step, device=latents.device)
-    return add_noise(backbone, latents, noise, timesteps), timesteps
+    return mix(latents, noise, timesteps, backbone.alphas_cumprod), timesteps
 
 
 latents = backbone.encode_images(pixels).float()

@@ -53,8 +53,7 @@ import torch
 import torch.nn.functional as F
 
 from dte_lab import checks
-from dte_lab.common.quiet import quiet_libraries
-from dte_lab.panels import describe_machine, measured_with, picture_grid, saw, show
+from dte_lab.panels import describe_machine, measured_with, picture_grid, quiet_libraries, saw, show
 
 quiet_libraries()
 torch.manual_seed(0)
@@ -403,23 +402,28 @@ def negatives_mask(concepts, bank_concepts):
 checks.negatives_mask(negatives_mask)
 
 # %% [markdown]
-# The package's own function does the same for a whole batch. Here it is on our predictions, each
-# with its nearest words as positives and the encoder's bank of training concepts as negatives. The
-# last column shows a random direction for comparison.
+# The package's own function does the same for a whole batch. Here yours, if it is right, is put to
+# our predictions, each with its nearest words as positives and the encoder's bank of training
+# concepts as negatives. The last column shows a random direction for comparison.
 
 # %%
 from dte_lab import contrastive
 
 method = encoder.method
 bank = encoder.bank[encoder.bank_concepts >= 0]
+loss = contrastive.contrastive_loss
+one_term = checks.yours(
+    "contrastive_loss", lambda v, near, far, t: loss(v[None], near[None], far, temperature=t)
+)
 
 
 def term(v, num_positives=method.num_positives, temperature=method.temperature):
     """The contrastive term of v (1, d) against the bank."""
-    near = table.embeddings[table.nearest_rows(v, num_positives)[1]]  # (1, N, d)
-    return contrastive.contrastive_loss(v, near, bank, temperature=temperature)
+    (near,) = table.embeddings[table.nearest_rows(v, num_positives)[1]]  # (N, d)
+    return one_term(v[0], near, bank, temperature)
 
 
+# %%
 print(f"{method.num_positives} positives, {len(bank)} negatives, temperature {method.temperature}")
 for name, v in [*zip(SAMPLE_CONCEPTS, v_stars, strict=True), ("random", aside[0])]:
     print(f"{name:12} contrastive term {term(v[None]).item():.3f}")
@@ -520,9 +524,9 @@ checks.cosine_gradient(cosine_gradient)
 # the picture and staying among words are at odds.
 
 # %%
-from dte_lab.common.random import stream
 from dte_lab.encoder import EncoderPrediction
 from dte_lab.objective import objective
+from dte_lab.panels import stream
 from dte_lab.panels.contrastive import pulls_figure
 from dte_lab.setting import picture_prompts
 from dte_lab.tuning import draw_batch
@@ -584,25 +588,28 @@ saw(f"The weighted regulariser pulls {lengths[1] / lengths[0]:.2f} times as hard
 
 # %%
 from dte_lab.evaluation.records import fingerprint
+from dte_lab.panels import show_table
 
 experiment = json.loads((results / "regularisation.json").read_text())
 made_with = experiment["settings"]
 same_encoder = made_with["encoders"]["shipped"] == fingerprint(encoder)
-print(measured_with(experiment["versions"]))
 steps, tuning = made_with["tuning"]["num_steps"], made_with["tuning"]
-count = made_with["concepts"]
-print(f"{count} concepts of {made_with['split']}, {steps} steps of {tuning['batch_size']} noises")
 rows = [row for row in experiment["rows"] if row["start"] == "shipped"]
+kinds = {"predicted": ("contrastive", 0), "with the term": ("contrastive", steps)}
+kinds |= {"without": ("none", steps)}
+
+# %%
+of_kind = {(r["concept"], r["regulariser"], r["steps"]): r for r in rows}
+lines = []
 for name in list(dict.fromkeys(row["concept"] for row in rows))[:6]:
-    chosen = {(row["regulariser"], row["steps"] > 0): row for row in rows if row["concept"] == name}
-    print(f"\n{name}")
-    for label, key in (
-        ("predicted", ("contrastive", False)),
-        ("with the term", ("contrastive", True)),
-        ("without", ("none", True)),
-    ):
-        row = chosen[key]
-        print(f"  {label:14} {row['word_similarity']:.2f}  {', '.join(row['words'])}")
+    for label, key in kinds.items():
+        row = of_kind[name, *key]
+        lines.append((name, label, f"{row['word_similarity']:.2f}", ", ".join(row["words"])))
+show_table(
+    lines, ["Thing", "v*", "Similarity", "Nearest words"],
+    f"{made_with['concepts']} concepts of {made_with['split']}, {steps} steps of "
+    f"{tuning['batch_size']} noises; {measured_with(experiment['versions'])}",
+)  # fmt: skip
 
 # %% [markdown]
 # The number is the judge's similarity between the true name and these words. It has a scale of its
@@ -612,13 +619,8 @@ for name in list(dict.fromkeys(row["concept"] for row in rows))[:6]:
 # anything to that measure.
 
 # %%
+from dte_lab.panels import bracketed, verdict
 from dte_lab.panels.regularisation import comparison_figure
-
-
-def said(v, digits=3):
-    """Mean with interval as text."""
-    return f"{v['mean']:.{digits}f} [{v['low']:.{digits}f}, {v['high']:.{digits}f}]"
-
 
 # %%
 titles = {
@@ -631,47 +633,44 @@ own = "own" in {line["start"] for line in experiment["differences"]}
 begins = {"shipped": "both from the shipped encoder's prediction"}
 begins |= {"own": "each from an encoder pre-trained that way"} if own else {}
 scale = experiment["scale"]
-print(f"MiniLM similarity of a name to random words {said(scale['random'])}, ", end="")
-print(f"to the words that it likes best {said(scale['best'])} (n = {scale['best']['n']})")
+print(f"MiniLM similarity of a name to random words {bracketed(scale['random'])}, ", end="")
+print(f"to the words that it likes best {bracketed(scale['best'])} (n = {scale['best']['n']})")
 low, high = scale["random"]["mean"], scale["best"]["mean"]
 found = experiment["means"][0]["word_similarity"]
-print(f"the words nearest to the predictions {said(found)}: ", end="")
+print(f"the words nearest to the predictions {bracketed(found)}: ", end="")
 print(f"{(found['mean'] - low) / (high - low):.0%} of the way from random to best")
 
+
 # %%
+def of_start(key, start):
+    return [line for line in experiment[key] if line["start"] == start]
+
+
+names_of = {measure: title.replace("\n", " ") for measure, title in titles.items()}
 for start, label in begins.items():
-    means, differences = (
-        [line for line in experiment[key] if line["start"] == start]
-        for key in ("means", "differences")
+    after = of_start("differences", start)[-1]
+    show_table(
+        [(names_of[m], bracketed(after[m], sign="+"), verdict(after[m])) for m in titles],
+        ["Measure", "With the term minus without", "With the term it is"],
+        f"{label}, after {steps} steps (n = {after['norm']['n']})",
     )
-    after = differences[-1]
-    print(f"\n{label}; with minus without, after {steps} steps (n = {after['norm']['n']}):")
-    for measure in titles:
-        low, high = after[measure]["low"], after[measure]["high"]
-        verdict = (
-            "larger with the term"
-            if low > 0
-            else "smaller with the term"
-            if high < 0
-            else "undecided"
-        )
-        print(f"  {measure:16} {said(after[measure])}  {verdict}")
-    if start == "own":
-        continue
-    show(
-        comparison_figure(means, differences, titles),
-        f"Four measures before and after tuning, {label}, with the contrastive term and without, "
-        f"and the paired differences: "
-        + "; ".join(f"{name} {said(after[name])}" for name in titles)
-        + ".",
-    )
+
+# %%
+means, differences = (of_start(key, "shipped") for key in ("means", "differences"))
+after = differences[-1]
+show(
+    comparison_figure(means, differences, titles),
+    f"Four measures before and after tuning, {begins['shipped']}, with the contrastive term and "
+    "without, and the paired differences: "
+    + "; ".join(f"{name} {bracketed(after[m])}" for m, name in names_of.items()) + ".",
+)  # fmt: skip
 
 # %% [markdown]
 # How to read it. The term acts on the two measures in the middle, so a difference there says only
 # that it does what it is told. Whether words near `v*` *mean* more is the first measure, and the
 # term may well not reach it: it pulls towards whatever words are nearest, be they right or wrong.
 # The last measure tells whether there is a price: a larger diffusion loss with the term would be a
-# worse fit. The verdicts are printed above.
+# worse fit. The tables above have the verdicts.
 #
 # ### Four encoders
 #
@@ -688,13 +687,13 @@ shipped = {
     "contrastive": pipe,
     "none": DTEPipeline(pipe.backbone, load_encoder("small/none", pipe.backbone)),
 }
-near = {kind: [] for kind in shipped}
+near, lines = {kind: [] for kind in shipped}, []
 for name, picture in zip(SAMPLE_CONCEPTS, pictures, strict=True):
-    print(f"{name}\n  {'trained with':12} cosine  nearest words")
     for kind, of_kind in shipped.items():
         words = of_kind.personalize(picture, num_steps=0, progress=False).nearest_words
         near[kind].append(words[0][1])
-        print(f"  {kind:12} {words[0][1]:6.2f}  {', '.join(word for word, _ in words)}")
+        lines.append((name, kind, f"{words[0][1]:.2f}", ", ".join(word for word, _ in words)))
+show_table(lines, ["Thing", "Trained with", "Cosine", "Nearest words"])
 saw("Mean cosine to the nearest word:",
     "; ".join(f"{np.mean(cosines):.2f} ({kind})" for kind, cosines in near.items()) + ".",
 )  # fmt: skip
@@ -727,33 +726,38 @@ titles = {
     "clip_t_small": "CLIP-T (small):\npicture and prompt",
 }
 
+
 # %%
+def with_and_without(label):
+    """Means of both encoders, and their paired differences, drawn as `label` says."""
+    kinds = {label: "contrastive", f"{label}@encoder=small/none": "none"}
+    means = [m | {"regulariser": kinds[m["method"]]} for m in summary if m["method"] in kinds]
+    return [[line | {"after": line["steps"] > 0} for line in lines]
+            for lines in (means, paired(rows, *kinds))]  # fmt: skip
+
+
+# %%
+names_of = {measure: title.replace("\n", " ") for measure, title in titles.items()}
 for path, label in {"dual path": "dte", "soft path alone": "dte@alpha_blend=1"}.items():
-    without = f"{label}@encoder=small/none"
-    kinds = {label: "contrastive", without: "none"}
-    means, differences = (
-        [line | {"after": line["steps"] > 0} for line in lines]
-        for lines in (
-            [m | {"regulariser": kinds[m["method"]]} for m in summary if m["method"] in kinds],
-            paired(rows, label, without),
-        )
+    means, differences = with_and_without(label)
+    show_table(
+        [(d["steps"], *(bracketed(d[m], sign="+") for m in titles)) for d in differences],
+        ["Steps", *names_of.values()],
+        f"{path}: with the term minus without (n = {differences[0]['scene']['n']})",
     )
-    print(f"\n{path}")
-    for line in differences:
-        print(f"with minus without, {line['steps']} steps (n = {line['scene']['n']}): ", end="")
-        print("; ".join(f"{measure} {said(line[measure])}" for measure in titles))
+    after = "; ".join(f"{name} {bracketed(differences[-1][m])}" for m, name in names_of.items())
     show(
         comparison_figure(means, differences, titles),
         "Identity, right scenes, their harmonic mean and CLIP-T before and after tuning, for "
         f"encoders trained with the contrastive term and without, {path}; and the paired "
-        "differences: " + "; ".join(f"{name} {said(differences[-1][name])}" for name in titles),
+        f"differences: {after}",
     )
 
 # %% [markdown]
 # How to read it. Look at the scale of the second column first. Where a measure stands at its
 # ceiling, as right scenes may with the dual path, the term has nothing to give, and what holds `v*`
 # beside the words leaves it less free to be this one thing. The term can show what it is for where
-# tuning costs scenes: with the soft path alone, if anywhere. Does the printed difference there lie
+# tuning costs scenes: with the soft path alone, if anywhere. Does the difference in the table lie
 # above zero? Then the term and the dual path protect the same thing.
 #
 # And the other two? The same differences from the encoder without a term, dual path, for all that
@@ -768,25 +772,28 @@ labels |= {
     for label in sorted({row.method for row in rows})
     if label.endswith(f"regulariser-{kind}/encoder")
 }
+lines = []
 for kind, label in labels.items():
     first = {
         row.concept: row.nearest_words.split()[0]
         for row in rows
         if (row.method, row.steps) == (label, 0)
     }
-    print(f"{kind:12} {len(set(first.values())):3} nearest words for {len(first)} things")
+    lines.append((kind, len(set(first.values())), len(first)))
+show_table(lines, ["Trained with", "Different nearest words", "Things"])
 
 # %%
-print()
 measured = {"identity_scaled": "identity", "scene": "scene", "fidelity": "harmonic mean"}
 measured |= {"word_similarity": "words (MiniLM)"}
-for kind in [kind for kind in labels if kind != "none"]:
-    for line in paired(rows, labels[kind], labels["none"]):
-        print(f"{kind:12} {line['steps']:2} steps: ", end="")
-        print("; ".join(f"{title} {said(line[m])}" for m, title in measured.items()))
+lines = [
+    (kind, line["steps"], *(bracketed(line[m], sign="+") for m in measured))
+    for kind in labels if kind != "none"
+    for line in paired(rows, labels[kind], labels["none"])
+]  # fmt: skip
+show_table(lines, ["Trained with", "Steps", *measured.values()], "Minus the encoder without a term")
 
 # %% [markdown]
-# The first lines show what became of the words: an encoder that says few different words leaves the
+# The first table shows what became of the words: an encoder that says few different ones leaves the
 # thing to the offsets. An interval that lies on one side of 0 is a difference; most of what the
 # paper compares may well not be told apart here.
 #
@@ -999,8 +1006,9 @@ show(
     + ".",
 )
 spread = {m: [cell[m] for cell in table_of.values()] for m in (*measures, "word_similarity")}
-for measure, found in spread.items():
-    print(f"{measure:16} from {min(found):.3f} to {max(found):.3f} over all settings")
+named = measures | {"word_similarity": "words alike to the name (MiniLM)"}
+lines = [(named[m], f"{min(found):.3f}", f"{max(found):.3f}") for m, found in spread.items()]
+show_table(lines, ["Measure", "Least", "Most"], "Over all settings")
 
 # %%
 top = {

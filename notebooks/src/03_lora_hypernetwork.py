@@ -48,8 +48,7 @@ import numpy as np
 import torch
 
 from dte_lab import checks
-from dte_lab.common.quiet import quiet_libraries
-from dte_lab.panels import describe_machine, measured_with, picture_grid, saw, show
+from dte_lab.panels import describe_machine, measured_with, picture_grid, quiet_libraries, saw, show
 
 quiet_libraries()
 from dte_lab import DTEPipeline  # noqa: E402
@@ -505,6 +504,10 @@ with torch.no_grad():
     features = encoder.static_features(pipe.backbone, pipe.pixels(pictures))
     prediction = mean_prediction(encoder(*features), len(settings.feature_timesteps))
 gram = inner_products(prediction.offsets).cpu().double().numpy()  # (48, 48)
+norm = checks.yours("low_rank_norm", otherwise=lambda a, b: torch.linalg.matrix_norm(a @ b))
+of_first = [norm(a[0], b[0]).item() ** 2 for a, b in prediction.offsets.values()]
+print(f"size of the first change: {sum(of_first) ** 0.5:.3f} by low_rank_norm, "
+      f"{gram[0, 0] ** 0.5:.3f} as its inner product with itself")  # fmt: skip
 show(
     picture_grid([pictures[: len(SEEN)], pictures[-len(SEEN) :]], SEEN, [NAMES[0], NAMES[-1]]),
     f"Two of the {len(NAMES)} things, {NAMES[0]} and {NAMES[-1]}, before {', '.join(SEEN)}.",
@@ -537,7 +540,7 @@ print(f"the mean of all {len(pictures)} changes has {common:.0%} of their square
 # are not independent, and counting them all would make the intervals too short.
 
 # %%
-from dte_lab.common.stats import interval
+from dte_lab.panels import interval
 from dte_lab.panels.ranks import pairs_figure
 
 thing = np.repeat(np.arange(len(NAMES)), len(SEEN))
@@ -751,6 +754,7 @@ show(
 import json
 from pathlib import Path
 
+from dte_lab.panels import bracketed, show_table
 from dte_lab.panels.ranks import encoders_figure
 
 # %%
@@ -774,26 +778,25 @@ LAST = longer["base"]["unseen"][-1][0]  # the last step; whole matrices ran out 
 print("; ".join(measured_with(document["versions"]) for document in documents))
 
 # %%
-print(f"A: {LAST} steps of {documents[0]['settings']['batch_size']} pairs, once.")
 pairs = repeated["settings"]["batch_size"]
-print(f"B: {shorter['steps']} steps of {pairs} pairs, {n_seeds} seeds,")
-print(f"   and the mean of their differences to rank 4 with {ALL} {ITEMS} (n = {n_things})")
-print(f"{'numbers':>20}{'hypernetwork':>14}{'s per step':>12}{'A':>9}   B")
-for label, name in [
-    *((f"rank {rank}", name) for rank, name in of_rank.items()), ("whole", "rank-full"),
-    *((f"{n} {ITEMS}", name) for n, name in of_count.items() if name != "base"),
-]:  # fmt: skip
+named = [(f"rank {rank}", name) for rank, name in of_rank.items()] + [("whole", "rank-full")]
+named += [(f"{n} {ITEMS}", name) for n, name in of_count.items() if name != "base"]
+lines = []
+for label, name in named:
     row, found = longer[name], summary.get(name)
     error = dict(row["unseen"]).get(LAST)
-    cells = f"{'-' if error is None else f'{error:.4f}':>9}"
-    if found:
-        r = found["minus_base"]
-        cells += "   " + " ".join(f"{error:.4f}" for error in found["by_seed"])
-        cells += f"   {r['mean']:+.4f} [{r['low']:+.4f}, {r['high']:+.4f}]"
-    print(
-        f"{label:<10}{row['offsets']:>10,}{row['hypernetwork']:>14,}"
-        f"{60 * row['minutes'] / row['steps']:>12.2f}{cells}"
-    )
+    once = "" if error is None else f"{error:.4f}"
+    seeds = " ".join(f"{e:.4f}" for e in found["by_seed"]) if found else ""
+    minus = bracketed(found["minus_base"], 4, "+") if found else ""
+    seconds = f"{60 * row['minutes'] / row['steps']:.2f}"
+    numbers = f"{row['offsets']:,}", f"{row['hypernetwork']:,}", seconds
+    lines.append((label, *numbers, once, seeds, minus))
+heads = ["Encoder", "Numbers predicted", "Hypernetwork", "Seconds per step", "Loss, A", "Loss, B"]
+show_table(
+    lines, [*heads, f"B minus rank 4 with {ALL} {ITEMS}"],
+    f"A: {LAST} steps of {documents[0]['settings']['batch_size']} pairs, once; "
+    f"B: {shorter['steps']} steps of {pairs} pairs, {n_seeds} seeds (n = {n_things})",
+)  # fmt: skip
 
 
 # %%
@@ -817,7 +820,7 @@ show(
         f"rank 4, {ALL} {ITEMS}",
     ),
     f"Loss on unseen things minus that of the encoder of rank 4 that saw {ALL} {ITEMS}, over the "
-    "rank and over what was seen in training; the numbers are printed above.",
+    "rank and over what was seen in training; the numbers are in the table above.",
 )
 
 # %% [markdown]
@@ -846,18 +849,18 @@ labels = {"base": f"rank 4, {ALL} {ITEMS}"} | {
 } | {name: f"{n} {ITEMS}" for n, name in of_count.items() if name != "base"}  # fmt: skip
 MEASURED = {"identity_scaled": "identity", "scene": "scenes", "fidelity": "harmonic mean"}
 compared = {measure: compare_pictures(rows, measure) for measure in MEASURED}
+lines = []
 for steps, found in compared["fidelity"].items():
-    n = found["base"]["mean"]["n"]
-    print(f"after {steps} steps (n = {n} things, {n_seeds} seeds; in brackets: minus rank 4)")
     for name in found:
-        cells = ""
-        for measure, title in MEASURED.items():
+        cells = []
+        for measure in MEASURED:
             r = compared[measure][steps][name]
-            mean, minus = r["mean"]["mean"], r["minus_base"]
-            cells += f"  {title} {mean:.3f}"
-            if name != "base":
-                cells += f" ({minus['mean']:+.3f} [{minus['low']:+.3f}, {minus['high']:+.3f}])"
-        print(f"  {labels[name]:<20}{cells}")
+            minus = "" if name == "base" else f" ({bracketed(r['minus_base'], sign='+')})"
+            cells.append(f"{r['mean']['mean']:.3f}{minus}")
+        lines.append((steps, labels[name], *cells))
+n = compared["fidelity"][0]["base"]["mean"]["n"]
+heads = ["Steps", "Encoder", *(title.capitalize() for title in MEASURED.values())]
+show_table(lines, heads, f"n = {n} things, {n_seeds} seeds; in brackets: minus rank 4")
 
 # %%
 seen = []

@@ -55,8 +55,7 @@ from IPython.display import display
 from tqdm.auto import tqdm
 
 from dte_lab import checks
-from dte_lab.common.quiet import quiet_libraries
-from dte_lab.panels import describe_machine, measured_with, picture_grid, saw, show
+from dte_lab.panels import describe_machine, measured_with, picture_grid, quiet_libraries, saw, show
 
 quiet_libraries()
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -612,7 +611,7 @@ show(
 # small against its scale, do not read shapes into them.
 
 # %%
-from dte_lab.common.images import to_pil
+from dte_lab.panels import to_pil
 from dte_lab.panels.dual_path import maps_figure
 
 place = tokens[end - 1]
@@ -775,7 +774,12 @@ checks.alpha_schedule(alpha_schedule)
 #   five steps.
 
 # %%
-from dte_lab.common.images import to_bytes
+line = checks.yours("alpha_schedule", lambda t, T, first, last: last + (first - last) * t / T)
+at = line(steps.float(), T, 1.0, 0.4)
+print("α of the second column:", ", ".join(f"{alpha:.2f}" for alpha in at.tolist()))
+
+# %%
+from dte_lab.panels import to_bytes
 
 variants = {
     f"α = {DEFAULT:g}": {},
@@ -885,6 +889,13 @@ print(
 
 
 # %%
+NAMED = {
+    "identity_scaled": "identity", "clip_i_small": "CLIP-I", "scene": "right scenes",
+    "clip_t_small": "CLIP-T",
+}  # fmt: skip
+
+
+# %%
 def mean_of(setting, measure):
     return table[setting][measure].mean()
 
@@ -896,12 +907,7 @@ show(
     "attention, from alpha 0 to 1: "
     + "; ".join(
         f"{name} from {mean_of(ends[0], key):.2f} to {mean_of(ends[1], key):.2f}"
-        for name, key in (
-            ("identity", "identity_scaled"),
-            ("CLIP-I", "clip_i_small"),
-            ("right scenes", "scene"),
-            ("CLIP-T", "clip_t_small"),
-        )
+        for key, name in NAMED.items()
     )
     + ".",
 )
@@ -925,7 +931,8 @@ def plane_alt(x, y):
         for key, row in table.items()
         if key[:2] == ("soft", "attention")
     )
-    return f"{y} over {x} with ellipses; figure, attention at (x, y): {'; '.join(points)}."
+    said = f"{NAMED[y]} over {NAMED[x]} with ellipses; soft, attention at (x, y):"
+    return f"{said} {'; '.join(points)}."
 
 
 print(measured_with(document["versions"]))
@@ -946,7 +953,7 @@ for one, other in (("identity_scaled", "clip_i_small"), ("scene", "clip_t_small"
     ranks = [
         np.argsort(np.argsort([row[m].mean() for row in table.values()])) for m in (one, other)
     ]
-    orders[f"{one} and {other}"] = np.corrcoef(ranks)[0, 1]
+    orders[f"{NAMED[one]} and {NAMED[other]}"] = np.corrcoef(ranks)[0, 1]
 said = "; ".join(f"{pair} {r:+.2f}" for pair, r in orders.items())
 saw(f"{measured_with(document['versions']).capitalize()}.",
     f"Rank correlation of the settings' means: {said}. 1 is the same order.")  # fmt: skip
@@ -959,23 +966,24 @@ saw(f"{measured_with(document['versions']).capitalize()}.",
 # settings differ. With many comparisons at 95 %, about one in twenty will do so by luck.
 
 # %%
-from dte_lab.common.stats import interval
+from dte_lab.panels import bracketed, interval, show_table, verdict
 
-print(measured_with(document["versions"]))
 soft, hard, dual = (("soft", "attention", alpha) for alpha in (1, 0, 0.7))
-for title, one, other in (
+compared = (
     ("blend 0.7 against soft path alone", dual, soft),
     ("blend 0.7 against hard path alone", dual, hard),
     ("offsets on the soft path against the hard one, at 0.7", dual, ("hard", "attention", 0.7)),
     ("granularity attention against block, at 0.7", dual, ("soft", "block", 0.7)),
     ("learned word alone against learned weights alone", ("hard", "attention", 1),
      ("hard", "attention", 0)),
-):  # fmt: skip
-    print(f"{title} (n = {count})")
+)  # fmt: skip
+lines = []
+for title, one, other in compared:
     for measure, label in (("identity_scaled", "identity"), ("scene", "right scenes")):
         d = interval(table[one][measure] - table[other][measure])
-        verdict = "higher" if d["low"] > 0 else "lower" if d["high"] < 0 else "not told apart"
-        print(f"    {label:<14}{d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]  {verdict}")
+        lines.append((title, label, bracketed(d, sign="+"), verdict(d)))
+heads = ["First against second", "Measure", "Difference", "The first is"]
+show_table(lines, heads, f"n = {count}; {measured_with(document['versions'])}")
 
 # %% [markdown]
 # ## When it fails, and why

@@ -49,8 +49,7 @@ import numpy as np
 import torch
 
 from dte_lab import checks
-from dte_lab.common.quiet import quiet_libraries
-from dte_lab.panels import describe_machine, measured_with, picture_grid, saw, show
+from dte_lab.panels import describe_machine, measured_with, picture_grid, quiet_libraries, saw, show
 
 quiet_libraries()
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,8 +63,8 @@ print("backbone: small, since it comes with the package, needs no download and r
 
 # %%
 from dte_lab import DTEPipeline
-from dte_lab.common.images import to_pil
 from dte_lab.evaluation.edits import Item, edits, truth
+from dte_lab.panels import to_pil
 
 pipe = DTEPipeline.from_pretrained("small", device=device)
 item = Item("cupcake", "fluent", "white")
@@ -423,12 +422,14 @@ show(
 # % intervals over the concepts.
 
 # %%
+from dte_lab.panels import bracketed, interval, show_table
 from dte_lab.panels.tuning import quality_figure
 
 # of the repository that this notebook lies in
 RESULTS = next(p / "results" for p in Path.cwd().parents if (p / "results").is_dir())
 results = json.loads((RESULTS / "steps.json").read_text())
-curves, names = results["curves"], results["names"]
+curves = results["curves"]
+names = {m: n.replace("offset_learning_rate=", "rate ") for m, n in results["names"].items()}
 measures = {
     "identity_scaled": "identity",
     "scene": "prompt fidelity",
@@ -437,14 +438,13 @@ measures = {
 n_concepts = curves["dte"]["fidelity"][0]["n"]
 
 # %%
-print(measured_with(results["versions"]))
-print(f"{n_concepts} concepts of the {results['settings']['split']} split; mean [95 % interval]")
-for method, of_method in curves.items():
-    top = max(of_method["fidelity"], key=lambda point: point["mean"])
-    print(
-        f"{names[method]}: the harmonic mean is highest after {top['steps']} steps, "
-        f"{top['mean']:.2f} [{top['low']:.2f}, {top['high']:.2f}]"
-    )
+tops = {m: max(c["fidelity"], key=lambda point: point["mean"]) for m, c in curves.items()}
+show_table(
+    [(names[m], top["steps"], bracketed(top, 2)) for m, top in tops.items()],
+    ["Method", "Steps", "Highest harmonic mean"],
+    f"{n_concepts} concepts of the {results['settings']['split']} split, "
+    f"{measured_with(results['versions'])}",
+)
 show(
     quality_figure(curves, names, measures),
     f"Identity, prompt fidelity and their harmonic mean over the steps, {n_concepts} concepts, "
@@ -454,7 +454,7 @@ show(
 # %% [markdown]
 # How to read it. Every method's rate was the best of a few at 12 steps, on other things. What is
 # best for few steps can be too fast for many: then a method goes on gaining identity, and loses the
-# prompt faster than it gains. The curve with a lower `offset_learning_rate` tests whether the rate
+# prompt faster than it gains. The curve with a lower rate of the offsets tests whether the rate
 # is the reason, with the same encoder at a lower rate. The E4T-style encoder tunes whole matrices;
 # the next cell says who is ahead where, and how much of it the rate explains. LoRA has two curves:
 # with its prior kept, it also learns pictures that the base model draws of the same kind of thing.
@@ -462,10 +462,7 @@ show(
 # many?
 
 # %%
-from dte_lab.common.stats import interval
-
-print(measured_with(results["versions"]))
-fidelity = {}
+fidelity, lines = {}, []
 for point in results["points"]:
     cell = fidelity.setdefault((point["method"], point["steps"]), {})
     cell[point["concept"]] = point["fidelity"]
@@ -476,10 +473,11 @@ for steps in (12, 25, 50, 100):
             continue
         ours, theirs = fidelity[method, steps], fidelity["e4t", steps]
         ahead = interval(np.array([theirs[concept] - ours[concept] for concept in ours]))
-        print(
-            f"{steps:3} steps: E4T-style ahead of {names[method]:<42} by {ahead['mean']:+.3f} "
-            f"[{ahead['low']:+.3f}, {ahead['high']:+.3f}]"
-        )
+        lines.append((steps, names[method], bracketed(ahead, sign="+")))
+show_table(
+    lines, ["Steps", "Against", "E4T-style is ahead by"],
+    f"Harmonic mean, paired by concept, {measured_with(results['versions'])}",
+)  # fmt: skip
 
 # %%
 seen = []
@@ -516,21 +514,18 @@ LOSSES = {"loss": "loss on the input picture", "loss_elsewhere": "loss in other 
 
 
 def correlation(found):
-    return f"{found['mean']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]" if found else "-"
+    return bracketed(found, 2, "+") if found else "-"
 
 
 # %%
-print(measured_with(results["versions"]))
-width = 1 + max(len(names[method]) for method in results["guide"])
+heads = ["Method", "Part", *(label.split(" of")[0] for label in measures.values())]
 for loss, title in LOSSES.items():
-    print(
-        f"{title:<{width + 9}}"
-        + "".join(f"{label.split(' of')[0]:>23}" for label in measures.values())
-    )
-    for method, parts in results["guide"].items():
-        for part, found in parts.items():
-            cells = [correlation(found[loss].get(measure)) for measure in measures]
-            print(f"  {names[method]:<{width}}{part:<7}" + "".join(f"{cell:>23}" for cell in cells))
+    lines = [
+        (names[method], part, *(correlation(found[loss].get(m)) for m in measures))
+        for method, parts in results["guide"].items()
+        for part, found in parts.items()
+    ]
+    show_table(lines, heads, f"{title}, {measured_with(results['versions'])}")
 points = [point for point in results["points"] if point["method"] == "dte"]
 show(
     guide_figure(points, "fidelity", LOSSES),
@@ -602,18 +597,25 @@ checks.steps_needed(steps_needed)
 from dte_lab.panels.tuning import least_figure
 
 least = results["least"]
-print(measured_with(results["versions"]))
-print(f"enough: {results['share']:.0%} of the best mean harmonic mean in the group")
-for group, found in least.items():
-    texts = []
-    for method, m in found["methods"].items():
-        low, at, high = ("never" if m[k] is None else m[k] for k in ("low", "steps", "high"))
-        texts.append(f"{names[method]} {at} [{low}, {high}]")
-    print(f"{group} (n = {found['n']}): {'; '.join(texts)}")
+
+
+def least_of(m):
+    low, at, high = ("never" if m[k] is None else m[k] for k in ("low", "steps", "high"))
+    return f"{at} [{low}, {high}]"
+
+
+# %%
+show_table(
+    [(f"{group} (n = {found['n']})", *map(least_of, found["methods"].values()))
+     for group, found in least.items()],
+    ["Concepts", *(names[method] for method in least["all"]["methods"])],
+    f"Enough: {results['share']:.0%} of the best mean harmonic mean in the group; "
+    f"{measured_with(results['versions'])}",
+)  # fmt: skip
 show(
     least_figure(least, names),
     "The least steps that satisfy, a row per group of concepts, a marker per method, with 95 % "
-    "intervals; the numbers are printed above.",
+    "intervals; the numbers are in the table above.",
 )
 
 # %% [markdown]
@@ -698,7 +700,8 @@ expected = [predicted_mb(batch) for batch in batches]
 measured = [measured_mb(batch) for batch in batches]
 measured = None if None in measured else measured
 
-by_hand = 16 * trained["predictions"] / 2**20
+count_bytes = checks.yours("tuning_bytes", otherwise=lambda tuned, frozen: 16 * tuned)
+by_hand = count_bytes(trained["predictions"], 0) / 2**20
 print(f"tuned numbers, gradients and averages, by hand: {by_hand:.1f} MB")
 print(f"{'noise levels':>14}{'predicted MB':>15}{'measured MB':>15}")
 for i, batch in enumerate(batches):
@@ -795,48 +798,24 @@ print(
 )
 
 # %%
+from PIL import Image
+from skimage.data import chelsea
+
+from dte_lab.evaluation.sd15_steps import largest_fitting, over_steps
+
+wanted = ("a photo of S*", "a photo of S* on the beach", "a painting of S* at night")
 if not reason:
-    from PIL import Image
-    from skimage.data import chelsea
-
-    from dte_lab.common.images import square
-
-    card = torch.cuda.get_device_properties(0).total_memory / 1e9
-    fitting = [c for c in choices if c.dtype == "fp16" and bytes_needed[str(c)] <= (card - 1) * 1e9]
-    choice = max(
-        fitting,
-        key=lambda c: (c.resolution, min(c.batch, 4), not c.gradient_checkpointing, -c.batch),
-    )
-    print(f"this card has {card:.0f} GB; chosen: {choice}")
-    large = DTEPipeline.from_pretrained(
-        "sd15", device=device, dtype=torch.float16, offload=choice.offload,
-        gradient_checkpointing=choice.gradient_checkpointing,
-    )  # fmt: skip
-    large.backbone.unet.register_to_config(sample_size=choice.resolution // 8)
-    photograph = square(Image.fromarray(chelsea()), large.backbone.resolution)
-    kept = {}
-
-    def keep_some(state):
-        if state["step"] in SD15_STEPS:
-            kept[state["step"]] = state["v_star"], state["offsets"]
-
-    config = TuneConfig(batch_size=choice.batch)  # its rate is constant: all states of one run
-    cat = large.personalize(photograph, SD15_STEPS[-1], callback=keep_some, config=config)
+    card = torch.cuda.get_device_properties(0).total_memory
+    choice = largest_fitting(choices, bytes_needed, card)
+    print(f"this card has {card / 1e9:.0f} GB; chosen: {choice}")
+    cats, cat = over_steps(Image.fromarray(chelsea()), choice, device, SD15_STEPS, wanted)
     print(
         f"{cat.seconds:.0f} s; peak memory {cat.info['peak_memory_mb'] * 2**20 / 1e9:.2f} GB "
         f"measured, {bytes_needed[str(choice)] / 1e9:.2f} GB predicted"
     )
-    steps = [*kept, len(cat.info["losses"])]  # fewer where tuning had to stop
-    cats = [replace(cat, v_star=v, offsets=o) for v, o in kept.values()] + [cat]
-    wanted = ("a photo of S*", "a photo of S* on the beach", "a painting of S* at night")
-    rows = [[photograph] * len(wanted)]
-    for state in cats:
-        rows.append([r[0] for r in large.generate(state, wanted, batch_size=1, progress=False)])
-    shown = [[row[i].resize((192, 192)) for row in rows] for i in range(len(wanted))]
     show(
-        picture_grid(shown, ["the input", *(f"{n} steps" for n in steps)], list(wanted)),
-        f"A cat by Stable Diffusion 1.5 after {', '.join(map(str, steps))} steps: "
-        f"{'; '.join(wanted)}.",
+        picture_grid(list(zip(*cats.values(), strict=True)), list(cats), list(wanted)),
+        f"A cat by Stable Diffusion 1.5: {', '.join(cats)}; {'; '.join(wanted)}.",
     )
 
 # %% [markdown]
@@ -889,14 +868,13 @@ show(
 # at the first point of each curve too: what does a method know before it tunes at all?
 
 # %%
-print(measured_with(results["versions"]))
-for method, of_method in curves.items():
-    seconds = {p["steps"]: p["mean"] for p in of_method["seconds"]}
-    top = max(of_method["fidelity"], key=lambda point: point["mean"])
-    print(
-        f"{names[method]}: {seconds[top['steps']]:.1f} s to its best harmonic mean, "
-        f"{top['mean']:.2f} after {top['steps']} steps"
-    )
+lines = []
+for method, top in tops.items():
+    seconds = {p["steps"]: p["mean"] for p in curves[method]["seconds"]}
+    at = top["steps"]
+    lines.append((names[method], f"{seconds[at]:.1f}", at, f"{top['mean']:.2f}"))
+heads = ["Method", "Seconds to its best", "Steps", "Harmonic mean"]
+show_table(lines, heads, measured_with(results["versions"]).capitalize())
 show(
     quality_figure(curves, names, measures, over="seconds"),
     f"Identity, prompt fidelity and their harmonic mean over seconds, {n_concepts} concepts.",
