@@ -33,7 +33,7 @@ def show(figure: Figure | Image.Image, alt: str) -> None:
     from IPython.display import display
 
     png = encode(figure, "png")
-    jpeg = encode(figure, "jpeg", quality=60, optimize=True, progressive=True)
+    jpeg = encode(figure, "jpeg", quality=50, optimize=True, progressive=True)
     smallest = min(png, with_palette(png), jpeg, key=len)
     display(Shown(smallest, alt=alt, width=shown_width(figure)))
 
