@@ -175,14 +175,15 @@ class DTEPipeline:
         batch_size: int = 8,
         progress: bool = True,
         prediction_interval: int | None = None,
+        callback: Callable[[], object] = lambda: None,
     ) -> list[list[Image]]:
         """Sample every prompt with every seed: a list per prompt of a list per seed of pictures.
 
         prompts: each with "S*". guidance_scale: above 1 for guidance; None takes the concept's, or
         the backbone's. alpha_blend and prediction_interval: see MethodConfig; None takes the
         concept's. batch_size: pictures per UNet call, before guidance doubles them; a picture does
-        not depend on it. Raises DTEError for what means nothing, for a concept of another backbone
-        or without the pictures that `prediction_interval` needs, and when the memory is used up.
+        not depend on it. callback: called after each step. Raises DTEError for what means nothing,
+        a concept of another backbone or without pictures to predict from, and full memory.
         """
         backbone, encode = self.backbone, self.prompt_encoder
         prompts, seeds = as_list(prompts), as_list(seeds)
@@ -198,8 +199,7 @@ class DTEPipeline:
         encode.tokenize(prompts)  # complain before any work is done
         anew = config.prediction_interval
         predict = StepPredictor(backbone, self.encoder, encode, concept) if anew else None
-        scheduler = new_scheduler(backbone.scheduler)
-        T, images = len(backbone.alphas_cumprod), []
+        scheduler, T, images = new_scheduler(backbone.scheduler), len(backbone.alphas_cumprod), []
         jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
         batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
         steps = len(batches) * num_inference_steps
@@ -218,10 +218,11 @@ class DTEPipeline:
                 )  # fmt: skip
                 noise = torch.cat([self.initial_noise(seed) for _, seed in batch])
                 noise = noise.to(backbone.device, backbone.dtype)
-                latents = guided_sampling(path, condition, scheduler, noise, scale, bar.update)
+                latents = guided_sampling(
+                    path, condition, scheduler, noise, scale, lambda: (bar.update(), callback())
+                )
                 images += to_pil(backbone.decode_latents(latents))
-        n = len(seeds)
-        return [images[i * n : (i + 1) * n] for i in range(len(prompts))]
+        return [images[i : i + len(seeds)] for i in range(0, len(images), len(seeds))]
 
     def initial_noise(self, seed: int) -> Float[Tensor, "1 channels height width"]:
         """Standard normal latent on the CPU: it depends on the seed alone, not on the device."""

@@ -33,7 +33,7 @@ from dte_lab.onnx_parts.export import ABOUT_FILE, export_onnx
 from dte_lab.onnx_parts.graphs import WEIGHT_FILE
 from dte_lab.world.captions import scene_words
 from dte_lab.world.scenes import PLACES, render
-from dte_lab.world.sprites import STYLES, split_names
+from dte_lab.world.sprites import unseen_things
 from dte_lab.world.wide import fetch_package
 
 ROOT = Path(__file__).parents[1]
@@ -47,12 +47,6 @@ DEVICES = {
     "webgpu": ("ort.webgpu.min.mjs", "ort-wasm-simd-threaded.asyncify.mjs",
                "ort-wasm-simd-threaded.asyncify.wasm"),
 }  # fmt: skip
-THINGS = (  # shown where no model has seen them; the page begins with the first
-    "bus", "strawberry", "monkey", "peacock", "snowman", "octopus", "volcano", "cupcake", "tractor",
-    "pineapple", "key", "handbag", "giraffe", "t rex", "tulip", "sailboat", "accordion", "tent",
-    "hamburger", "shrimp", "house", "moose", "paintbrush", "spaghetti", "scorpion", "squid",
-    "badger", "ladder", "motorcycle", "jar",
-)  # fmt: skip
 COLOURED = ("blue", "yellow")  # of the scenes that are one colour
 HEADERS = {  # what lets WebAssembly use threads
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -164,10 +158,9 @@ def runtime_licences() -> list[Path]:
 
 def things(path: Path, side: int) -> list[str]:
     """Thirty things on white that neither base model nor encoder has seen, side by side."""
-    unseen = [*split_names("val"), *split_names("test")]
-    names = [name for name in dict.fromkeys((*THINGS, *unseen)) if name in unseen][: len(THINGS)]
-    styles = [STYLES[(i + 2) % 3] for i in range(len(names))]
-    pictures = [render(n, s, "white", 0) for n, s in zip(names, styles, strict=True)]
+    chosen = unseen_things()
+    names = [name for name, _ in chosen]
+    pictures = [render(name, style, "white", 0) for name, style in chosen]
     row = Image.fromarray(np.concatenate(pictures, axis=1))
     save_png(row if row.height == side else row.resize((side * len(names), side)), path)
     return names

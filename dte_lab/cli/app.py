@@ -4,6 +4,7 @@
     dte generate out/concept.safetensors --prompt "S* at night" --out out/
     dte pretrain | dte world ...        how the shipped weights were made
     dte memory | dte doctor             what fits on this machine, and what would fail
+    dte explore                         every switch of the method, in the browser
 
 Whatever the user can put right, a DTEError or an OSError, is answered by one line, `error: ...`,
 and exit status 2; any other exception is a fault of the program, and shows its traceback. Prompts,
@@ -39,6 +40,7 @@ from dte_lab.cli.common import (
     whole,
 )
 from dte_lab.cli.drawings import DrawingOptions, contact_sheet, picture_origins, save_pictures
+from dte_lab.cli.explore import explore
 from dte_lab.cli.pretrain import pretrain
 from dte_lab.common.errors import DTEError, is_out_of_memory
 from dte_lab.common.files import keep_inputs, prepare_folder
@@ -247,6 +249,7 @@ def distinct(values: Sequence) -> list:
 
 
 app.command()(pretrain)
+app.command()(explore)
 app.command()(hardware.memory)
 app.command()(hardware.parameters)
 app.command()(hardware.doctor)

@@ -86,3 +86,16 @@ def sprite(name: str, style: str, size: int = 48) -> np.ndarray:
 
 
 SAMPLE_CONCEPTS = ("strawberry", "peacock", "tractor", "cupcake")  # val: not trained on
+THINGS = (  # shown where no model has seen them; the page begins with the first
+    "bus", "strawberry", "monkey", "peacock", "snowman", "octopus", "volcano", "cupcake", "tractor",
+    "pineapple", "key", "handbag", "giraffe", "t rex", "tulip", "sailboat", "accordion", "tent",
+    "hamburger", "shrimp", "house", "moose", "paintbrush", "spaghetti", "scorpion", "squid",
+    "badger", "ladder", "motorcycle", "jar",
+)  # fmt: skip
+
+
+def unseen_things() -> list[tuple[str, str]]:
+    """(name, style) of thirty things that neither base model nor encoder has seen."""
+    unseen = [*split_names("val"), *split_names("test")]
+    names = [name for name in dict.fromkeys((*THINGS, *unseen)) if name in unseen][: len(THINGS)]
+    return [(name, STYLES[(i + 2) % 3]) for i, name in enumerate(names)]
