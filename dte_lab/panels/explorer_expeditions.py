@@ -89,7 +89,7 @@ def _regularisation() -> Expedition:
                 "contrastive or nothing",
                 "A holds the word as the paper does, a hundred times as strongly as usual; B does "
                 "not hold it. Compare the nearest words and the word's length.",
-                question, strong, {"regulariser": "none"},
+                question, strong, strong | {"regulariser": "none"},
             ),
             Stop(
                 "few near words or many, warm or cold",
@@ -101,7 +101,7 @@ def _regularisation() -> Expedition:
             Stop(
                 "contrastive or a Gaussian of all words",
                 "The Gaussian only asks that the word be somewhere where words are. (It is ours.)",
-                question, strong, {"regulariser": "gaussian", "regulariser_weight": 1.0},
+                question, strong, strong | {"regulariser": "gaussian", "regulariser_weight": 1.0},
             ),
         ),
     )  # fmt: skip
