@@ -1,0 +1,210 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   dte_lab:
+#     title: The explorer
+#     promise: turn every switch of the method on a picture of your own, A beside B
+#     minutes: 60
+# ---
+
+# %% [markdown]
+# # The explorer: what if?
+#
+# *Turn every switch of the method on a picture of your own, A beside B.*
+#
+# The notebooks before this one took the method apart, a piece at a time. Here is all of it in one
+# panel: a picture, any prompt, and every switch, in two settings side by side. Ask it what you
+# always wanted to know: *what if* the word were not held among the words? If there were no word at
+# all? If the weights were cut to rank 1? If the picture were my own?
+#
+# After this notebook you can
+#
+# - change one thing at a time, and say in words what changed and what came of it;
+# - read measures beside pictures, and tell which of them knows the truth;
+# - name the switches that change nothing in a given combination, and say why;
+# - put the three questions that the paper leaves open to this small world yourself;
+# - save what you found as a small file that somebody else can take up again.
+
+# %% [markdown]
+# ## Set up
+#
+# The cell installs the package where it is missing, and leaves an installed PyTorch as it is.
+
+# %% tags=["setup"]
+# Filled in by tools/notebooks.py: installs dte_lab where it is missing.
+
+# %%
+import torch
+
+from dte_lab.common.quiet import quiet_libraries
+from dte_lab.panels import describe_machine, saw, show
+
+quiet_libraries()
+device = "cuda" if torch.cuda.is_available() else "cpu"
+print(describe_machine(device))
+print("backbone: small, since it comes with the package, needs no download and runs on a CPU")
+
+# %%
+from dte_lab import DTEPipeline
+
+pipe = DTEPipeline.from_pretrained("small", device=device)
+
+# %% [markdown]
+# On a GPU, `DTEPipeline.from_pretrained("sd15", device="cuda")` in its place makes the cells below
+# work on Stable Diffusion 1.5 and photographs. The expeditions and their things belong to the small
+# world, and stay away then.
+
+# %% [markdown]
+# ## The panel
+#
+# Choose a thing or upload a picture, write prompts with `S*` (one a line), open a group of knobs,
+# and press *Run A and B*. A knob that changes nothing beside the others is put to rest, with the
+# reason beside it; one in which A and B differ is marked. *Stop* ends a run at its next step.
+# Without a kernel, on GitHub for instance, the panel is not shown: what it answers is below.
+#
+# The same panel is an app: `dte explore` in a terminal (`pip install "dte_lab[explore]"`).
+
+# %%
+from IPython.display import display
+
+from dte_lab.panels.explorer import explorer_panel
+
+panel = explorer_panel(pipe)
+display(panel)
+
+# %% [markdown]
+# ### How to read it
+#
+# *Like the input* and *as the prompt says* are cosines of CLIP, and exist for any picture. For a
+# thing of the small world, identity is judged on the thing's own region by EfficientNet, which had
+# no part in making the picture (`pip install "dte_lab[evaluate]"`). Where the prompt is one of the
+# world's captions, the true rendering is known: it stands beside A and B, and *off the true
+# rendering* is the error on the thing.
+#
+# **One picture of one thing proves nothing.** The panel makes hypotheses; notebooks 02 to 05 and
+# `dte evaluate` test them, with intervals over many things.
+#
+# Rates do not fall here, so a run of tuning passes through the results of all shorter ones. The
+# panel keeps its states: fewer steps, another guidance or the word alone need no tuning again.
+
+# %% [markdown]
+# ## Three expeditions
+#
+# The paper leaves three questions open. Each is an expedition in the panel, with stops that put
+# the knobs where they should be. Below, the same stops are run without the panel. *Predict first*:
+# write down what you expect at each stop, then look.
+
+# %%
+from dte_lab.panels.explorer_expeditions import expeditions
+from dte_lab.panels.explorer_history import Run
+from dte_lab.panels.explorer_settings import ExplorerSetting, change_in_words
+from dte_lab.panels.explorer_view import described, run_figure
+
+explorer = panel.control.explorer
+usual = ExplorerSetting.of(pipe, num_inference_steps=10)
+breadth, steps, regularisation = expeditions()
+runs = panel.control.runs  # the history
+
+
+def visit(stop):
+    """Answer a stop's question, show the pictures, and note the run in the history."""
+    settings = stop.settings(usual)
+    outcomes = explorer.compare(stop.question, settings)
+    runs.append(Run.of(stop.question, settings, outcomes, stop.title))
+    print(f"{stop.title}. {change_in_words(*settings)}")
+    show(run_figure(stop.question, outcomes), described(stop.question, outcomes))
+    return runs[-1]
+
+
+# %% [markdown]
+# ### 1. Breadth: what lies outside the training?
+#
+# "How does the performance change when trained on larger, more diverse data?" The authors had no
+# means to say. Here the other side of the question can be asked: how much worse does *one* encoder
+# do, the further a thing lies from what it was trained on? A is the prediction alone, B has twelve
+# steps.
+
+# %%
+found = [visit(stop) for stop in breadth.stops]
+
+# %%
+gains = []
+for run in found:
+    before, after = (side.measures["truth_error"] for side in run.sides)
+    gains.append(f"{run.where}: {before:.3f} as predicted, {after:.3f} after 12 steps.")
+saw("Off the true rendering, mean of two scenes.", *(g[0].upper() + g[1:] for g in gains),
+    "These are one thing each; the table of the README has sixty.")  # fmt: skip
+
+# %% [markdown]
+# ### 2. Steps: how many are enough, and for what?
+#
+# "Up to 12 optimization steps were sufficient", says the paper, and not how few would do, nor for
+# which things.
+
+# %%
+found = [visit(stop) for stop in steps.stops]
+
+# %%
+said = []
+for run in found:
+    few, many = (side.setting.steps for side in run.sides)
+    before, after = (side.measures["truth_error"] for side in run.sides)
+    verdict = "less" if after < before else "no less"
+    said.append(f"{run.question.subject.label}: {before:.3f} off the truth after {few} steps, "
+                f"{after:.3f} after {many}, {verdict}.")  # fmt: skip
+saw(*said, "Notebook 05 asks the same of many things, and of 500 steps.")
+
+# %% [markdown]
+# ### 3. Regularisation: is the contrastive term better than others?
+#
+# The paper compares its contrastive term with an L2 term and with the nearest word. What of other
+# ways? The terms act in tuning only, and at their usual weight twelve steps hardly feel them: A
+# has a hundred times the weight. (The middle stop, N and temperature, is in the panel.)
+
+# %%
+found = [visit(stop) for stop in (regularisation.stops[0], regularisation.stops[2])]
+
+# %%
+from dte_lab.panels.explorer_view import words_said
+
+said = []
+for run in found:
+    for side in run.sides:
+        said.append(f"{side.setting.regulariser}: {side.measures['truth_error']:.3f} off the "
+                    f"truth, length {side.measures['word_length']:.2f}, nearest "
+                    f"{words_said(side.words_after[:3])}.")  # fmt: skip
+saw(*dict.fromkeys(said), "Notebook 02 compares seven regularisers over many things.")
+
+# %% [markdown]
+# ## The history, and how to share it
+#
+# Every run is in the history: of the panel, and of the cells above. The file holds settings,
+# prompts, seeds, measures and words, and no picture, so it is small, and an upload stays with you.
+# *Load a history* in the panel, or `load_history`, reads it; *take this run up again* puts all
+# knobs where they were.
+
+# %%
+import tempfile
+from pathlib import Path
+
+from IPython.display import HTML
+
+from dte_lab.panels.explorer_history import load_history, save_history
+from dte_lab.panels.explorer_view import history_html
+
+file = Path(tempfile.mkdtemp()) / "explorer.json"
+save_history(runs, file)
+again = load_history(file)
+print(f"{len(again)} runs in {file.stat().st_size / 1000:.0f} kB")
+display(HTML(history_html(again)))
+
+# %% [markdown]
+# ## To take along
+#
+# - Change one thing at a time, keep the seeds, and look at the input beside both.
+# - A measure that knows the truth is worth more than CLIP; where there is none, look.
+# - A switch can be idle: know what a setting reads before you explain what it did.
+# - What one picture shows is a question for many. Take yours to `dte evaluate`.
