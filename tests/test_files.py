@@ -7,12 +7,13 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from dte_lab.common import files
 from dte_lab.common.checkpoint import save_folder
 from dte_lab.common.errors import DTEError
 from dte_lab.common.files import keep_inputs, remove_leftovers, write_atomically
+from dte_lab.common.weights import read_tensors
 
 
 @pytest.fixture
@@ -112,3 +113,49 @@ def test_an_output_is_no_input(tmp_path):
     for given in ("a", "link"):
         with pytest.raises(DTEError, match="a is read and would be written over"):
             keep_inputs([tmp_path / "b", tmp_path / "a"], [tmp_path / given])
+
+
+SHAPES = {"a": ("n", 3), "b": ("n",), "c": ()}
+
+
+def small_file(**changes):
+    found = {"a": torch.rand(2, 3).half(), "b": torch.rand(2), "c": torch.tensor(1.0)} | changes
+    return save({name: tensor for name, tensor in found.items() if tensor is not None})
+
+
+def test_small_files_of_tensors_are_read_in_single_precision(tmp_path):
+    (tmp_path / "x").write_bytes(small_file())
+    found = read_tensors(tmp_path / "x", SHAPES, "make it again")
+    assert {name: tensor.shape for name, tensor in found.items()} == {
+        "a": (2, 3),
+        "b": (2,),
+        "c": (),
+    }
+    assert all(tensor.dtype == torch.float32 for tensor in found.values())
+
+
+@pytest.mark.parametrize(
+    ("data", "fault"),
+    [
+        (None, "cannot be read .No such file or directory"),
+        (b"", "cannot be read"),
+        (b"\x10\x00\x00\x00\x00\x00\x00\x00{}", "cannot be read"),
+        (small_file()[:-3], "cannot be read"),
+        (small_file(b=None), "the tensor b is missing"),
+        (small_file(d=torch.ones(1)), "the tensor d is unknown"),
+        (small_file(a=torch.ones(3)), "the tensor a has the shape .3,."),
+        (small_file(a=torch.ones(2, 4)), "the tensor a has the shape .2, 4."),
+        (small_file(a=torch.ones(0, 3), b=torch.ones(0)), "the tensor a has the shape .0, 3."),
+        (small_file(b=torch.ones(3)), "the tensor b has the shape .3,."),
+        (small_file(c=torch.ones(1)), "the tensor c has the shape .1,."),
+        (small_file(b=torch.ones(2, dtype=torch.int64)), "the tensor b is of torch.int64"),
+        (small_file(b=torch.ones(2).to(torch.float8_e4m3fn)), "b is of torch.float8_e4m3fn"),
+        (small_file(b=torch.tensor([1.0, float("nan")])), "b holds values that are not finite"),
+        (small_file(c=torch.tensor(float("-inf"))), "c holds values that are not finite"),
+    ],
+)
+def test_a_damaged_small_file_is_one_sentence(tmp_path, data, fault):
+    if data is not None:
+        (tmp_path / "x").write_bytes(data)
+    with pytest.raises(DTEError, match=rf"x.* {fault}.*: make it again\.$"):
+        read_tensors(tmp_path / "x", SHAPES, "make it again")

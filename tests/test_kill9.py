@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from test_killed import content
@@ -20,6 +21,8 @@ PRETRAIN = (
     "--steps 6 --batch-size 2 --warmup 1 --checkpoint-every 2 --log-every 1 --validate-every 2 "
     "--num-workers 0"
 )
+WORLD = "--steps 4 --batch-size 4 --out OUT"
+TINY_WORLD = str(Path(__file__).with_name("tiny_world.py"))
 pytestmark = [
     pytest.mark.long,
     pytest.mark.skipif(os.name == "nt", reason="no SIGKILL"),
@@ -27,12 +30,15 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def things(tiny_path, tiny_backbone, tiny_config, picture, tmp_path_factory):
-    """A folder with a tiny model, with its encoder, and pictures of two classes."""
+def things(tiny_path, tiny_backbone, tiny_config, picture, wide_cache, tmp_path_factory):
+    """A folder with a tiny model, its encoder, pictures of two classes, and a wide world."""
     from dte_lab import TuningEncoder
+    from dte_lab.backbone import backbone_folder
 
     folder = tmp_path_factory.mktemp("things")
     shutil.copytree(tiny_path, folder / "tiny")
+    (folder / "small").symlink_to(backbone_folder("small"))
+    (folder / "wide").symlink_to(wide_cache)
     encoder = TuningEncoder.from_backbone(tiny_backbone, tiny_config)
     encoder.save_pretrained(folder / "tiny" / "encoder")
     for name in ("a/1.png", "a/2.png", "b/1.png"):
@@ -43,7 +49,12 @@ def things(tiny_path, tiny_backbone, tiny_config, picture, tmp_path_factory):
 
 COMMANDS = {
     "pretrain": f"pretrain --backbone tiny --data pictures {PRETRAIN} --out OUT",
-    "world training": "world train autoencoder --steps 6 --batch-size 4 --count 160 --out OUT",
+    "autoencoder": f"world train autoencoder --count 160 {WORLD}",
+    "decoder": f"world train autoencoder --parts small --wide wide {WORLD}",
+    "text": f"world train text --parts small --wide wide {WORLD}",
+    "unet": f"world train unet --parts small --wide wide {WORLD}",
+    "towers": f"world train towers --parts small --wide wide {WORLD}",
+    "encoder": f"world train encoder --word-steps 4 --width 32 --rank 2 {WORLD}",
     "evaluate": "evaluate --quick --method dte:0,1 --out OUT",
     "personalize": (
         "personalize pictures/a/1.png --prompt S* --prompt S*_at_night --backbone tiny --steps 3 "
@@ -54,9 +65,10 @@ COMMANDS = {
 
 def start(name, things, out):
     arguments = [str(out) if word == "OUT" else word for word in COMMANDS[name].split()]
+    program = [TINY_WORLD] if arguments[0] == "world" else ["-m", "dte_lab"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "dte_lab", *arguments], cwd=things, env=environment,
+        [sys.executable, *program, *arguments], cwd=things, env=environment,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 

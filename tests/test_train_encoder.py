@@ -6,6 +6,7 @@ import pytest
 import torch
 import typer
 from safetensors.torch import load_file
+from tiny_world import shrink_encoder
 
 from dte_lab.common.errors import DTEError
 from dte_lab.config import EncoderConfig
@@ -16,7 +17,6 @@ from dte_lab.evaluation.measures import PICTURE_MEASURES
 from dte_lab.evaluation.records import Row
 from dte_lab.training import small_world as train_encoder
 from dte_lab.world import split_names
-from dte_lab.world.drawings import Drawings
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +39,8 @@ def test_some_samples_lose_their_offsets(tiny_offsets):
 @pytest.fixture
 def quick(backbone, monkeypatch):
     """The encoder's training with two things to learn from and two to measure on."""
-
-    def few(names, *others, **options):
-        return Drawings(names[:2], *others, **options)
-
     monkeypatch.setattr(train_encoder, "load_backbone", lambda name, device: backbone)
-    monkeypatch.setattr(train_encoder, "Drawings", few)
-    monkeypatch.setattr(train_encoder, "UNSEEN", 2)
-    monkeypatch.setattr(train_encoder, "UNSEEN_EACH", 1)
-    monkeypatch.setattr(train_encoder, "WORD_BATCH", 2)
+    shrink_encoder(monkeypatch.setattr)
     return lambda out, **options: train_encoder.main(
         out, batch_size=2, word_steps=1, width=32, **options
     )
@@ -71,7 +64,7 @@ def test_it_trains_an_encoder_that_loads(backbone, quick, tmp_path, e4t, pieces)
 
     with pytest.raises(ValueError, match=r"other settings \(encoder.rank, method.regulariser\)"):
         quick(tmp_path, steps=5, rank=2, regulariser="hinge", e4t=e4t)
-    with pytest.raises(DTEError, match="word.safetensors is of an encoder of another size"):
+    with pytest.raises(DTEError, match="word.safetensors: the tensor .* encoder of this size"):
         quick(tmp_path / "other", steps=1, word=tmp_path / "word.safetensors", patch_channels=3)
     (tmp_path / "damaged").write_bytes(b"no tensors")
     for name in ("nowhere", "damaged"):

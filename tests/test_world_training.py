@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from tiny_world import shrink
 
 from dte_lab import DTEPipeline
 from dte_lab.backbone import load_backbone
@@ -21,12 +22,9 @@ from dte_lab.patch_autoencoder import PatchAutoencoder
 from dte_lab.tokens import TokenTable
 from dte_lab.training.first_words import fit_token_head, name_embeddings
 from dte_lab.world import (
-    drawings,
     pack,
     render_image,
-    sampling,
     split_names,
-    spoken,
     train_autoencoder,
     train_text,
     train_towers,
@@ -40,24 +38,13 @@ from dte_lab.world.training import TrainConfig
 from dte_lab.world.word_space import PICTURE_WORDS, PictureWords
 
 TINY = {"steps": 2, "batch_size": 8}
-THINGS = {"train": 54, "extra": 2, "val": 4}  # of the small world: 168 drawings
 
 
 @pytest.fixture(scope="module")
 def tiny_world():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "STEPS", 2)
-        patch.setattr(drawings, "split_names", lambda split: split_names(split)[: THINGS[split]])
-        patch.setattr(spoken, "CAPTION_BANK", 150)
-        patch.setattr(spoken, "MEASURED_EACH", 12)
-        patch.setattr(train_towers, "STATES", 150)
-        patch.setattr(train_unet, "ALIGNED_ON", 64)
-        patch.setattr(train_autoencoder, "random_batch", a_few)
+        shrink(patch.setattr)
         yield
-
-
-def a_few(rng, size, split="train"):
-    return random_batch(rng, 24, split)
 
 
 @pytest.fixture(scope="module")
@@ -213,8 +200,27 @@ def test_what_is_missing_is_said_in_one_sentence(runs, tmp_path, wide_cache, tin
     pack.main({"autoencoder": runs / "autoencoder"}, tmp_path / "parts")
     with pytest.raises(DTEError, match="text_encoder"):
         train_unet.main(tmp_path / "b", tmp_path / "parts", wide_cache, **TINY)
-    with pytest.raises(DTEError, match="painter.safetensors is not there"):
+    with pytest.raises(DTEError, match="painter.safetensors cannot be read .No such file"):
         TextPainter.load(runs / "towers")
+
+
+def test_a_denoiser_goes_on_with_the_tower_that_it_was_trained_with(
+    runs, tmp_path, tiny_world, wide_cache, monkeypatch
+):
+    """Also after its packing and CLIP's training, as it was; with another tower it starts anew."""
+    monkeypatch.setattr(train_unet, "train", lambda out, model, *others: model)
+    train_unet.main(tmp_path / "on", runs / "parts", wide_cache, **TINY)
+    file = "unet/diffusion_pytorch_model.safetensors"
+    packed, on = load_file(runs / "parts" / file), load_file(tmp_path / "on" / file)
+    assert all(torch.equal(v.float(), on[k]) for k, v in packed.items())
+
+    shutil.copytree(runs / "parts", tmp_path / "parts")
+    pack.main({"text": runs / "text"}, tmp_path / "parts")  # the tower as it was before
+    train_unet.main(tmp_path / "anew", tmp_path / "parts", wide_cache, **TINY)
+    silent = [k for k in packed if k.endswith("attn2.to_out.0.weight")]
+    anew = load_file(tmp_path / "anew" / file)
+    assert len(silent) == 4 and not any(anew[k].any() for k in silent)
+    assert all(on[k].any() for k in silent)
 
 
 def test_fitted_token_head_knows_the_words_of_pictures(tiny_backbone, tiny_config):

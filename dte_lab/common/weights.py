@@ -6,7 +6,7 @@ which some damaged settings would have of any size.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from dte_lab.common.errors import DTEError
@@ -105,6 +106,38 @@ def load_weights(
     return model
 
 
+def read_tensors(
+    path: Path | str, shapes: Mapping[str, Sequence[int | str]], remedy: str
+) -> dict[str, Tensor]:
+    """The tensors of a file that is no model of a library's, in single precision.
+
+    shapes: of those that it must hold, and no others; sizes of the same name must agree. remedy:
+    the end of the sentence, what to do. Raises DTEError, with the file and the tensor, when the
+    file cannot be read, or a tensor is missing, unknown, of another shape, or not finite.
+    """
+    try:
+        tensors = load_file(path)
+    except DAMAGE as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise DTEError(f"{path} cannot be read ({reason}): {remedy}.") from error
+    faults = [(name, "is missing") for name in shapes if name not in tensors]
+    faults += [(name, "is unknown") for name in tensors if name not in shapes]
+    sizes = {}
+    for name in shapes if not faults else ():
+        tensor, shape = tensors[name], tuple(shapes[name])
+        for size, found in zip(shape, tensor.shape, strict=False):
+            sizes.setdefault(size, size if isinstance(size, int) else found)
+        if tensor.shape != tuple(map(sizes.get, shape)) or not tensor.numel():
+            faults.append((name, f"has the shape {tuple(tensor.shape)}"))
+        elif tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            faults.append((name, f"is of {tensor.dtype}"))
+        elif not is_finite(tensor):
+            faults.append((name, "holds values that are not finite"))
+    if faults:
+        raise DTEError(f"{path}: the tensor {' '.join(faults[0])}: {remedy}.")
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
 @contextmanager
 def _without_report() -> Iterator[None]:
     """transformers lists all tensors of other parts, dozens for CLIP; we judge them ourselves."""
@@ -174,7 +207,7 @@ def _flat(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def is_finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     """Whether all its numbers are."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True

@@ -18,16 +18,15 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from dte_lab.backbone import Backbone, backbone_folder, load_backbone
 from dte_lab.common.checkpoint import CHECKPOINT, save_folder
 from dte_lab.common.device import checked_device
-from dte_lab.common.errors import DTEError
 from dte_lab.common.files import prepare_folder, write_atomically
 from dte_lab.common.settings import check_number, check_whole
+from dte_lab.common.weights import read_tensors
 from dte_lab.config import EncoderConfig, MethodConfig
 from dte_lab.e4t import E4TEncoder, e4t_config
 from dte_lab.encoder import EncoderPrediction, TuningEncoder
@@ -228,12 +227,8 @@ def train_word(
 
 def read_word(encoder: TuningEncoder, path: Path) -> None:
     """Start from another run's first phase. Raises DTEError for that of another kind of encoder."""
-    try:
-        state, own = load_file(path), word_state(encoder)
-    except (OSError, SafetensorError) as error:
-        raise DTEError(f"{path} cannot be read: give the {WORD} of a run.") from error
-    if {k: x.shape for k, x in state.items()} != {k: x.shape for k, x in own.items()}:
-        raise DTEError(f"{path} is of an encoder of another size: train this one's word anew.")
+    shapes = {key: x.shape for key, x in word_state(encoder).items()}
+    state = read_tensors(path, shapes, f"give the {WORD} of a run with an encoder of this size")
     encoder.load_state_dict(state, strict=False)
 
 

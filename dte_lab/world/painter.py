@@ -11,15 +11,13 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection
 
 from dte_lab.common.checkpoint import save_folder
-from dte_lab.common.errors import DTEError
 from dte_lab.common.files import write_atomically
-from dte_lab.common.weights import load_weights
+from dte_lab.common.weights import load_weights, read_tensors
 from dte_lab.world.align import ridge
 from dte_lab.world.clip import CELLS, WORDS, cells, from_cells
 
@@ -77,14 +75,10 @@ class TextPainter(nn.Module):
         path = Path(folder) / PAINTER
         load = CLIPTextModelWithProjection.from_pretrained
         text = load_weights(load, Path(folder) / "text_encoder", dtype=torch.float32)
-        try:
-            reader = load_file(path)
-            painter = cls(text, len(reader["bias"]))
-            painter.cell.load_state_dict(reader)
-        except (OSError, LookupError, SafetensorError, RuntimeError) as error:
-            raise DTEError(
-                f"{path} is not there, or damaged: dte world train text writes it."
-            ) from error
+        shapes = {"weight": ("channels", text.config.hidden_size), "bias": ("channels",)}
+        reader = read_tensors(path, shapes, "dte world train text writes one that is whole")
+        painter = cls(text, len(reader["bias"]))
+        painter.cell.load_state_dict(reader)
         return painter
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection
 
 from dte_lab.common.errors import DTEError
 from dte_lab.common.files import write_atomically
+from dte_lab.common.weights import read_tensors
 from dte_lab.world.clip import WIDTH, WORDS
 
 PICTURE_WORDS = "picture_words.safetensors"  # in a folder of parts
@@ -61,13 +61,10 @@ class PictureWords:
     @classmethod
     def load(cls, path: Path) -> "PictureWords":
         """What `save` wrote. Raises DTEError for a file that is not there or holds other things."""
-        try:
-            state = load_file(path)
-            return cls(state["mean"].float(), state["basis"].float())
-        except (OSError, SafetensorError, KeyError) as error:
-            raise DTEError(
-                f"{path} holds no words of pictures, which dte world train text writes ({error})."
-            ) from error
+        shapes = {"mean": ("latent",), "basis": (CODE, "latent")}
+        return cls(
+            **read_tensors(path, shapes, "dte world train text writes the words of pictures")
+        )
 
     def save(self, path: Path) -> None:
         """Write PICTURE_WORDS, in half precision."""
