@@ -3,10 +3,12 @@
 dte world train unet --out DIR --parts DIR --wide CACHE
 
 `parts` holds what was trained before: vae, tokenizer, text_encoder with its reader, and the map of
-pictures to words; the denoiser starts from its unet, if there is one, with cross-attentions that
-are aligned anew. Half of a batch says words of the dictionary, half words that pictures made.
+pictures to words; the denoiser starts from its unet, if there is one. Where that was trained with
+another text tower (see `fingerprint`), its cross-attentions are aligned anew. Half of a batch says
+words of the dictionary, half words that pictures made.
 """
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ from transformers import CLIPTokenizer
 
 from dte_lab.backbone import stock_pipeline
 from dte_lab.common.checkpoint import CHECKPOINT, save_folder
+from dte_lab.common.files import write_atomically
 from dte_lab.common.images import save_png
 from dte_lab.common.weights import load_weights
 from dte_lab.world.align import align, cell_blocks
@@ -43,6 +46,7 @@ TIMESTEP_POWER = 2.0  # t / 1000 = u ** (1 / 2): more steps where the caption de
 RATE_FACTORS = {"painter.": 0.15, f"painter.text.text_model.embeddings.{WORD_TABLE}": 2.0}
 ALIGNED_ON = 512  # samples
 SHOWN = 12  # of captions, and of words of unseen things, in a picture
+READ = "text_encoder.sha256"  # in the unet's folder: `fingerprint` of the tower it was trained with
 SAMPLE_EVERY = 500  # steps, and twice, four, ... times as many: pictures, and weights to judge
 
 NOISE_SCHEDULE = {
@@ -190,6 +194,21 @@ class DenoiserSamples:
         return measures
 
 
+def fingerprint(text: nn.Module) -> str:
+    """Of a text tower in half precision, as it is packed; its projection, which CLIP's training
+    moves later, does not count."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(text.text_model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().half().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def has_read(unet: Path, text: nn.Module) -> bool:
+    """Whether the unet in a folder was trained with this text tower."""
+    path = unet / READ
+    return path.is_file() and path.read_bytes().strip() == fingerprint(text).encode()
+
+
 @torch.no_grad()
 def start_reading(model: TextToImage, batch: Spoken, levels: NoiseLevels, trained: bool) -> None:
     """Align the cross-attentions with what the text tower says of a batch.
@@ -236,7 +255,7 @@ def main(
         load = UNet2DConditionModel.from_pretrained
         unet = load_weights(load, parts / "unet", torch_dtype=torch.float32)
     model = TextToImage(unet, painter).to(device)
-    if not (out / CHECKPOINT).exists():
+    if not (out / CHECKPOINT).exists() and not has_read(parts / "unet", painter.text):
         start_reading(model, batches(ALIGNED_ON), levels, trained)
     empty = tokenize(tokenizer, [""]).to(device)
     training = DenoiserTraining(batches, levels, empty, batch_size)
@@ -258,4 +277,5 @@ def main(
     average = train(out, model, config, training.loss, samples, minutes, device, settings)
     save_folder(average.unet, out / "unet")
     average.painter.save(out)
+    write_atomically(out / "unet" / READ, fingerprint(average.painter.text).encode())
     build_scheduler().save_pretrained(out / "scheduler")
