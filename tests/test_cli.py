@@ -454,8 +454,9 @@ PARTS = ["--out", "x", "--parts", "y", "--wide", "z"]
         (
             "world train autoencoder",
             "dte_lab.world.train_autoencoder",
-            ["--out", "x", "--parts", "y", "--wide", "z", "--count", "700"],
+            ["--out", "x", "--wide", "z", "--count", "700"],
         ),
+        ("world train decoder", "dte_lab.world.train_decoder", [*PARTS, "--steps", "5"]),
         ("world train text", "dte_lab.world.train_text", [*PARTS, "--seed", "3"]),
         ("world train unet", "dte_lab.world.train_unet", [*PARTS, "--count", "2000"]),
         ("world train towers", "dte_lab.world.train_towers", PARTS),

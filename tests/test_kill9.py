@@ -50,7 +50,7 @@ def things(tiny_path, tiny_backbone, tiny_config, picture, wide_cache, tmp_path_
 COMMANDS = {
     "pretrain": f"pretrain --backbone tiny --data pictures {PRETRAIN} --out OUT",
     "autoencoder": f"world train autoencoder --count 160 {WORLD}",
-    "decoder": f"world train autoencoder --parts small --wide wide {WORLD}",
+    "decoder": f"world train decoder --parts small --wide wide {WORLD}",
     "text": f"world train text --parts small --wide wide {WORLD}",
     "unet": f"world train unet --parts small --wide wide {WORLD}",
     "towers": f"world train towers --parts small --wide wide {WORLD}",

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from sklearn.decomposition import PCA
-from torch import nn
 
 from dte_lab.common.errors import DTEError
 from dte_lab.world import drawings as drawings_module
@@ -24,7 +23,7 @@ from dte_lab.world.clip import (
     tokenize,
 )
 from dte_lab.world.drawings import Drawings
-from dte_lab.world.latents import border_ratio, denoiser_noise, pictures_of, scaled_latents
+from dte_lab.world.latents import border_ratio, pictures_of, scaled_latents
 from dte_lab.world.painter import TextPainter, low_rank, open_gates
 from dte_lab.world.scenes import BOX, SCENES
 from dte_lab.world.spoken import Mixture, Spoken, SpokenBatches
@@ -67,7 +66,7 @@ def started(batches):
             train_text, "start_painter", lambda *args: (examples.extend(args[1:]), real(*args))[1]
         )
         errors = train_text.start_text(painter, batches)
-    return painter, errors, Spoken(*examples)
+    return painter, errors, Spoken(*examples, None)
 
 
 def test_words_of_pictures_are_half_whitened_principal_components():
@@ -283,30 +282,6 @@ def test_scaled_latents_are_undone(batches):
     torch.testing.assert_close(
         pictures_of(vae, z), vae.decode(vae.encode(x).latent_dist.mode()).sample
     )
-
-
-def test_noise_of_a_denoiser_is_common_to_the_patches_of_a_cell():
-    torch.manual_seed(0)
-    z = torch.zeros(20_000, 8, 2, 2)
-    noise = denoiser_noise(z, 0.5).double()
-    # a std of 0.5 u^2, u uniform: its square is 0.25 / 5 on average
-    assert noise.square().mean().item() == pytest.approx(0.05, rel=0.03)
-    covariance = torch.einsum("nchw,ndhw->cd", noise, noise) / (4 * len(noise))
-    expected = torch.zeros(8, 8).double()
-    for patch in (slice(0, 4), slice(4, 8)):
-        expected[patch, patch] = 0.025  # half of the variance is common to four channels
-    expected.fill_diagonal_(0.05)
-    torch.testing.assert_close(covariance, expected, rtol=0, atol=2e-3)
-    elsewhere = (noise[:, :, 0, 0] * noise[:, :, 1, 1]).mean()
-    assert elsewhere.abs() < 1e-3
-    assert denoiser_noise(z[:300], 0.1).std() < 0.3 * denoiser_noise(z[:300], 0.5).std()
-
-
-def test_the_channels_of_a_cells_patches_are_neighbours():
-    """Number c of the four patches, as `denoiser_noise` takes it, is pixel_unshuffle's."""
-    patches = torch.arange(3.0).view(1, 3, 1, 1).expand(1, 3, 4, 4)
-    stacked = nn.functional.pixel_unshuffle(patches, 2)
-    assert stacked[0, :, 0, 0].tolist() == [c for c in range(3) for _ in range(4)]
 
 
 def test_borders_of_cells_against_loops():

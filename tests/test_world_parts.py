@@ -11,7 +11,7 @@ from torch import nn
 
 from dte_lab.common.errors import DTEError
 from dte_lab.common.schedule import average_of, ema_weight, update_ema
-from dte_lab.world import train_autoencoder, train_text, train_towers, train_unet
+from dte_lab.world import train_autoencoder, train_decoder, train_text, train_towers, train_unet
 from dte_lab.world.drawings import Drawings
 from dte_lab.world.muon import MuonAdamW
 from dte_lab.world.options import LEAST_DRAWINGS
@@ -55,8 +55,9 @@ class FakeBatches:
         torch.manual_seed(8)
         latents = torch.randn(size, 4, 4, 4)
         return Spoken(
-            k[:, None].long().expand(size, 3), (k > 1)[:, None].expand(size, 3), k[:, None], latents
-        )
+            k[:, None].long().expand(size, 3), (k > 1)[:, None].expand(size, 3), k[:, None],
+            latents, torch.zeros(size, 3, 64, 64),
+        )  # fmt: skip
 
 
 class FakePainter(nn.Module):
@@ -293,16 +294,15 @@ def test_the_autoencoders_loss(monkeypatch):
 
     config = SimpleNamespace(scaling_factor=4.0)
     model = SimpleNamespace(encode=encode, decode=decode, config=config)
-    noise = torch.randn(5, 3, 6, 6)
+    noise, white = torch.randn(5, 3, 6, 6), train_autoencoder.white_noise
     seen = []
 
     def noise_of(z):
         seen.append(z)
         return noise
 
-    training = train_autoencoder.AutoencoderTraining(
-        None, noise_of, torch.zeros(1, 3, 64, 64), 5, None
-    )
+    monkeypatch.setattr(train_autoencoder, "white_noise", noise_of)
+    training = train_autoencoder.AutoencoderTraining(None, torch.zeros(1, 3, 64, 64), 5, None)
     with training.loss(model) as (loss, logs):
         assert logs == {}
     torch.testing.assert_close(seen[0], 8 * x)  # scaled latents
@@ -312,8 +312,7 @@ def test_the_autoencoders_loss(monkeypatch):
     down = error[..., 1:, :] - error[..., :-1, :]
     expected = error.abs().mean() + 0.5 * across.abs().mean() + 0.5 * down.abs().mean()
     torch.testing.assert_close(loss, expected)
-    white = train_autoencoder.white_noise(torch.zeros(4000, 2, 2, 2))
-    assert white.std().item() == pytest.approx(0.08, rel=0.03)
+    assert white(torch.zeros(4000, 2, 2, 2)).std().item() == pytest.approx(0.08, rel=0.03)
 
 
 def test_the_autoencoder_sees_drawings_half_of_them_varied(wide_cache, monkeypatch):
@@ -501,7 +500,9 @@ def test_a_recipe_with_which_nothing_can_be_trained_is_refused(change, message):
     ],
 )
 def test_a_part_is_refused_before_any_slow_work(change, message):
-    for part in (train_autoencoder, train_text, train_unet, train_towers):
+    for part in (train_text, train_unet, train_decoder, train_towers):
         with pytest.raises(DTEError, match=message):
             part.main("out", parts="no such", wide="no such", **change)
+    with pytest.raises(DTEError, match=message):
+        train_autoencoder.main("out", wide="no such", **change)
     assert LEAST_DRAWINGS == CODE

@@ -13,6 +13,7 @@ from dte_lab.world import (
     split_names,
     spoken,
     train_autoencoder,
+    train_decoder,
     train_text,
     train_towers,
     train_unet,
@@ -36,6 +37,7 @@ def shrink(replace: Callable) -> None:
     replace(train_towers, "STATES", 150)
     replace(train_unet, "ALIGNED_ON", 64)
     replace(train_autoencoder, "random_batch", a_few)
+    replace(train_decoder, "random_batch", a_few)
 
 
 def shrink_encoder(replace: Callable) -> None:
@@ -59,6 +61,7 @@ if __name__ == "__main__":
 
     shrink(setattr)
     shrink_encoder(setattr)
-    for module in (train_autoencoder, train_text, train_unet, train_towers, train_encoder):
+    parts = train_autoencoder, train_text, train_unet, train_decoder, train_towers, train_encoder
+    for module in parts:
         module.TrainConfig = often
     main()

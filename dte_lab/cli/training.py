@@ -71,9 +71,6 @@ def drawings(
 @train.command()
 def autoencoder(
     out: Out,
-    parts: Annotated[
-        Path | None, typer.Option(help="Folder with vae: train only its decoder further.")
-    ] = None,
     wide: Annotated[Path | None, WIDE] = None,
     steps: Steps = None,
     minutes: Minutes = None,
@@ -87,9 +84,8 @@ def autoencoder(
     from dte_lab.world import train_autoencoder
 
     options = given(
-        parts=parts, wide=wide, steps=steps, minutes=minutes, batch_size=batch_size, count=count,
-        seed=seed,
-    )  # fmt: skip
+        wide=wide, steps=steps, minutes=minutes, batch_size=batch_size, count=count, seed=seed
+    )
     train_autoencoder.main(out, device=device, mixed_precision=mixed_precision, **options)
 
 
@@ -133,6 +129,26 @@ def unet(
 
     options = given(steps=steps, minutes=minutes, batch_size=batch_size, count=count, seed=seed)
     train_unet.main(out, parts, wide, device=device, mixed_precision=mixed_precision, **options)
+
+
+@train.command()
+def decoder(
+    out: Out,
+    parts: Annotated[Path, typer.Option(help="Folder with a trained base model.")],
+    wide: Annotated[Path, WIDE],
+    steps: Steps = None,
+    minutes: Minutes = None,
+    batch_size: BatchSize = None,
+    count: Count = None,
+    seed: Seed = None,
+    device: Device = "cpu",
+    mixed_precision: Precision = "no",
+) -> None:
+    """Train the autoencoder's decoder on what the denoiser draws; writes OUT/vae."""
+    from dte_lab.world import train_decoder
+
+    options = given(steps=steps, minutes=minutes, batch_size=batch_size, count=count, seed=seed)
+    train_decoder.main(out, parts, wide, device=device, mixed_precision=mixed_precision, **options)
 
 
 @train.command()
@@ -196,13 +212,17 @@ def pack(
     autoencoder: TrainedPart = None,
     text: TrainedPart = None,
     unet: TrainedPart = None,
+    decoder: TrainedPart = None,
     towers: TrainedPart = None,
     encoder: TrainedPart = None,
 ) -> None:
     """Gather trained parts into one backbone folder, in half precision, as it ships."""
     from dte_lab.world import pack
 
-    runs = given(autoencoder=autoencoder, text=text, unet=unet, towers=towers, encoder=encoder)
+    runs = given(
+        autoencoder=autoencoder, text=text, unet=unet, decoder=decoder, towers=towers,
+        encoder=encoder,
+    )  # fmt: skip
     if not runs:
         raise typer.BadParameter("Give the folder of one run at least, such as --text.")
     pack.main(runs, out)

@@ -1,4 +1,4 @@
-"""Latents of the small world's pictures: how a denoiser errs in them, and whether it shows."""
+"""Latents of the small world's pictures, and whether their cells show."""
 
 from pathlib import Path
 
@@ -11,7 +11,6 @@ from dte_lab.patch_autoencoder import PatchAutoencoder
 from dte_lab.world.scenes import BOX
 
 CELL = 16  # px, side of what one latent says
-LOUDEST = 0.5  # std of the strongest noise, in units of scaled latents
 
 
 def load_autoencoder(parts: Path, device: torch.device | str = "cpu") -> PatchAutoencoder:
@@ -34,24 +33,6 @@ def pictures_of(
 ) -> Float[Tensor, "batch 3 pixels pixels"]:
     """Undo `scaled_latents`: pictures in about [-1, 1]."""
     return vae.decode(latents / vae.config.scaling_factor).sample
-
-
-def denoiser_noise(
-    z: Float[Tensor, "batch channels height width"], loudest: float = LOUDEST
-) -> Float[Tensor, "batch channels height width"]:
-    """Noise like the errors of a denoiser in scaled latents, of another strength for each picture.
-
-    It errs alike in the four patches of a cell, and differently from cell to cell, so that what it
-    draws of unseen things is a mosaic. A random share of a picture's variance, half in the mean, is
-    common to the patches: number c of each is in the channels 4 c to 4 c + 3, as pixel_unshuffle
-    lays them. Ours.
-    """
-    B, C, h, w = z.shape
-    common = torch.randn(B, C // 4, 1, h, w, device=z.device).expand(-1, -1, 4, -1, -1)
-    own = torch.randn_like(z)
-    strength = loudest * torch.rand(B, 1, 1, 1, device=z.device) ** 2
-    share = torch.rand(B, 1, 1, 1, device=z.device)
-    return strength * (share.sqrt() * common.flatten(1, 2) + (1 - share).sqrt() * own)
 
 
 def border_ratio(x: Float[Tensor, "pictures 3 64 64"]) -> Float[Tensor, " pictures"]:

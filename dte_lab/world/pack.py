@@ -23,6 +23,7 @@ MADE_BY = {
     "autoencoder": ("vae",),
     "text": ("tokenizer", "text_encoder", PAINTER, PICTURE_WORDS, WORDS_FILE),
     "unet": ("unet", "scheduler", "text_encoder", PAINTER),
+    "decoder": ("vae",),
     "towers": ("text_encoder", "image_encoder", "feature_extractor"),
     "encoder": ("encoder",),
 }

@@ -38,6 +38,7 @@ class Spoken(NamedTuple):
     is_slot: Bool[Tensor, "batch tokens"]  # where v goes; nowhere in captions
     v: Float[Tensor, "batch dim"]
     latents: Float[Tensor, "batch channels 4 4"]  # scaled, of what is said
+    pictures: Float[Tensor, "batch 3 64 64"]  # of which they are, in [-1, 1]
 
 
 class SpokenBatches:
@@ -64,11 +65,13 @@ class SpokenBatches:
         """So many random captions, and pairs of pictures."""
         ids, pictures = self.captions(told)
         v = self.picture_words(scaled_latents(self.vae, pairs.white))
+        pictures = torch.cat([pictures, pairs.target])
         return Spoken(
             torch.cat([ids, pairs.ids]),
             torch.cat([torch.zeros_like(ids, dtype=torch.bool), pairs.is_slot]),
             torch.cat([v.new_zeros(told, v.shape[1]), v]),
-            scaled_latents(self.vae, torch.cat([pictures, pairs.target])),
+            scaled_latents(self.vae, pictures),
+            pictures,
         )
 
     def unseen(self, cache: Path, seed: int = 0) -> Spoken:

@@ -1,14 +1,11 @@
 """Train the autoencoder: L1 plus gradient loss, with noise on the latents.
 
-dte world train autoencoder --out DIR
-dte world train autoencoder --out DIR --parts DIR --wide CACHE
+dte world train autoencoder --out DIR [--wide CACHE]
 
-With `parts`, which holds a vae, only its decoder is trained further: its latents stay what other
-parts have learned from. It sees the errors that a denoiser makes, and learns to smooth the borders
-of cells where they are nobody's edges.
+Once there is a denoiser, `train_decoder` makes its decoder better.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,18 +22,15 @@ from dte_lab.common.stats import psnr
 from dte_lab.patch_autoencoder import PatchAutoencoder
 from dte_lab.world.data import pixel_grid, random_batch
 from dte_lab.world.drawings import Drawings, drawings_to_train_on
-from dte_lab.world.latents import border_ratio, denoiser_noise, load_autoencoder, pictures_of
+from dte_lab.world.latents import border_ratio, pictures_of
 from dte_lab.world.options import PartOptions
 from dte_lab.world.pairs import VARIANTS
 from dte_lab.world.scenes import SCENES
 from dte_lab.world.training import TrainConfig, train
 
 LATENT_NOISE = 0.08  # std of the noise on latents of unit variance: the denoiser is never exact
-TESTED_NOISE = 0.3  # the strongest, of `denoiser_noise`, in the log
 GRADIENT_WEIGHT = 0.5
 WIDE_SHARE, VARIED_SHARE = 0.6, 0.5  # of pictures: of the wide world; mirrored, turned, recoloured
-
-LatentNoise = Callable[[Float[Tensor, "batch channels 4 4"]], Float[Tensor, "batch channels 4 4"]]
 
 
 def reconstruction_loss(
@@ -75,22 +69,14 @@ def scale_latents(model: PatchAutoencoder, x: Float[Tensor, "pictures 3 height w
     model.register_to_config(scaling_factor=1 / model.encode(x).latent_dist.mode().std().item())
 
 
-def train_decoder_alone(model: PatchAutoencoder) -> PatchAutoencoder:
-    model.requires_grad_(False)
-    model.decoder.requires_grad_(True)
-    model.linear_decode.requires_grad_(True)
-    return model
-
-
 @dataclass
 class AutoencoderTraining:
     """What `train` calls: the loss of random pictures, and how well it does on others.
 
-    noise: on scaled latents. x_val: in [-1, 1].
+    x_val: in [-1, 1].
     """
 
     drawings: Drawings
-    noise: LatentNoise
     x_val: Float[Tensor, "pictures 3 64 64"]
     batch_size: int
     out: Path
@@ -99,27 +85,23 @@ class AutoencoderTraining:
     def loss(self, model: PatchAutoencoder) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         x = random_pictures(self.drawings, self.batch_size)
         z = model.encode(x).latent_dist.mode() * model.config.scaling_factor
-        yield reconstruction_loss(pictures_of(model, z + self.noise(z)), x), {}
+        yield reconstruction_loss(pictures_of(model, z + white_noise(z)), x), {}
 
     def sample(self, model: PatchAutoencoder, step: int) -> dict[str, float]:
         z = model.encode(self.x_val).latent_dist.mode() * model.config.scaling_factor
-        torch.manual_seed(0)
-        y, noisy = (pictures_of(model, x) for x in (z, z + denoiser_noise(z, TESTED_NOISE)))
-        grid = pixel_grid(torch.stack([self.x_val[:24], noisy[:24]], 1).flatten(0, 1), 12)
+        y = pictures_of(model, z)
+        grid = pixel_grid(torch.stack([self.x_val[:24], y[:24]], 1).flatten(0, 1), 12)
         save_png(Image.fromarray(grid), self.out / "samples.png")
         return {
             "val_psnr": psnr(y, self.x_val),
-            "val_psnr_noisy": psnr(noisy, self.x_val),
             "latent_std": z.std().item(),
             "border_ratio": border_ratio(y).mean().item(),
-            "border_ratio_noisy": border_ratio(noisy).mean().item(),
             "border_ratio_true": border_ratio(self.x_val).mean().item(),
         }
 
 
 def main(
     out: Path,
-    parts: Path | None = None,
     wide: Path | None = None,
     steps: int = 20_000,
     minutes: float | None = None,
@@ -140,29 +122,23 @@ def main(
     torch.manual_seed(seed)
     drawings = drawings_to_train_on(wide, count, device)
     x = random_pictures(drawings, 1024).cpu()
-    if parts is None:
-        model = PatchAutoencoder()
-        model.initialise_from_pca(x)
-        scale_latents(model, x)
-    else:
-        model = train_decoder_alone(load_autoencoder(parts))
+    model = PatchAutoencoder()
+    model.initialise_from_pca(x)
+    scale_latents(model, x)
     x_val, _, _ = random_batch(np.random.default_rng(10_000), 240, "val")
-    noise = white_noise if parts is None else denoiser_noise
-    training = AutoencoderTraining(drawings, noise, x_val.to(device), batch_size, out)
+    training = AutoencoderTraining(drawings, x_val.to(device), batch_size, out)
     config = TrainConfig(
         steps=steps,
         batch_size=batch_size,
-        learning_rate=1e-3 if parts is None else 3e-4,
-        muon_learning_rate=3e-3 if parts is None else 1e-3,
+        learning_rate=1e-3,
+        muon_learning_rate=3e-3,
         warmup_steps=100,
-        ema_decay=0.999 if parts is None else 0.995,
         mixed_precision=mixed_precision,
         seed=seed,
         sample_every=200,
     )
-    settings = options.settings("autoencoder" if parts is None else "decoder")
+    settings = options.settings("autoencoder")
     model = train(out, model, config, training.loss, training.sample, minutes, device, settings)
     model = model.cpu()
-    if parts is None:
-        scale_latents(model, x)  # training lets them grow, away from the noise
+    scale_latents(model, x)  # training lets them grow, away from the noise
     save_folder(model, out / "vae")

@@ -4,7 +4,7 @@ dte world train unet --out DIR --parts DIR --wide CACHE
 
 `parts` holds what was trained before: vae, tokenizer, text_encoder with its reader, and the map of
 pictures to words; the denoiser starts from its unet, if there is one. Where that was trained with
-another text tower (see `fingerprint`), its cross-attentions are aligned anew. Half of a batch says
+another text tower (see `tower_digest`), its cross-attentions are aligned anew. Half of a batch says
 words of the dictionary, half words that pictures made.
 """
 
@@ -46,7 +46,7 @@ TIMESTEP_POWER = 2.0  # t / 1000 = u ** (1 / 2): more steps where the caption de
 RATE_FACTORS = {"painter.": 0.15, f"painter.text.text_model.embeddings.{WORD_TABLE}": 2.0}
 ALIGNED_ON = 512  # samples
 SHOWN = 12  # of captions, and of words of unseen things, in a picture
-READ = "text_encoder.sha256"  # in the unet's folder: `fingerprint` of the tower it was trained with
+READ = "text_encoder.sha256"  # in the unet's folder: `tower_digest` of the tower that it has read
 SAMPLE_EVERY = 500  # steps, and twice, four, ... times as many: pictures, and weights to judge
 
 NOISE_SCHEDULE = {
@@ -194,7 +194,7 @@ class DenoiserSamples:
         return measures
 
 
-def fingerprint(text: nn.Module) -> str:
+def tower_digest(text: nn.Module) -> str:
     """Of a text tower in half precision, as it is packed; its projection, which CLIP's training
     moves later, does not count."""
     digest = hashlib.sha256()
@@ -206,7 +206,7 @@ def fingerprint(text: nn.Module) -> str:
 def has_read(unet: Path, text: nn.Module) -> bool:
     """Whether the unet in a folder was trained with this text tower."""
     path = unet / READ
-    return path.is_file() and path.read_bytes().strip() == fingerprint(text).encode()
+    return path.is_file() and path.read_bytes().strip() == tower_digest(text).encode()
 
 
 @torch.no_grad()
@@ -277,5 +277,5 @@ def main(
     average = train(out, model, config, training.loss, samples, minutes, device, settings)
     save_folder(average.unet, out / "unet")
     average.painter.save(out)
-    write_atomically(out / "unet" / READ, fingerprint(average.painter.text).encode())
+    write_atomically(out / "unet" / READ, tower_digest(average.painter.text).encode())
     build_scheduler().save_pretrained(out / "scheduler")
