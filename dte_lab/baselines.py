@@ -47,7 +47,7 @@ class BaselineConfig:
 
     batch_size: int = 8
     token_learning_rate: float = 0.1
-    lora_learning_rate: float = 1.6e-2
+    lora_learning_rate: float = 8e-3
     multiplicative_learning_rate: float = 6e-3
     prior_pictures: int = 8
 

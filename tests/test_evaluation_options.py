@@ -287,9 +287,9 @@ def test_an_encoder_of_full_rank_can_be_evaluated(tiny_backbone, tiny_config, ti
 
 def test_an_experiment_leaves_out_what_cannot_run(tiny_backbone, tiny_encoder):
     methods = Methods(DTEPipeline(tiny_backbone, tiny_encoder))
-    with pytest.warns(UserWarning, match="e4t:12 is left out.*no E4TEncoder"):
+    with pytest.warns(UserWarning, match="e4t@.*:12 is left out.*no E4TEncoder"):
         specs = methods.experiment("table")
-    assert "dte:0,12" in specs and "e4t:12" not in specs
+    assert "dte:0,12" in specs and not any(spec.startswith("e4t") for spec in specs)
     with pytest.warns(UserWarning, match="rank=4.*rank 1 to 2"):
         assert methods.experiment("rank") == ["dte@rank=1:0,12", "dte@rank=2:0,12"]
     with pytest.raises(DTEError, match="Unknown experiment 'tabel'"):

@@ -68,7 +68,7 @@ def folder(tmp_path):
 
 def test_the_stand_in_shows_other_things_than_are_judged_by(folder):
     seen = {path.name for path in folder.iterdir()}
-    assert len(seen) == 6 and not seen & set(own_encoder.unseen_things(60))
+    assert len(seen) == 6 and not seen & set(own_encoder.held_out_pictures(60))
 
 
 def test_items_are_pure_functions_of_their_number(folder):

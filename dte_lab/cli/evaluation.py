@@ -21,6 +21,7 @@ from dte_lab.cli.common import (
 from dte_lab.common.errors import DTEError
 from dte_lab.common.files import keep_inputs, prepare_folder
 from dte_lab.common.origin import check_free
+from dte_lab.common.processes import usable_cores
 from dte_lab.common.quiet import quiet_libraries
 
 
@@ -47,7 +48,10 @@ def evaluate(
     backbone: SmallBackbone = "small",
     encoder: Encoder = None,
     device: Device = "cpu",
-    processes: Annotated[int, typer.Option(parser=whole, help="That share the concepts.")] = 1,
+    processes: Annotated[
+        int | None,
+        typer.Option(parser=whole, help="That share the concepts; by default one a core."),
+    ] = None,
 ) -> None:
     """Compare the tuning encoder with what people use instead; goes on where it stopped."""
     quiet_libraries()
@@ -64,6 +68,8 @@ def evaluate(
             config = replace(config, scenes=tuple(scene))
         if quick:
             config = replace(config, concepts=6, scenes=QUICK_SCENES, num_inference_steps=10)
+        if processes is None:
+            processes = usable_cores() if device == "cpu" else 1
         check_run(method or methods_of(name), config, processes)  # before anything is loaded
         prepare_folder(out)
         pipe = load()

@@ -14,6 +14,13 @@ import torch
 Given, Made = TypeVar("Given"), TypeVar("Made")
 
 
+def usable_cores() -> int:
+    """Of the processor, those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def in_processes(
     work: Callable[[Given], Made], jobs: Sequence[Given], processes: int, chunk: int
 ) -> Iterator[Made]:

@@ -49,7 +49,7 @@ def stand_in(folder: Path, things: int = 100) -> None:
         save_png(render_image(name, STYLE, "white"), folder / name / "0.png")
 
 
-def unseen_things(count: int, split: str = "val") -> dict[str, Image.Image]:
+def held_out_pictures(count: int, split: str = "val") -> dict[str, Image.Image]:
     """Things that no training has seen, in the style of the stand-in, on white."""
     names = split_names(split)
     names = [names[k * len(names) // count] for k in range(count)]
@@ -122,11 +122,11 @@ def main(
 ) -> None:
     """Train the encoder of notebook 07 for ten minutes of one core, and draw unseen things."""
     pipe = DTEPipeline.from_pretrained("small", device=device)
-    unseen, shipped = unseen_things(things), pipe.encoder
+    unseen, shipped = held_out_pictures(things), pipe.encoder
     with tempfile.TemporaryDirectory() as folder:
         stand_in(Path(folder) / "seen")
         pairs = DrawingPairs(Path(folder) / "seen")
-        for name, picture in unseen_things(60).items():
+        for name, picture in held_out_pictures(60).items():
             save_png(picture, Path(folder) / "unseen" / name / "0.png")
         held = DrawingPairs(Path(folder) / "unseen", length=128)
     stages, encoder = {}, fresh_encoder(pipe)

@@ -180,7 +180,7 @@ def markdown(summary: Sequence[Mapping]) -> str:
     for line in summary:
         steps = "" if line["method"] in ANCHORS else line["steps"]
         cells = [name_of(line["method"]), str(steps), str(line["identity"]["n"])]
-        cells += [_cell(line.get(name)) for name in shown]
+        cells += [cell_text(line.get(name)) for name in shown]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -207,7 +207,7 @@ def name_of(label: str) -> str:
     return ", ".join([METHOD_NAMES[name], *(o for o in options if not o.startswith("num_steps="))])
 
 
-def _cell(value: Mapping[str, float] | None) -> str:
+def cell_text(value: Mapping[str, float] | None) -> str:
     if value is None:
         return ""
     digits = 0 if abs(value["mean"]) >= 100 else 1 if abs(value["mean"]) >= 10 else 3

@@ -47,22 +47,36 @@ OPTIONS = {
 }
 
 STEP_GRID = "0,1,2,4,8,12,25,50,100,500"
-TABLE = [
-    "dte:0,12",
-    "dte@part=word:0,12",
-    "dte@part=weights:0,12",
-    "ti:12",
-    "lora:12",
-    "lora-prior:12",
-    "e4t:12",
-]
-EXPERIMENTS = {
-    "table": TABLE,
+EXPERIMENTS = {  # the rates of all methods: the best of "rates" on val
+    "table": [
+        "dte:0,12",
+        "dte@part=word:0",
+        "dte@part=weights:0",
+        'dte@prompts=["a picture of S*"]:12',
+        "ti@token_learning_rate=0.2:12",
+        "lora:12",
+        "lora-prior:12",
+        "e4t@token_learning_rate=0.05:12",
+    ],
     "long": [
         "dte:0,12,25,50",
-        *TABLE[1:],
         "ti@batch_size=4:500",
-        "lora@batch_size=8@lora_learning_rate=0.003:120",
+        "lora@lora_learning_rate=0.006:120",
+        "lora-prior@lora_learning_rate=0.006:120",
+        "e4t@token_learning_rate=0.05:12,50",
+    ],
+    "rates": [  # one step of a factor of two around each that is used; chosen on val
+        "dte:12,50",
+        *(f"dte@token_learning_rate={rate}:12,50" for rate in (0.05, 0.2)),
+        *(f"dte@offset_learning_rate={rate}:12,50" for rate in (0.003, 0.012)),
+        *(f"ti@token_learning_rate={rate}:12" for rate in (0.05, 0.1, 0.2)),
+        *(f"ti@batch_size=4@token_learning_rate={rate}:500" for rate in (0.05, 0.1)),
+        *(f"lora@lora_learning_rate={rate}:12" for rate in (0.008, 0.016, 0.032)),
+        *(f"lora@lora_learning_rate={rate}:120" for rate in (0.0015, 0.003, 0.006)),
+        *(f"lora-prior@lora_learning_rate={rate}:12" for rate in (0.008, 0.016, 0.032)),
+        *(f"lora-prior@lora_learning_rate={rate}:120" for rate in (0.0015, 0.003, 0.006)),
+        *(f"e4t@multiplicative_learning_rate={rate}:12,50" for rate in (0.003, 0.006, 0.012)),
+        *(f"e4t@token_learning_rate={rate}:12,50" for rate in (0.05, 0.2)),
     ],
     "quick": ["dte:0,2", "ti:2", "lora:2", "lora-prior:2", "e4t:2"],
     "steps": [

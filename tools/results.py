@@ -1,0 +1,217 @@
+"""Every stored result by one command, and what is concluded from them.
+
+    python -m tools.results                                  what is up to date, and minutes
+    python -m tools.results make [NAME ...] [--wide CACHE]   the named, or all that are not
+    python -m tools.results write                            the README's tables
+    python -m tools.results check                            conclusions, against the numbers
+
+A result is up to date as long as the weights that it was made with, and its command, are what they
+were: `results/made.json` keeps a digest of both, and the minutes that it took. Runs lie in
+`runs/results`, one folder for each digest: what was cut off goes on. Needs the extra `evaluate`.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dte_lab.backbone import WEIGHTS
+from dte_lab.common.errors import DTEError
+from dte_lab.common.files import read_settings, write_atomically
+from dte_lab.common.processes import usable_cores
+from dte_lab.evaluation.conclusions import CONCLUSIONS
+from tools import results_tables
+
+ROOT = Path(__file__).parents[1]
+RESULTS, RUNS = ROOT / "results", ROOT / "runs" / "results"
+MADE = RESULTS / "made.json"
+BASE = ("unet", "vae", "text_encoder", "image_encoder")
+ENCODER = (*BASE, "encoder")
+ALL = (*ENCODER, "ablations", "e4t")
+FOLDER = ("measures.csv", "run.json", "table.md", "tradeoff.png")  # what is kept of a run
+SCENES = ("--scene", "beach", "--scene", "night", "--scene", "red")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is made by `python -m` with these arguments.
+
+    OUT among them becomes the run's folder, CORES the number of processes, WIDE the cache of the
+    wide world. reads: folders of the small backbone. keeps: files of the run's folder that are
+    stored, in a folder of the result's name where it is a run of `dte evaluate`.
+    """
+
+    arguments: tuple[str, ...]
+    reads: tuple[str, ...] = ENCODER
+    keeps: tuple[str, ...] = FOLDER
+
+    def digest(self) -> str:
+        """Of the command and of the weights that it reads."""
+        found = hashlib.sha256(json.dumps(self.arguments).encode())
+        for part in self.reads:
+            for path in sorted((WEIGHTS / "small" / part).rglob("*.safetensors")):
+                found.update(path.read_bytes())
+        return found.hexdigest()[:16]
+
+    @property
+    def is_folder(self) -> bool:
+        return self.keeps == FOLDER
+
+
+def evaluation(*arguments: str, reads: tuple[str, ...] = ENCODER) -> Result:
+    """A run of `dte evaluate`."""
+    return Result(
+        ("dte_lab", "evaluate", "--out", "OUT", "--processes", "CORES", *arguments), reads
+    )
+
+
+def methods(*specifications: str) -> tuple[str, ...]:
+    return tuple(word for text in specifications for word in ("--method", text))
+
+
+def document(module: str, *arguments: str, keeps: tuple[str, ...], reads=ENCODER) -> Result:
+    """What a module of its own measures and writes as the first of `keeps`."""
+    return Result((module, "--out", f"OUT/{keeps[0]}", *arguments), reads, keeps)
+
+
+MEASURES = "dte_lab.evaluation"
+CHOOSING = ("--split", "val", "--concepts", "12")
+RESULT = {
+    "rates": evaluation("--experiment", "rates", *CHOOSING, *SCENES, reads=ALL),
+    "table": evaluation("--experiment", "table", *SCENES, reads=ALL),
+    "unseen_style": evaluation(
+        *methods("dte:0,12", "dte@part=word:0", "dte@part=weights:0"),
+        *("--split", "fxemoji", "--concepts", "36"),
+        *SCENES,
+    ),
+    "long": evaluation("--experiment", "long", "--concepts", "10", *SCENES, reads=ALL),
+    "world": Result(
+        ("dte_lab", "world", "evaluate", "--captions", "500", "--out", "OUT/world.json"),
+        BASE,
+        ("world.json",),
+    ),
+    "rank": evaluation("--experiment", "rank", "--concepts", "20", *SCENES),
+    "refresh": evaluation(
+        *methods("dte:0,12", *(f"dte@prediction_interval={n}:0,12" for n in (1, 5))),
+        *CHOOSING,
+        *SCENES,
+    ),
+    "editability": evaluation(
+        *methods(
+            *(f"dte{e}:0,12" for e in ("", "@encoder=small/none")),
+            *(f"dte@alpha_blend=1{e}:0,12" for e in ("", "@encoder=small/none")),
+        ),
+        *SCENES,
+        reads=ALL,
+    ),
+    "regularisers": evaluation("--experiment", "regulariser", "--concepts", "20", *SCENES),
+    "blending": document(f"{MEASURES}.blending", keeps=("blending.json",)),
+    "regularisation": document(
+        f"{MEASURES}.regularisation", keeps=("regularisation.json", "regularisation.safetensors")
+    ),
+    "steps": document(
+        f"{MEASURES}.steps",
+        *("--run", "OUT/run", "--processes", "CORES"),
+        keeps=("steps.json",),
+        reads=ALL,
+    ),
+    "encoders": document(
+        f"{MEASURES}.encoders",
+        *("--runs", "OUT/encoders", "--wide", "WIDE", "--seeds", "3"),
+        keeps=("encoders.json",),
+        reads=BASE,
+    ),
+}
+
+
+def made() -> dict[str, dict]:
+    """{name: digest and minutes} of what is stored."""
+    return read_settings(MADE, "bring it back as it was") if MADE.is_file() else {}
+
+
+def is_current(name: str) -> bool:
+    return made().get(name, {}).get("digest") == RESULT[name].digest()
+
+
+def plan() -> list[str]:
+    """A line for each result."""
+    lines = []
+    for name in RESULT:
+        minutes = made().get(name, {}).get("minutes")
+        took = "never made here" if minutes is None else f"took {minutes:.0f} min"
+        lines.append(f"{name:16}{'up to date' if is_current(name) else 'to be made':12}{took}")
+    return lines
+
+
+def make(name: str, wide: Path | None = None) -> None:
+    """Run a result's command and store what it keeps.
+
+    Raises DTEError for a command that fails, and without the wide world for one that needs it.
+    """
+    result = RESULT[name]
+    if "WIDE" in result.arguments and wide is None:
+        raise DTEError(f"{name} trains encoders: give --wide, what `dte world build --wide` wrote.")
+    digest = result.digest()
+    run = RUNS / f"{name}-{digest}"
+    run.mkdir(parents=True, exist_ok=True)
+    words = {"OUT": str(run), "CORES": str(usable_cores()), "WIDE": str(wide)}
+    arguments = [
+        words.get(a, a.replace("OUT/", f"{run}/", 1) if a.startswith("OUT/") else a)
+        for a in result.arguments
+    ]
+    started = time.monotonic()
+    # a command that is ended ends what it has started
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT).returncode:
+        raise DTEError(f"{name} was not made: see above; the same command goes on with {run}.")
+    minutes = (time.monotonic() - started) / 60
+    folder = RESULTS / name if result.is_folder else RESULTS
+    folder.mkdir(exist_ok=True)
+    for file in result.keeps:
+        shutil.copyfile(run / file, folder / file)
+    entry = {"digest": digest, "minutes": round(minutes, 1), "processes": usable_cores()}
+    write_atomically(MADE, json.dumps(made() | {name: entry}, indent=1).encode())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The number of conclusions that do not hold; 0 for the other commands."""
+    parser = argparse.ArgumentParser(prog="python -m tools.results", description=__doc__)
+    parser.add_argument(
+        "command", nargs="?", choices=("plan", "make", "write", "check"), default="plan"
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(RESULT))
+    parser.add_argument("--wide", type=Path)
+    given = parser.parse_args(arguments)
+    if unknown := set(given.names) - RESULT.keys():
+        parser.error(f"no result {min(unknown)!r}: use {', '.join(RESULT)}.")
+    if given.command == "check":
+        wrong = [c for c in CONCLUSIONS if not c.holds(RESULTS)]
+        for conclusion in CONCLUSIONS:
+            print("DOES NOT HOLD" if conclusion in wrong else "holds", conclusion.sentence(RESULTS))
+        return len(wrong)
+    if given.command == "write":
+        readme = ROOT / "README.md"
+        write_atomically(readme, results_tables.written(readme.read_text(), RESULTS).encode())
+        return 0
+    if given.command == "plan":
+        print("\n".join(plan()))
+        return 0
+    needs_wide = {name for name, result in RESULT.items() if "WIDE" in result.arguments}
+    for name in given.names or [n for n in RESULT if given.wide or n not in needs_wide]:
+        if given.names or not is_current(name):
+            make(name, given.wide)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except DTEError as error:
+        sys.exit(str(error))

@@ -1,0 +1,79 @@
+"""The README's tables of results, from the stored runs."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dte_lab.evaluation.report import cell_text, finished, name_of
+
+PARTS = {  # (method, steps) -> what its pictures are drawn from
+    ("dte@part=weights", 0): "weights alone, predicted",
+    ("dte@part=word", 0): "word alone, predicted",
+    ("dte", 0): "prediction",
+    ("dte", 12): "after 12 steps",
+    ("other", 0): "another thing, true rendering",
+    ("oracle", 0): "true rendering",
+}
+OF_PARTS = {
+    "fidelity": "Harmonic mean", "identity_scaled": "Identity", "nearest": "Own thing nearest",
+    "scene": "Scene right", "borders": "Borders of cells",
+}  # fmt: skip
+OF_METHODS = {
+    "fidelity": "Harmonic mean", "ahead": "Tuning encoder at 12 steps ahead by",
+    "identity_scaled": "Identity", "scene": "Scene right", "seconds": "Seconds",
+}  # fmt: skip
+
+
+def of_parts(results: Path) -> str:
+    """What word, weights and steps draw, of unseen things and of an unseen style."""
+    lines = head("Drawn from", OF_PARTS)
+    for run, title in (
+        ("table", "{n} `test` things"),
+        ("unseen_style", "{n} `val` and `test` things in an unseen style"),
+    ):
+        found = by_method(finished(results / run)[0])
+        n = found["dte", 12]["identity"]["n"]
+        lines.append(f"| **{title.format(n=n)}** |" + " |" * len(OF_PARTS))
+        lines += [row(name, found[key], OF_PARTS) for key, name in PARTS.items()]
+    return "\n".join(lines)
+
+
+def of_methods(results: Path) -> str:
+    """All methods at 12 steps, and a few with more."""
+    lines = head("Method", OF_METHODS)
+    for run, title in (("table", "12 steps, {n} things"), ("long", "more steps, {n} things")):
+        if not (results / run / "run.json").is_file():  # hours of a core
+            continue
+        found = by_method(finished(results / run)[0])
+        n = found["dte", 12]["identity"]["n"]
+        lines.append(f"| **{title.format(n=n)}** |" + " |" * len(OF_METHODS))
+        for (method, steps), line in found.items():
+            if steps and "part=" not in method:
+                lines.append(row(f"{name_of(method)}, {steps} steps", line, OF_METHODS))
+    return "\n".join(lines)
+
+
+def by_method(summary: Sequence[Mapping]) -> dict[tuple[str, int], Mapping]:
+    return {(line["method"], line["steps"]): line for line in summary}
+
+
+def head(first: str, columns: Mapping[str, str]) -> list[str]:
+    return [
+        f"| {first} | " + " | ".join(columns.values()) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+
+
+def row(name: str, line: Mapping, columns: Mapping[str, str]) -> str:
+    return f"| {name} | " + " | ".join(cell_text(line.get(c)) for c in columns) + " |"
+
+
+TABLES = {"table of parts": of_parts, "table of methods": of_methods}
+
+
+def written(text: str, results: Path) -> str:
+    """A text with its tables anew, each between two lines `<!-- NAME: ... -->`."""
+    for name, table in TABLES.items():
+        marker = f"<!-- {name}: python -m tools.results write -->"
+        before, _, after = text.split(marker)
+        text = f"{before}{marker}\n{table(results)}\n{marker}{after}"
+    return text
