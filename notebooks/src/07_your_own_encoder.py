@@ -74,14 +74,14 @@ work = Path(tempfile.mkdtemp())
 # of the things that the small world is taught with, in one style.
 
 # %%
-from dte_lab.evaluation.own_encoder import stand_in, unseen_things
+from dte_lab.evaluation.own_encoder import held_out_pictures, stand_in
 from dte_lab.training.drawings import DrawingPairs
 
 folder = Path(MY_FOLDER or work / "drawings")
 if MY_FOLDER is None:
     stand_in(folder)
 files = sorted(folder.glob("*/*"))
-unseen = unseen_things(24)
+unseen = held_out_pictures(24)
 names = list(unseen)
 print(f"{len(files)} drawings of {len({f.parent for f in files})} things")
 print(f"to judge by: {len(unseen)} things that no folder has, such as {', '.join(names[:4])}")
