@@ -149,7 +149,7 @@ DOORS = {  # command: {option: (what takes its value in Python, values that mean
             option: (part_option(argument), values)
             for option, (argument, values) in PART.items()
         }
-        for name in ("autoencoder", "text", "unet", "towers")
+        for name in ("autoencoder", "text", "unet", "decoder", "towers")
     },
     "world train encoder": {
         option: (encoder_option(argument), values)
@@ -162,7 +162,8 @@ DOORS = {  # command: {option: (what takes its value in Python, values that mean
 }  # fmt: skip
 ELSEWHERE = {  # files and folders; what the loading of pictures and encoders answers; a report
     ("pretrain", "--data"), ("doctor", "--backbone"), ("doctor", "--device"),
-    ("export", "--backbone"),
+    ("export", "--backbone"), ("explore", "--backbone"), ("explore", "--device"),
+    ("explore", "--port"),
 }  # fmt: skip
 PHOTO = Image.new("RGB", (16, 16), "white")  # neither blank nor busy at its corners
 PHOTO.putpixel((8, 8), (255, 0, 0))
@@ -178,7 +179,7 @@ START = {  # arguments without which a command does not begin
     "world train autoencoder": ["--out", "OUT"],
     **{
         f"world train {x}": ["--out", "OUT", "--parts", "OUT", "--wide", "OUT"]
-        for x in ("text", "unet", "towers")
+        for x in ("text", "unet", "decoder", "towers")
     },
     "world train encoder": ["--out", "OUT"],
 }

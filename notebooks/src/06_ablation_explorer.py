@@ -39,8 +39,7 @@
 # %%
 import torch
 
-from dte_lab.common.quiet import quiet_libraries
-from dte_lab.panels import describe_machine, saw, show
+from dte_lab.panels import describe_machine, quiet_libraries, saw, show
 
 quiet_libraries()
 device = "cuda" if torch.cuda.is_available() else "cpu"
