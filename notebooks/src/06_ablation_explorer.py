@@ -203,6 +203,7 @@ display(HTML(history_html(again)))
 # %% [markdown]
 # ## To take along
 #
+# - The panel is in `dte_lab/panels/explorer.py`.
 # - Change one thing at a time, keep the seeds, and look at the input beside both.
 # - A measure that knows the truth is worth more than CLIP; where there is none, look.
 # - A switch can be idle: know what a setting reads before you explain what it did.
