@@ -41,9 +41,8 @@ def picture_prompts(
     if not backbone.has_projection:
         return (plain,) * len(images)
     settings = SMALL_WORLD_SETTINGS if backbone.draws_small_world else PHOTOGRAPH_SETTINGS
-    texts = [
-        f"a picture of thing {setting}" for setting in settings
-    ]  # as in training the small CLIP
+    # "of thing", as the small CLIP was trained
+    texts = [f"a picture of thing {setting}" for setting in settings]
     with torch.no_grad():
         pictures = image_features(backbone, images).embeds  # (n, p)
         best = (pictures @ clip_embeddings(backbone, texts).T).argmax(dim=-1)

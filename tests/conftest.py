@@ -34,10 +34,11 @@ def pytest_cmdline_main(config):
     option = config.option
     if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
         return
+    from dte_lab.common.processes import usable_cores
+
     debugged = option.usepdb or option.collectonly
     if option.numprocesses is None and not debugged and any(map(os.path.isdir, config.args)):
-        allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)
-        option.numprocesses = min(4, len(allowed))
+        option.numprocesses = min(4, usable_cores())
         option.dist, option.loadscopereorder = "loadfile", False
 
 

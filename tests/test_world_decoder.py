@@ -97,9 +97,13 @@ def test_half_of_a_batch_is_redrawn_and_weighs_as_the_rest(monkeypatch):
     monkeypatch.setattr(
         train_decoder, "pictures_of", lambda model, z: (decoded.append(z), painted)[1]
     )
-    training = train_decoder.DecoderTraining(
-        None, lambda n: (asked.append(n), (z, x))[1], (z, x), x, 7, None
-    )
+
+    def redraw(size):
+        asked.append(size)
+        return z, x
+
+    redraw.batches = SimpleNamespace(pairs=SimpleNamespace(drawings=None))
+    training = train_decoder.DecoderTraining(redraw, (z, x), x, 7, None)
     with training.loss(None) as (loss, logs):
         pass
     assert asked == [4, 3]  # of 7

@@ -150,7 +150,7 @@ def test_the_denoiser_is_measured_on_captions_and_on_the_unseen(tmp_path, monkey
     batches = SimpleNamespace(vae=None, tokenizer=None)
     levels = train_unet.NoiseLevels("cpu")
     samples = train_unet.DenoiserSamples(batches, levels, test, tmp_path, 20)
-    monkeypatch.setattr(train_unet, "pixel_grid", lambda x, columns: np.zeros((4, 4, 3), np.uint8))
+    monkeypatch.setattr(train_unet, "save_pairs", lambda path, first, second: None)
     measures = samples(train_unet.TextToImage(unet, FakePainter()), 10)
     assert drawn == [([1.0, 2, 3, 5, 6, 7], -1.0)] and saved == [
         "unet-000010",

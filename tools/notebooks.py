@@ -41,12 +41,12 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from dte_lab.common.files import write_atomically
 from tools.first_cell import setup_cell
+from tools.marks import between
 from tools.notebook_faults import WIDGET, faults, is_bar
 
 ROOT = Path(__file__).parents[1]
 MAX_BYTES = 1_000_000
 MARK = "<!-- table of notebooks: python -m tools.notebooks build -->"
-MARKED = re.compile(f"{MARK}\n(.*?){MARK}", re.S)
 SOLUTION = re.compile(
     r"^(?P<indent> *)### BEGIN SOLUTION\n(?P<body>.*?)^ *### END SOLUTION\n?", re.M | re.S
 )
@@ -239,9 +239,6 @@ def build(root: Path, names: Sequence[str] = (), run: bool = False) -> list[str]
 def _readme(root: Path) -> str | None:
     """README.md with the table of notebooks between its two marks; None where it has none."""
     path = root / "README.md"
-    parts = MARKED.split(path.read_text()) if path.is_file() else []
-    if len(parts) != 3:
-        return None
     rows = [
         "| Notebook | Promise | Runs in | Peak memory | With exercises |",
         "|---|---|---|---|---|",
@@ -254,7 +251,7 @@ def _readme(root: Path) -> str | None:
             f"| [{source.stem}](notebooks/{source.stem}.ipynb) | {said['promise']} | {seconds} s | "
             f"{memory} GB | {said['minutes']} minutes |"
         )
-    return parts[0] + MARK + "\n" + "\n".join(rows) + "\n" + MARK + parts[2]
+    return between(path.read_text(), MARK, "\n".join(rows)) if path.is_file() else None
 
 
 def check(root: Path) -> list[str]:

@@ -61,6 +61,10 @@ class Result:
         return found.hexdigest()[:16]
 
     @property
+    def needs_wide(self) -> bool:
+        return "WIDE" in self.arguments
+
+    @property
     def is_folder(self) -> bool:
         return self.keeps == FOLDER
 
@@ -156,7 +160,7 @@ def make(name: str, wide: Path | None = None) -> None:
     Raises DTEError for a command that fails, and without the wide world for one that needs it.
     """
     result = RESULT[name]
-    if "WIDE" in result.arguments and wide is None:
+    if result.needs_wide and wide is None:
         raise DTEError(f"{name} trains encoders: give --wide, what `dte world build --wide` wrote.")
     digest = result.digest()
     run = RUNS / f"{name}-{digest}"
@@ -167,8 +171,6 @@ def make(name: str, wide: Path | None = None) -> None:
         for a in result.arguments
     ]
     started = time.monotonic()
-    # a command that is ended ends what it has started
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT).returncode:
         raise DTEError(f"{name} was not made: see above; the same command goes on with {run}.")
     minutes = (time.monotonic() - started) / 60
@@ -203,14 +205,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.command == "plan":
         print("\n".join(plan()))
         return 0
-    needs_wide = {name for name, result in RESULT.items() if "WIDE" in result.arguments}
-    for name in given.names or [n for n in RESULT if given.wide or n not in needs_wide]:
+    possible = (n for n, result in RESULT.items() if given.wide or not result.needs_wide)
+    for name in given.names or possible:
         if given.names or not is_current(name):
             make(name, given.wide)
     return 0
 
 
 if __name__ == "__main__":
+    # one that is ended ends the command that it has started
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         sys.exit(main())
     except DTEError as error:

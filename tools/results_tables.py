@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dte_lab.evaluation.report import cell_text, finished, name_of
+from tools.marks import between
 
 PARTS = {  # (method, steps) -> what its pictures are drawn from
     ("dte@part=weights", 0): "weights alone, predicted",
@@ -74,6 +75,5 @@ def written(text: str, results: Path) -> str:
     """A text with its tables anew, each between two lines `<!-- NAME: ... -->`."""
     for name, table in TABLES.items():
         marker = f"<!-- {name}: python -m tools.results write -->"
-        before, _, after = text.split(marker)
-        text = f"{before}{marker}\n{table(results)}\n{marker}{after}"
+        text = between(text, marker, table(results))
     return text

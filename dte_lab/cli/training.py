@@ -4,6 +4,7 @@ Each training command writes logs, sample grids and checkpoints to `--out` and, 
 with the same folder, goes on where it stopped.
 """
 
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -89,86 +90,51 @@ def autoencoder(
     train_autoencoder.main(out, device=device, mixed_precision=mixed_precision, **options)
 
 
-@train.command()
-def text(
-    out: Out,
-    parts: Annotated[Path, typer.Option(help="Folder with vae.")],
-    wide: Annotated[Path, WIDE],
-    steps: Steps = None,
-    minutes: Minutes = None,
-    batch_size: BatchSize = None,
-    count: Count = None,
-    seed: Seed = None,
-    device: Device = "cpu",
-    mixed_precision: Precision = "no",
-) -> None:
-    """Train the text tower by painting; writes OUT/tokenizer, text_encoder and the word space."""
-    from dte_lab.world import train_text
+def part_command(name: str, given_parts: str, does: str) -> None:
+    """Add the command of a part that learns from other parts; all of them take the same options.
 
-    options = given(steps=steps, minutes=minutes, batch_size=batch_size, count=count, seed=seed)
-    train_text.main(out, parts, wide, device=device, mixed_precision=mixed_precision, **options)
+    given_parts: what the help says of `--parts`.
+    """
 
+    def command(
+        out: Out,
+        parts: Annotated[Path, typer.Option(help=given_parts)],
+        wide: Annotated[Path, WIDE],
+        steps: Steps = None,
+        minutes: Minutes = None,
+        batch_size: BatchSize = None,
+        count: Count = None,
+        seed: Seed = None,
+        device: Device = "cpu",
+        mixed_precision: Precision = "no",
+    ) -> None:
+        run = import_module(f"dte_lab.world.train_{name}").main
+        options = given(steps=steps, minutes=minutes, batch_size=batch_size, count=count, seed=seed)
+        run(out, parts, wide, device=device, mixed_precision=mixed_precision, **options)
 
-@train.command()
-def unet(
-    out: Out,
-    parts: Annotated[
-        Path, typer.Option(help="Folder with vae and what `text` wrote; goes on with its unet.")
-    ],
-    wide: Annotated[Path, WIDE],
-    steps: Steps = None,
-    minutes: Minutes = None,
-    batch_size: BatchSize = None,
-    count: Count = None,
-    seed: Seed = None,
-    device: Device = "cpu",
-    mixed_precision: Precision = "no",
-) -> None:
-    """Train the UNet and, with it, the text tower; writes OUT/unet, text_encoder and scheduler."""
-    from dte_lab.world import train_unet
-
-    options = given(steps=steps, minutes=minutes, batch_size=batch_size, count=count, seed=seed)
-    train_unet.main(out, parts, wide, device=device, mixed_precision=mixed_precision, **options)
+    train.command(name, help=does)(command)
 
 
-@train.command()
-def decoder(
-    out: Out,
-    parts: Annotated[Path, typer.Option(help="Folder with a trained base model.")],
-    wide: Annotated[Path, WIDE],
-    steps: Steps = None,
-    minutes: Minutes = None,
-    batch_size: BatchSize = None,
-    count: Count = None,
-    seed: Seed = None,
-    device: Device = "cpu",
-    mixed_precision: Precision = "no",
-) -> None:
-    """Train the autoencoder's decoder on what the denoiser draws; writes OUT/vae."""
-    from dte_lab.world import train_decoder
-
-    options = given(steps=steps, minutes=minutes, batch_size=batch_size, count=count, seed=seed)
-    train_decoder.main(out, parts, wide, device=device, mixed_precision=mixed_precision, **options)
-
-
-@train.command()
-def towers(
-    out: Out,
-    parts: Annotated[Path, typer.Option(help="Folder with tokenizer and the final text_encoder.")],
-    wide: Annotated[Path, WIDE],
-    steps: Steps = None,
-    minutes: Minutes = None,
-    batch_size: BatchSize = None,
-    count: Count = None,
-    seed: Seed = None,
-    device: Device = "cpu",
-    mixed_precision: Precision = "no",
-) -> None:
-    """Train CLIP's picture tower; writes OUT/image_encoder, text_encoder, feature_extractor."""
-    from dte_lab.world import train_towers
-
-    options = given(steps=steps, minutes=minutes, batch_size=batch_size, count=count, seed=seed)
-    train_towers.main(out, parts, wide, device=device, mixed_precision=mixed_precision, **options)
+part_command(
+    "text",
+    "Folder with vae.",
+    "Train the text tower by painting; writes OUT/tokenizer, text_encoder and the word space.",
+)
+part_command(
+    "unet",
+    "Folder with vae and what `text` wrote; goes on with its unet.",
+    "Train the UNet and, with it, the text tower; writes OUT/unet, text_encoder and scheduler.",
+)
+part_command(
+    "decoder",
+    "Folder with a trained base model.",
+    "Train the autoencoder's decoder on what the denoiser draws; writes OUT/vae.",
+)
+part_command(
+    "towers",
+    "Folder with tokenizer and the final text_encoder.",
+    "Train CLIP's picture tower; writes OUT/image_encoder, text_encoder, feature_extractor.",
+)
 
 
 @train.command()

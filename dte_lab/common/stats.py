@@ -36,6 +36,22 @@ def percent(value: dict) -> str:
     return f"{mean:.1f} % [{low:.1f}, {high:.1f}]"
 
 
+def bracketed(value: Mapping[str, float], digits: int = 3, sign: str = "") -> str:
+    """A mean with its interval; sign: "+" for differences, whose direction is to be seen."""
+    mean, low, high = (f"{value[key]:{sign}.{digits}f}" for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def verdict(
+    difference: Mapping[str, float], higher: str = "higher", lower: str = "lower",
+    neither: str = "not told apart",
+) -> str:  # fmt: skip
+    """What an interval says of a difference."""
+    if difference["low"] > 0:
+        return higher
+    return lower if difference["high"] < 0 else neither
+
+
 def mean_and_error(
     intervals: Iterable[Mapping[str, float]],
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -13,16 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from dte_lab.common.errors import DTEError
-from dte_lab.common.stats import interval
+from dte_lab.common.stats import bracketed, interval, verdict
 from dte_lab.evaluation.records import read_csv
 from dte_lab.evaluation.report import per_concept
 from dte_lab.evaluation.specifications import split_steps
-
-VERDICTS = {
-    "ahead": lambda found: found["low"] > 0,
-    "behind": lambda found: found["high"] < 0,
-    "level": lambda found: found["low"] <= 0 <= found["high"],
-}
 
 
 @dataclass(frozen=True)
@@ -30,7 +24,7 @@ class Conclusion:
     """A sentence with {one}, {other} and {difference}, which become numbers.
 
     run: folder of a stored run. one, other: a method with one number of steps, as in dte:12, or an
-    anchor. said: of VERDICTS. measure: of `report.per_concept`.
+    anchor. said: ahead, behind or level. measure: of `report.per_concept`.
     """
 
     text: str
@@ -64,14 +58,14 @@ class Conclusion:
         return {name: cell[self.measure] for name, cell in of_method.items()}
 
     def holds(self, results: Path) -> bool:
-        return VERDICTS[self.said](self.numbers(results)["difference"])
+        difference = self.numbers(results)["difference"]
+        return self.said == verdict(difference, "ahead", "behind", "level")
 
     def sentence(self, results: Path) -> str:
         """The text with its numbers, and their intervals."""
-        shown = {k: f"{v['mean']:.3f}" for k, v in self.numbers(results).items()}
-        difference = self.numbers(results)["difference"]
-        shown["difference"] += f" [{difference['low']:.3f}, {difference['high']:.3f}]"
-        return self.text.format(**shown)
+        numbers = self.numbers(results)
+        one, other = (f"{numbers[name]['mean']:.3f}" for name in ("one", "other"))
+        return self.text.format(one=one, other=other, difference=bracketed(numbers["difference"]))
 
 
 def stored_cells(path: Path) -> dict:

@@ -15,6 +15,7 @@ from dte_lab.world.sprites import (
     UNSEEN_STYLE,
     concepts,
     split_names,
+    spread,
     sprite,
     unseen_names,
 )
@@ -74,7 +75,7 @@ def items(count: int, split: str = "test") -> list[Item]:
         raise DTEError(f"Unknown split {split!r}: use one of {known}.")
     if not 1 <= count <= len(names):
         raise DTEError(f"The split {split} has {len(names)} concepts: ask for 1 to {len(names)}.")
-    chosen = [names[i * len(names) // count] for i in range(count)]
+    chosen = spread(names, count)
     styles = (UNSEEN_STYLE,) * 3 if split == UNSEEN_STYLE else STYLES
     return [Item(name, styles[i % 3], INPUT_SCENES[(i // 3) % 3]) for i, name in enumerate(chosen)]
 

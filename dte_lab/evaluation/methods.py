@@ -14,12 +14,13 @@ from dte_lab.baselines import dreambooth_lora, e4t, textual_inversion
 from dte_lab.common.errors import DTEError
 from dte_lab.common.images import to_pil
 from dte_lab.concept import Concept
+from dte_lab.config import MethodConfig
 from dte_lab.contrastive import prompt_embedding
 from dte_lab.e4t import load_e4t
-from dte_lab.encoder import TuningEncoder, load_encoder, trained_encoder
+from dte_lab.encoder import EncoderPrediction, TuningEncoder, load_encoder, trained_encoder
 from dte_lab.evaluation.records import fingerprint
 from dte_lab.evaluation.specifications import Specification, idle_options, methods_of, parse
-from dte_lab.lora import projection_shapes, truncate
+from dte_lab.lora import Offsets, projection_shapes, truncate
 from dte_lab.pipeline import DTEPipeline
 
 SAYS_NOTHING = "thing"
@@ -29,6 +30,32 @@ BASELINES = {
     "lora-prior": partial(dreambooth_lora, prior=True),
     "e4t": e4t,
 }
+
+
+def idle_with(encoder: TuningEncoder, spec: Specification, guided: bool = True) -> dict[str, str]:
+    """`idle_options` with an encoder."""
+    has_bank = bool((encoder.bank_concepts >= 0).any())
+    return idle_options(spec, encoder.method, has_bank, guided)
+
+
+def predicted(
+    pipe: DTEPipeline, pixels: Float[Tensor, "pictures 3 height width"], seed: int,
+    rank: int | None = None,
+) -> EncoderPrediction:  # fmt: skip
+    """The encoder's prediction, its offsets cut to a rank where one is given."""
+    found = pipe.encoder.predict(pipe.backbone, pixels, seed, pipe.prompt_encoder)
+    return found if rank is None else replace(found, offsets=truncate(found.offsets, rank))
+
+
+def at_step(
+    pipe: DTEPipeline, concept: Concept, method: MethodConfig, steps: int,
+    v_star: Float[Tensor, "1 dim"], offsets: Offsets, seconds: float,
+) -> Concept:  # fmt: skip
+    """What a run of tuning that led to `concept` had after some steps: v* as it was optimised."""
+    v_star = prompt_embedding(v_star, pipe.prompt_encoder.table, method)
+    words = pipe.nearest_words(v_star)
+    info = concept.info | {"num_steps": steps, "seconds": seconds, "words_after": words}
+    return replace(concept, v_star=v_star, offsets=offsets, info=info)
 
 
 class Methods:
@@ -62,8 +89,7 @@ class Methods:
         if spec.is_anchor:
             return
         encoder = self.pipe_of(spec).encoder
-        has_bank = bool((encoder.bank_concepts >= 0).any())
-        idle = idle_options(spec, encoder.method, has_bank, guided)
+        idle = idle_with(encoder, spec, guided)
         if idle:
             option, why = next(iter(idle.items()))
             raise DTEError(f"{spec.label}: {option} changes nothing, since {why}.")
@@ -104,18 +130,14 @@ class Methods:
 
         method, prediction = spec.method_of(pipe.encoder.method), None
         if spec.rank is not None:
-            prediction = pipe.encoder.predict(pipe.backbone, pixels, seed, pipe.prompt_encoder)
-            prediction = replace(prediction, offsets=truncate(prediction.offsets, spec.rank))
+            prediction = predicted(pipe, pixels, seed, spec.rank)
         last = pipe.personalize(
             to_pil(pixels), spec.steps[-1], seed, callback, progress=False, config=spec.tuning,
             method=method, prediction=prediction,
         )  # fmt: skip
         concepts = dict.fromkeys(spec.steps, last)  # what stopped early stays as it was
         for steps, (v_star, offsets, seconds) in states.items():
-            v_star = prompt_embedding(v_star, pipe.prompt_encoder.table, method)
-            words = pipe.nearest_words(v_star)
-            info = last.info | {"num_steps": steps, "seconds": seconds, "words_after": words}
-            concepts[steps] = replace(last, v_star=v_star, offsets=offsets, info=info)
+            concepts[steps] = at_step(pipe, last, method, steps, v_star, offsets, seconds)
         return {steps: self.part_of(concept, spec.part) for steps, concept in concepts.items()}
 
     def part_of(self, concept: Concept, part: str | None) -> Concept:

@@ -33,7 +33,8 @@ from dte_lab.training.config import PretrainConfig
 from dte_lab.training.drawings import DrawingPairs, fit_first_words, words_on_white
 from dte_lab.training.pretrain import pretrain
 from dte_lab.world.scenes import SCENES, render_image
-from dte_lab.world.sprites import split_names
+from dte_lab.world.sprites import split_names, spread
+from dte_lab.world.word_space import unexplained_share
 
 STYLE = "noto"  # of the stand-in, and of the things that it does not have
 ASKED = {"white": "a picture of S* on a white background", "beach": "a picture of S* on the beach"}
@@ -43,17 +44,13 @@ RANK = 4
 
 def stand_in(folder: Path, things: int = 100) -> None:
     """Write drawings on white of so many `train` things, one each, to folder/THING/0.png."""
-    names = split_names("train")
-    for k in range(things):
-        name = names[k * len(names) // things]
+    for name in spread(split_names("train"), things):
         save_png(render_image(name, STYLE, "white"), folder / name / "0.png")
 
 
 def held_out_pictures(count: int, split: str = "val") -> dict[str, Image.Image]:
     """Things that no training has seen, in the style of the stand-in, on white."""
-    names = split_names(split)
-    names = [names[k * len(names) // count] for k in range(count)]
-    return {name: render_image(name, STYLE, "white") for name in names}
+    return {name: render_image(name, STYLE, "white") for name in spread(split_names(split), count)}
 
 
 def config(steps: int) -> PretrainConfig:
@@ -108,9 +105,7 @@ def unexplained(pipe: DTEPipeline, encoder: TuningEncoder, things: Sequence[Imag
         encoder.predict(pipe.backbone, x[None], prompt_encoder=pipe.prompt_encoder).v_star[0]
         for x in pixels
     ]
-    truth = words_on_white(pipe.backbone, pixels)
-    error = (torch.stack(found) - truth).square().mean()
-    return (error / (truth - truth.mean(dim=0)).square().mean()).item()
+    return unexplained_share(torch.stack(found), words_on_white(pipe.backbone, pixels)).item()
 
 
 def main(

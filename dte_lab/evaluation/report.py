@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dte_lab.common.errors import DTEError
-from dte_lab.common.stats import interval
+from dte_lab.common.stats import bracketed, interval
 from dte_lab.evaluation.measures import LOSSES, PICTURE_MEASURES, TIMES, WORD_MEASURES
 from dte_lab.evaluation.records import AGAIN, Row, read_run
 from dte_lab.evaluation.specifications import ANCHORS
@@ -211,5 +211,4 @@ def cell_text(value: Mapping[str, float] | None) -> str:
     if value is None:
         return ""
     digits = 0 if abs(value["mean"]) >= 100 else 1 if abs(value["mean"]) >= 10 else 3
-    mean, low, high = (f"{value[k]:.{digits}f}" for k in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
+    return bracketed(value, digits)

@@ -11,16 +11,8 @@ from dte_lab.common.images import read_image, square, to_bytes, to_pil
 from dte_lab.common.plots import picture_grid
 from dte_lab.common.quiet import quiet_libraries
 from dte_lab.common.random import stream
-from dte_lab.common.stats import interval
-from dte_lab.panels.shared import (
-    bracketed,
-    describe_machine,
-    measured_with,
-    saw,
-    show,
-    show_table,
-    verdict,
-)
+from dte_lab.common.stats import bracketed, interval, verdict
+from dte_lab.panels.shared import describe_machine, measured_with, saw, show, show_table
 
 __all__ = [
     "bracketed",

@@ -28,10 +28,10 @@ from dte_lab.panels.explorer_view import (
     alert,
     described,
     history_html,
-    image_tag,
     run_figure,
     run_html,
 )
+from dte_lab.panels.shared import image_tag
 from dte_lab.pipeline import DTEPipeline
 
 if TYPE_CHECKING:
@@ -228,15 +228,16 @@ class ExplorerPanel:
         import ipywidgets as widgets
 
         self.trips, pages = [], []
-        for expedition in expeditions() if self.explorer.pipe.backbone.draws_small_world else ():
+        known = expeditions() if self.explorer.pipe.backbone.draws_small_world else ()
+        for expedition in known:
             rows = [widgets.HTML(f"<p>{expedition.question}</p>")]
             for stop in expedition.stops:
                 button = self._button(stop.title, lambda _, stop=stop: self.go_to(stop))
                 rows.append(widgets.HBox([button, widgets.HTML(stop.look)]))
                 self.trips.append(button)
             pages.append(widgets.VBox(rows))
-        titles = tuple(f"Expedition: {expedition.title}" for expedition in expeditions())
-        self.trip_box = widgets.Accordion(pages, titles=titles[: len(pages)])
+        titles = tuple(f"Expedition: {expedition.title}" for expedition in known)
+        self.trip_box = widgets.Accordion(pages, titles=titles)
 
     def _lay_out(self) -> None:
         import ipywidgets as widgets

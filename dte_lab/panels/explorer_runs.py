@@ -16,11 +16,9 @@ from dte_lab.common.errors import DTEError
 from dte_lab.common.images import Picture, read_pictures, to_bytes
 from dte_lab.common.origin import pictures_digest
 from dte_lab.concept import Concept
-from dte_lab.contrastive import prompt_embedding
 from dte_lab.encoder import EncoderPrediction
-from dte_lab.evaluation.methods import Methods
+from dte_lab.evaluation.methods import Methods, at_step, predicted
 from dte_lab.evaluation.specifications import Specification
-from dte_lab.lora import truncate
 from dte_lab.panels.explorer_measures import Measurer
 from dte_lab.panels.explorer_settings import OWN, ExplorerSetting
 from dte_lab.pipeline import DTEPipeline
@@ -214,17 +212,11 @@ class Explorer:
         while len(self.kept) > KEPT_RUNS:
             self.kept.popitem(last=False)
         pipe, method = self.pipe_of(setting), setting.method
-        v_star, offsets, seconds = known.states[setting.steps]
-        v_star = prompt_embedding(v_star, pipe.prompt_encoder.table, method)
-        info = known.concept.info | {
-            "num_steps": setting.steps, "seconds": seconds,
-            "words_after": pipe.nearest_words(v_star),
-        }  # fmt: skip
+        concept = at_step(pipe, known.concept, method, setting.steps, *known.states[setting.steps])
         pixels = to_bytes(pipe.pixels([subject.picture.image]))
         return replace(
-            known.concept, v_star=v_star, offsets=offsets, info=info, config=method,
-            pictures=pixels if method.prediction_interval else None,
-        )  # fmt: skip
+            concept, config=method, pictures=pixels if method.prediction_interval else None
+        )
 
     def _tune(
         self, subject: Subject, setting: ExplorerSetting, steps: int, advance: Callable[[int], None]
@@ -253,5 +245,4 @@ class Explorer:
         if known != "full" and rank > known:
             raise DTEError(f"A prediction of rank {known} can be cut to rank 1 to {known}.")
         pixels = pipe.pixels([subject.picture.image])
-        found = pipe.encoder.predict(pipe.backbone, pixels, setting.seed, pipe.prompt_encoder)
-        return replace(found, offsets=truncate(found.offsets, rank)) if rank else found
+        return predicted(pipe, pixels, setting.seed, rank or None)

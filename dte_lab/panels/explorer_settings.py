@@ -13,7 +13,8 @@ from dte_lab.common.errors import DTEError
 from dte_lab.common.settings import check_one_of, check_whole
 from dte_lab.config import REGULARISERS, MethodConfig
 from dte_lab.dual_path import GRANULARITIES, OFFSETS_ON
-from dte_lab.evaluation.specifications import METHOD_OPTIONS, Specification, idle_options
+from dte_lab.evaluation.methods import idle_with
+from dte_lab.evaluation.specifications import METHOD_OPTIONS, Specification
 from dte_lab.pipeline import DTEPipeline
 from dte_lab.prompts import check_drawing
 from dte_lab.tuning import TRAINABLE, TuneConfig
@@ -91,28 +92,28 @@ class ExplorerSetting:
     encoder: str = OWN
     rank: int = 0
     part: str = "both"
-    steps: int = 12
+    steps: int = TuneConfig.num_steps
     seed: int = 0
-    trainable: str = "predictions"
-    batch_size: int = 8
-    token_learning_rate: float = 0.1
-    offset_learning_rate: float = 6e-3
-    encoder_learning_rate: float = 1e-3
-    regulariser: str = "contrastive"
-    num_positives: int = 5
-    temperature: float = 0.1
-    contrastive_weight: float = 0.01
-    norm_weight: float = 0.01
-    norm_free: float = 1.0
-    regulariser_weight: float = 0.01
-    alpha_start: float = 0.7
-    alpha_end: float = 0.7
-    offsets_on: str = "soft"
-    granularity: str = "attention"
+    trainable: str = TuneConfig.trainable
+    batch_size: int = TuneConfig.batch_size
+    token_learning_rate: float = TuneConfig.token_learning_rate
+    offset_learning_rate: float = TuneConfig.offset_learning_rate
+    encoder_learning_rate: float = TuneConfig.encoder_learning_rate
+    regulariser: str = MethodConfig.regulariser
+    num_positives: int = MethodConfig.num_positives
+    temperature: float = MethodConfig.temperature
+    contrastive_weight: float = MethodConfig.contrastive_weight
+    norm_weight: float = MethodConfig.norm_weight
+    norm_free: float = MethodConfig.norm_free
+    regulariser_weight: float = MethodConfig.regulariser_weight
+    alpha_start: float = MethodConfig.alpha_blend
+    alpha_end: float = MethodConfig.alpha_blend
+    offsets_on: str = MethodConfig.offsets_on
+    granularity: str = MethodConfig.granularity
     guidance_scale: float = 1.5
     num_inference_steps: int = 15
-    prediction_interval: int = 0
-    unconditional_offsets: bool = True
+    prediction_interval: int = MethodConfig.prediction_interval
+    unconditional_offsets: bool = MethodConfig.unconditional_offsets
 
     def __post_init__(self) -> None:
         check_one_of("encoder", self.encoder, SWITCH_OF["encoder"].choices)
@@ -168,13 +169,12 @@ class ExplorerSetting:
 
     def idle(self, pipe: DTEPipeline) -> dict[str, str]:
         """{switch that changes nothing here: why}; pipe: with this setting's encoder."""
-        encoder, given = pipe.encoder, tuple(asdict(self)) + ("alpha_blend",)
+        given = tuple(asdict(self)) + ("alpha_blend",)
         spec = Specification(
             "dte", "dte", (self.steps,), None, self.rank or None, self.part,
             asdict(self.method), self.tuning, given=given,
         )  # fmt: skip
-        has_bank = bool((encoder.bank_concepts >= 0).any())
-        found = idle_options(spec, encoder.method, has_bank, self.guidance_scale > 1)
+        found = idle_with(pipe.encoder, spec, self.guidance_scale > 1)
         if not self.steps and self.part == "word":
             why = "the word alone is drawn, and nothing is tuned"
             found |= dict.fromkeys(("rank", "offsets_on", "unconditional_offsets"), why)

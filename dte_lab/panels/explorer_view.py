@@ -1,7 +1,6 @@
 """How a run of the explorer looks: A beside B beside the input, its measures and words, and the
 history. Pure functions of results; all text that users or files bring is escaped."""
 
-import base64
 import html
 from collections.abc import Sequence
 
@@ -13,8 +12,12 @@ from dte_lab.common.plots import picture_grid
 from dte_lab.panels.explorer_history import Run, Side
 from dte_lab.panels.explorer_measures import NAMES, truth_of
 from dte_lab.panels.explorer_runs import Outcome, Question
-from dte_lab.panels.explorer_settings import SWITCH_OF, change_in_words, in_words
-from dte_lab.panels.shared import encode
+from dte_lab.panels.explorer_settings import (
+    SWITCH_OF,
+    change_in_words,
+    differences,
+    in_words,
+)
 from dte_lab.world.scenes import render_image
 
 WORDS_SHOWN = 5
@@ -53,11 +56,6 @@ def described(question: Question, outcomes: Sequence[Outcome | DTEError]) -> str
     shown = [name for name, o in zip("AB", outcomes, strict=True) if isinstance(o, Outcome)]
     prompts = "; ".join(question.prompts)
     return f"{question.subject.label}, then drawn under {' and '.join(shown)}: {prompts}."
-
-
-def image_tag(figure: Figure, alt: str) -> str:
-    data = base64.b64encode(encode(figure, "png")).decode()
-    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
 
 
 def alert(text: object) -> str:
@@ -135,11 +133,6 @@ def history_row(number: int, run: Run) -> list[str]:
 
 def short(a: Side, b: Side) -> str:
     """'steps 0; regulariser none', of what B has otherwise than A."""
-    pairs = (
-        (s.label, name, getattr(b.setting, name))
-        for name, s in SWITCH_OF.items()
-        if getattr(a.setting, name) != getattr(b.setting, name)
-    )
-    return (
-        "; ".join(f"{label} {in_words(name, value)}" for label, name, value in pairs) or "nothing"
-    )
+    found = differences(a.setting, b.setting)
+    said = (f"{SWITCH_OF[name].label} {in_words(name, value)}" for name, _, value in found)
+    return "; ".join(said) or "nothing"

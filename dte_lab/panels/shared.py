@@ -66,19 +66,6 @@ def measured_with(versions: Mapping[str, str]) -> str:
     return f"measured {date}" + (", former model" if date < WEIGHTS_SINCE else "")
 
 
-def bracketed(value: Mapping[str, float], digits: int = 3, sign: str = "") -> str:
-    """A mean with its interval; sign: "+" for differences, whose direction is to be seen."""
-    mean, low, high = (f"{value[key]:{sign}.{digits}f}" for key in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
-
-
-def verdict(difference: Mapping[str, float], higher: str = "higher", lower: str = "lower") -> str:
-    """What an interval says of a difference."""
-    if difference["low"] > 0:
-        return higher
-    return lower if difference["high"] < 0 else "not told apart"
-
-
 def saw(*sentences: str) -> None:
     """Display what is to be seen in the results above, folded: the reader looks first."""
     from IPython.display import display
@@ -178,16 +165,12 @@ def figure_panel(
         values = [knob.value for knob in knobs]
         try:
             figure = figure_of(*values)
-            data = base64.b64encode(encode(figure, "png")).decode()
+            panel.view.value = image_tag(figure, describe(*values))
         except Exception as error:
             if change is None:
                 raise
             said = html.escape(f"{type(error).__name__}: {error}")
             panel.view.value = f'<p role="alert">This could not be drawn. {said}</p>'
-            return
-        alt = html.escape(describe(*values))
-        wide = f' width="{width}"' if (width := shown_width(figure)) else ""
-        panel.view.value = f'<img alt="{alt}"{wide} src="data:image/png;base64,{data}">'
 
     for knob in knobs:
         knob.observe(redraw, "value")
@@ -204,6 +187,13 @@ def encode(figure: Figure | Image.Image, kind: str, **options: object) -> bytes:
     else:
         figure.convert("RGB").save(buffer, format=kind, **options)
     return buffer.getvalue()
+
+
+def image_tag(figure: Figure | Image.Image, alt: str) -> str:
+    """A figure as HTML, as wide as a page shows it."""
+    data = base64.b64encode(encode(figure, "png")).decode()
+    wide = f' width="{width}"' if (width := shown_width(figure)) else ""
+    return f'<img alt="{html.escape(alt)}"{wide} src="data:image/png;base64,{data}">'
 
 
 def shown_width(figure: Figure | Image.Image) -> int | None:

@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from dte_lab.backbone import Backbone, backbone_folder
 from dte_lab.common.errors import DTEError
@@ -25,7 +24,16 @@ from dte_lab.training.first_words import fit_reading
 from dte_lab.training.pictures import SUFFIXES
 from dte_lab.world.captions import caption
 from dte_lab.world.data import to_tensor
-from dte_lab.world.pairs import BACKGROUNDS, MIXED, VARIANTS, VARIED, behind, mix, vary
+from dte_lab.world.pairs import (
+    BACKGROUNDS,
+    MIXED,
+    VARIANTS,
+    VARIED,
+    SeededItems,
+    behind,
+    mix,
+    vary,
+)
 from dte_lab.world.scenes import SCENES, SPRITE_PX, compose
 from dte_lab.world.word_space import PICTURE_WORDS, PictureWords
 
@@ -66,8 +74,8 @@ def training_pair(draw: Draw, say: Callable[[str], str], first: str, second: str
     return {"image": draw(first), "target": draw(second), "prompt": say(second)}
 
 
-class DrawingPairs(Dataset):
-    """Items of `pretrain`, from folder/THING/PICTURE; item i is a pure function of (seed, i).
+class DrawingPairs(SeededItems):
+    """Items of `pretrain`, from folder/THING/PICTURE; see `SeededItems`.
 
     things: the first so many alone. pair: see `training_pair`. Raises DTEError where
     there is no drawing, and see `cut_thing`.
@@ -77,6 +85,7 @@ class DrawingPairs(Dataset):
         self, folder: Path | str, things: int | None = None, length: int = 1_000_000, seed: int = 0,
         pair: Callable[..., dict] = training_pair,
     ) -> None:  # fmt: skip
+        super().__init__(length, seed)
         paths = sorted(p for p in Path(folder).glob("*/*") if p.suffix.lower() in SUFFIXES)
         if not paths:
             raise DTEError(f"{folder} has no sub-folders with drawings: make one for each thing.")
@@ -84,16 +93,9 @@ class DrawingPairs(Dataset):
         paths = [path for path in paths if path.parent.name in self.names]
         self.things = [self.names.index(path.parent.name) for path in paths]
         self.sprites = [cut_thing(path) for path in paths]
-        self.length, self.seed, self.pair = length, seed, pair
+        self.pair = pair
 
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> dict[str, Tensor | str | int]:
-        """image and target (3, 64, 64) in [-1, 1], prompt with "S*", concept."""
-        if not 0 <= index < self.length:
-            raise IndexError(index)
-        rng = np.random.default_rng((self.seed, index))
+    def item(self, rng: np.random.Generator) -> dict[str, Tensor | str | int]:
         rgba, concept = self.thing(rng)
         first, second = (SCENES[k] for k in rng.integers(len(SCENES), size=2))
         draw, say = partial(in_scene, rgba, rng=rng), partial(caption, "S*", None)

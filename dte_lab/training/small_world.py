@@ -49,7 +49,7 @@ from dte_lab.world.scenes import render_image
 from dte_lab.world.sprites import SAMPLE_CONCEPTS, STYLES, split_names
 from dte_lab.world.training import TrainConfig, train
 from dte_lab.world.wide import Wide
-from dte_lab.world.word_space import PICTURE_WORDS, PictureWords
+from dte_lab.world.word_space import PICTURE_WORDS, PictureWords, unexplained_share
 
 SHARES = Shares(same_scene=0.25, restyled=0.2)
 PLAIN = Shares(wide=0, mixed=0, varied=0)  # of the things that are measured
@@ -123,8 +123,7 @@ class EncoderTraining:
     ) -> Float[Tensor, ""]:
         """The share of the variance of pictures' words that v* leaves unexplained."""
         truth = self.words(self.frozen.backbone.encode_images(white).float())
-        error = (v_star.float() - truth).square().mean()
-        return error / (truth - truth.mean(dim=0)).square().mean()
+        return unexplained_share(v_star.float(), truth)
 
     @contextmanager
     def word_loss(self, encoder: TuningEncoder) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
+from PIL import Image
 from torch import Tensor
 
 from dte_lab.common.images import save_png
@@ -54,6 +55,16 @@ def write_drawings(out: Path, each: int) -> None:
         rng = np.random.default_rng(k)
         for number in range(each):
             save_png(render_image(*random_item(rng, [name])), out / name / f"{number}.png")
+
+
+def save_pairs(
+    path: Path,
+    first: Float[Tensor, "pairs 3 height width"],
+    second: Float[Tensor, "pairs 3 height width"],
+) -> None:
+    """Pictures in [-1, 1], each beside the second of its pair, twelve in a row of a PNG."""
+    both = torch.stack([first, second], 1).flatten(0, 1)
+    save_png(Image.fromarray(pixel_grid(both, 12)), path)
 
 
 def rendered(items: list[Rendering]) -> Float[Tensor, "batch 3 height width"]:

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from dte_lab.world.captions import caption, scene_words
 from dte_lab.world.data import random_item, to_tensor
 from dte_lab.world.scenes import SCENES, SPRITE_PX, background, compose
-from dte_lab.world.sprites import STYLES, concepts, split_names, sprite
+from dte_lab.world.sprites import STYLES, concepts, split_names, spread, sprite
 
 SAME_PICTURE, OTHER_SCENE = 0.25, 0.5  # the rest: other scene and other style
 SHORT_PROMPT = 0.3  # of the prompts that name a scene alone: "S* at night", as people write
@@ -52,11 +52,29 @@ def mix(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return np.concatenate([left[:, :middle], right[:, middle:]], axis=1)
 
 
-class ConceptPairs(Dataset):
-    """Item i is a pure function of (seed, i), so a resumed run sees what it would have seen.
+class SeededItems(Dataset):
+    """Item i is a pure function of (seed, i), so a resumed run sees what it would have seen."""
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length, self.seed = length, seed
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor | str | int]:
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        return self.item(np.random.default_rng((self.seed, index)))
+
+    def item(self, rng: np.random.Generator) -> dict[str, Tensor | str | int]:
+        """`image` and `target` (3, 64, 64) in [-1, 1], `prompt` with "S*", `concept` id."""
+        raise NotImplementedError
+
+
+class ConceptPairs(SeededItems):
+    """Pictures of named things, and what is said of the second of them; see `SeededItems`.
 
     `count` concepts of the splits, spread evenly over their order, which is by kind; None for all.
-    Items are dicts: `image` and `target` (3, 64, 64) in [-1, 1], `prompt` with "S*", `concept` id.
     """
 
     def __init__(
@@ -68,18 +86,12 @@ class ConceptPairs(Dataset):
         varied: float = VARIED,
         mixed: float = MIXED,
     ) -> None:
+        super().__init__(length, seed)
         names = [name for split in splits for name in split_names(split)]
-        count = len(names) if count is None else count
-        self.names = [names[i * len(names) // count] for i in range(count)]
-        self.length, self.seed, self.varied, self.mixed = length, seed, varied, mixed
+        self.names = spread(names, len(names) if count is None else count)
+        self.varied, self.mixed = varied, mixed
 
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> dict[str, Tensor | str | int]:
-        if not 0 <= index < self.length:
-            raise IndexError(index)
-        rng = np.random.default_rng((self.seed, index))
+    def item(self, rng: np.random.Generator) -> dict[str, Tensor | str | int]:
         name, style, scene, seed = random_item(rng, self.names)
         variant = int(rng.integers(1, len(VARIANTS))) if rng.random() < self.varied else 0
         other = self.names[rng.integers(len(self.names))] if rng.random() < self.mixed else name

@@ -11,9 +11,9 @@ from transformers import CLIPTokenizer
 
 from dte_lab.patch_autoencoder import PatchAutoencoder
 from dte_lab.world.batches import Captions, PairBatch, PicturePairs, Shares
-from dte_lab.world.drawings import Drawings, drawings_never_seen
-from dte_lab.world.latents import scaled_latents
-from dte_lab.world.word_space import PictureWords
+from dte_lab.world.drawings import Drawings, drawings_never_seen, drawings_to_train_on
+from dte_lab.world.latents import load_autoencoder, scaled_latents
+from dte_lab.world.word_space import PICTURE_WORDS, PictureWords
 
 CAPTION_BANK = 200_000  # captions that are tokenized beforehand
 MEASURED_EACH = 128  # samples of each kind for the log
@@ -52,6 +52,21 @@ class SpokenBatches:
         self.tokenizer, self.vae, self.picture_words = tokenizer, vae, picture_words
         self.captions = Captions(tokenizer, drawings, mixture.wide_names, CAPTION_BANK, seed)
         self.pairs, self.share = PicturePairs(tokenizer, drawings, MADE), mixture.captions
+
+    @classmethod
+    def of(
+        cls, parts: Path, wide: Path, mixture: Mixture, count: int | None, seed: int,
+        device: torch.device | str,
+    ) -> "SpokenBatches":  # fmt: skip
+        """With the vae, the tokenizer and the word space of a folder of parts.
+
+        wide: cache of the wide world. count: of its and the small world's drawings, None for all.
+        Raises DTEError for what is not there.
+        """
+        tokenizer = CLIPTokenizer.from_pretrained(parts / "tokenizer")
+        drawings = drawings_to_train_on(wide, count, device)
+        words = PictureWords.load(parts / PICTURE_WORDS).to(device)
+        return cls(tokenizer, drawings, load_autoencoder(parts, device), words, mixture, seed)
 
     def told(self, size: int) -> int:
         """How many of `size` samples, the first ones, are captions."""

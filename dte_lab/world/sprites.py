@@ -85,6 +85,11 @@ def sprite(name: str, style: str, size: int = 48) -> np.ndarray:
     return np.asarray(image, np.float32) / 255
 
 
+def spread(names: list[str], count: int) -> list[str]:
+    """`count` of the names, evenly over their order, which is by kind."""
+    return [names[i * len(names) // count] for i in range(count)]
+
+
 SAMPLE_CONCEPTS = ("strawberry", "peacock", "tractor", "cupcake")  # val: not trained on
 THINGS = (  # shown where no model has seen them; the page begins with the first
     "bus", "strawberry", "monkey", "peacock", "snowman", "octopus", "volcano", "cupcake", "tractor",

@@ -13,16 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor, nn
 
 from dte_lab.common.checkpoint import save_folder
-from dte_lab.common.images import save_png
 from dte_lab.common.stats import psnr
 from dte_lab.patch_autoencoder import PatchAutoencoder
-from dte_lab.world.data import pixel_grid, random_batch
+from dte_lab.world.data import random_batch, save_pairs
 from dte_lab.world.drawings import Drawings, drawings_to_train_on
-from dte_lab.world.latents import border_ratio, pictures_of
+from dte_lab.world.latents import border_ratio, pictures_of, scaled_latents
 from dte_lab.world.options import PartOptions
 from dte_lab.world.pairs import VARIANTS
 from dte_lab.world.scenes import SCENES
@@ -88,10 +86,9 @@ class AutoencoderTraining:
         yield reconstruction_loss(pictures_of(model, z + white_noise(z)), x), {}
 
     def sample(self, model: PatchAutoencoder, step: int) -> dict[str, float]:
-        z = model.encode(self.x_val).latent_dist.mode() * model.config.scaling_factor
+        z = scaled_latents(model, self.x_val)
         y = pictures_of(model, z)
-        grid = pixel_grid(torch.stack([self.x_val[:24], y[:24]], 1).flatten(0, 1), 12)
-        save_png(Image.fromarray(grid), self.out / "samples.png")
+        save_pairs(self.out / "samples.png", self.x_val[:24], y[:24])
         return {
             "val_psnr": psnr(y, self.x_val),
             "latent_std": z.std().item(),

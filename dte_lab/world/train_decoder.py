@@ -17,25 +17,19 @@ import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
 
 from dte_lab.common.checkpoint import save_folder
-from dte_lab.common.images import save_png
 from dte_lab.common.stats import psnr
-from dte_lab.common.weights import load_weights
 from dte_lab.patch_autoencoder import PatchAutoencoder
-from dte_lab.world.data import pixel_grid, random_batch
-from dte_lab.world.drawings import Drawings, drawings_to_train_on
+from dte_lab.world.data import random_batch, save_pairs
 from dte_lab.world.latents import CELL, border_ratio, load_autoencoder, pictures_of, scaled_latents
 from dte_lab.world.options import PartOptions
 from dte_lab.world.painter import TextPainter
 from dte_lab.world.spoken import Mixture, Spoken, SpokenBatches
 from dte_lab.world.train_autoencoder import random_pictures, reconstruction_loss, white_noise
-from dte_lab.world.train_unet import NoiseLevels
+from dte_lab.world.train_unet import NoiseLevels, load_unet
 from dte_lab.world.training import TrainConfig, train
-from dte_lab.world.word_space import PICTURE_WORDS, PictureWords
 
 TOLD = Mixture(captions=0.2, wide_names=0.3)  # words of pictures draw as unseen things do
 REDRAWN = 0.5  # of a batch; the others are pictures with a little white noise on their latents
@@ -69,16 +63,16 @@ class Redrawing:
         start = (LEAST_NOISE + (len(alphas) - LEAST_NOISE) * share).long()
         t, x = start, self.levels.noised(batch.latents, start)[0]
         for left in reversed(range(ROUNDS)):
-            a, b = self.parts(alphas, t)
+            a, b = self.amounts(alphas, t)
             v = self.unet(x, t, states).sample
             clean, noise = a * x - b * v, b * x + a * v
             t = start * left // ROUNDS
-            a, b = self.parts(alphas, t)
+            a, b = self.amounts(alphas, t)
             x = a * clean + b * noise
         return clean
 
     @staticmethod
-    def parts(
+    def amounts(
         alphas: Float[Tensor, " levels"], t: Tensor
     ) -> tuple[Float[Tensor, "batch 1 1 1"], Float[Tensor, "batch 1 1 1"]]:
         """What of a picture, and what of noise, is in x at t."""
@@ -105,7 +99,6 @@ class DecoderTraining:
     held: latents and pictures of a `Redrawing` of things never seen. x_val: in [-1, 1].
     """
 
-    drawings: Drawings
     redrawing: Redrawing
     held: tuple[Float[Tensor, "pictures channels 4 4"], Float[Tensor, "pictures 3 64 64"]]
     x_val: Float[Tensor, "pictures 3 64 64"]
@@ -115,7 +108,8 @@ class DecoderTraining:
     @contextmanager
     def loss(self, model: PatchAutoencoder) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         z, x = self.redrawing(redrawn := max(1, round(REDRAWN * self.batch_size)))
-        plain = random_pictures(self.drawings, self.batch_size - redrawn)
+        drawings = self.redrawing.batches.pairs.drawings
+        plain = random_pictures(drawings, self.batch_size - redrawn)
         clean = scaled_latents(model, plain)
         y = pictures_of(model, torch.cat([z, clean + white_noise(clean)]))
         x = torch.cat([x, plain])
@@ -125,8 +119,7 @@ class DecoderTraining:
     def sample(self, model: PatchAutoencoder, step: int) -> dict[str, float]:
         latents, pictures = self.held
         y = pictures_of(model, latents)
-        grid = pixel_grid(torch.stack([pictures[:24], y[:24]], 1).flatten(0, 1).cpu(), 12)
-        save_png(Image.fromarray(grid), self.out / "samples.png")
+        save_pairs(self.out / "samples.png", pictures[:24], y[:24])
         plain = pictures_of(model, scaled_latents(model, self.x_val))
         return {
             "val_psnr": psnr(plain, self.x_val),
@@ -155,18 +148,13 @@ def main(
     """
     options = PartOptions(steps, minutes, seed, batch_size, count, device, mixed_precision)
     device, out, parts = options.device, Path(out), Path(parts)
-    vae, painter = load_autoencoder(parts, device), TextPainter.load(parts).to(device)
-    load = UNet2DConditionModel.from_pretrained
-    unet = load_weights(load, parts / "unet", torch_dtype=torch.float32).to(device)
-    tokenizer = CLIPTokenizer.from_pretrained(parts / "tokenizer")
-    drawings = drawings_to_train_on(wide, count, device)
-    words = PictureWords.load(parts / PICTURE_WORDS).to(device)
-    batches = SpokenBatches(tokenizer, drawings, vae, words, TOLD, seed)
-    redrawing = Redrawing(batches, NoiseLevels(device), unet.requires_grad_(False), painter)
+    painter = TextPainter.load(parts).to(device)
+    batches = SpokenBatches.of(parts, wide, TOLD, count, seed, device)
+    redrawing = Redrawing(batches, NoiseLevels(device), load_unet(parts).to(device), painter)
     unseen = batches.unseen(wide)
     held = redrawing.redrawn(unseen), unseen.pictures
     x_val, _, _ = random_batch(np.random.default_rng(10_000), 240, "val")
-    training = DecoderTraining(drawings, redrawing, held, x_val.to(device), batch_size, out)
+    training = DecoderTraining(redrawing, held, x_val.to(device), batch_size, out)
     model = load_autoencoder(parts, device)
     model.decoder.requires_grad_(True)
     model.linear_decode.requires_grad_(True)

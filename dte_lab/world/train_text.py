@@ -17,17 +17,15 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
-from PIL import Image
 from torch import Tensor
 from transformers import CLIPTokenizer
 
 from dte_lab.common.checkpoint import CHECKPOINT
 from dte_lab.common.files import write_atomically
-from dte_lab.common.images import save_png
 from dte_lab.world.batches import PLACEHOLDER, wide_words
 from dte_lab.world.captions import caption
 from dte_lab.world.clip import build_text_tower, build_tokenizer
-from dte_lab.world.data import pixel_grid
+from dte_lab.world.data import save_pairs
 from dte_lab.world.drawings import WHITE, Drawings, drawings_to_train_on
 from dte_lab.world.latents import load_autoencoder, pictures_of, scaled_latents
 from dte_lab.world.options import PartOptions
@@ -124,9 +122,8 @@ class TextTraining:
         error, half = self.errors(painter, self.test), len(self.test.ids) // 2
         shown = Spoken(*(torch.cat([x[:half][:24], x[half:][:24]]) for x in self.test))
         painted = painter.paint(painter.states(shown.ids, shown.is_slot, shown.v))
-        both = torch.stack([shown.latents, painted], 1).flatten(0, 1)
-        grid = pixel_grid(pictures_of(self.batches.vae, both), 12)
-        save_png(Image.fromarray(grid), self.out / "samples.png")
+        pairs = (pictures_of(self.batches.vae, z) for z in (shown.latents, painted))
+        save_pairs(self.out / "samples.png", *pairs)
         halves = {"captions": error[:half], "unseen": error[half:]}
         return {f"test_{name}": values.mean().item() for name, values in halves.items()}
 

@@ -17,26 +17,21 @@ from pathlib import Path
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 from jaxtyping import Float, Int
-from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
 
 from dte_lab.backbone import stock_pipeline
 from dte_lab.common.checkpoint import CHECKPOINT, save_folder
 from dte_lab.common.files import write_atomically
-from dte_lab.common.images import save_png
 from dte_lab.common.weights import load_weights
 from dte_lab.world.align import align, cell_blocks
 from dte_lab.world.clip import WIDTH, tokenize
-from dte_lab.world.data import pixel_grid
-from dte_lab.world.drawings import drawings_to_train_on
-from dte_lab.world.latents import load_autoencoder, pictures_of
+from dte_lab.world.data import save_pairs
+from dte_lab.world.latents import pictures_of
 from dte_lab.world.options import PartOptions
 from dte_lab.world.painter import TextPainter
 from dte_lab.world.sampling import draw_states
 from dte_lab.world.spoken import Mixture, Spoken, SpokenBatches
 from dte_lab.world.training import WORD_TABLE, TrainConfig, train
-from dte_lab.world.word_space import PICTURE_WORDS, PictureWords
 
 DRAWN = Mixture(captions=0.5, wide_names=0.3)
 NOISES = 2  # levels of noise on each picture: its text is read once
@@ -76,6 +71,12 @@ def build_unet() -> UNet2DConditionModel:
         cross_attention_dim=WIDTH,
         attention_head_dim=4,  # diffusers' name for the number of heads
     )
+
+
+def load_unet(parts: Path) -> UNet2DConditionModel:
+    """Of a folder of parts, in single precision. Raises DTEError without one."""
+    load = UNet2DConditionModel.from_pretrained
+    return load_weights(load, parts / "unet", torch_dtype=torch.float32)
 
 
 class TextToImage(nn.Module):
@@ -174,8 +175,8 @@ class DenoiserSamples:
         some = [*range(SHOWN), *range(self.half, self.half + SHOWN)]
         pipe = stock_pipeline(vae, text, tokenizer, unet, build_scheduler())
         drawn = draw_states(pipe, states[some], nothing, seed=0)
-        both = torch.stack([pictures_of(vae, test.latents[some]).cpu(), drawn], 1).flatten(0, 1)
-        save_png(Image.fromarray(pixel_grid(both, 12)), self.out / f"samples-{step:06d}.png")
+        true = pictures_of(vae, test.latents[some]).cpu()
+        save_pairs(self.out / f"samples-{step:06d}.png", true, drawn)
         if step < self.steps:
             save_folder(unet, self.out / f"unet-{step:06d}")
             save_folder(text, self.out / f"text_encoder-{step:06d}")
@@ -243,21 +244,15 @@ def main(
     options = PartOptions(steps, minutes, seed, batch_size, count, device, mixed_precision)
     device = options.device
     out, parts = Path(out), Path(parts)
-    vae, painter = load_autoencoder(parts, device), TextPainter.load(parts)
-    tokenizer = CLIPTokenizer.from_pretrained(parts / "tokenizer")
-    drawings = drawings_to_train_on(wide, count, device)
-    words = PictureWords.load(parts / PICTURE_WORDS).to(device)
-    batches = SpokenBatches(tokenizer, drawings, vae, words, DRAWN, seed)
+    painter = TextPainter.load(parts)
+    batches = SpokenBatches.of(parts, wide, DRAWN, count, seed, device)
     torch.manual_seed(seed)
     trained, levels = (parts / "unet").is_dir(), NoiseLevels(device)
-    unet = build_unet()
-    if trained:
-        load = UNet2DConditionModel.from_pretrained
-        unet = load_weights(load, parts / "unet", torch_dtype=torch.float32)
+    unet = load_unet(parts) if trained else build_unet()
     model = TextToImage(unet, painter).to(device)
     if not (out / CHECKPOINT).exists() and not has_read(parts / "unet", painter.text):
         start_reading(model, batches(ALIGNED_ON), levels, trained)
-    empty = tokenize(tokenizer, [""]).to(device)
+    empty = tokenize(batches.tokenizer, [""]).to(device)
     training = DenoiserTraining(batches, levels, empty, batch_size)
     samples = DenoiserSamples(batches, levels, batches.unseen(wide), out, steps)
     config = TrainConfig(

@@ -75,6 +75,13 @@ class PictureWords:
         return PictureWords(self.mean.to(device), self.basis.to(device))
 
 
+def unexplained_share(
+    found: Float[Tensor, "batch dim"], words: Float[Tensor, "batch dim"]
+) -> Float[Tensor, ""]:
+    """Of the variance of words, what others in their place leave unexplained."""
+    return (found - words).square().mean() / (words - words.mean(dim=0)).square().mean()
+
+
 @torch.no_grad()
 def start_words(
     text: CLIPTextModelWithProjection,
