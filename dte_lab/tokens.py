@@ -61,8 +61,8 @@ class TokenTable:
         weight = backbone.text_encoder.get_input_embeddings().weight
         self.embeddings = weight.detach()[self.ids.to(weight.device)].float()
         self.ids = self.ids.to(weight.device)
-        self.unit = F.normalize(self.embeddings, dim=-1)  # (n, d)
-        self.mean_norm = self.embeddings.norm(dim=-1).mean().item()
+        self.norms = self.embeddings.norm(dim=-1)  # (n,)
+        self.mean_norm = self.norms.mean().item()
         self.typical_entry = self.embeddings.square().mean().sqrt().item()
         self._neighbour_cosines: dict[int, float] = {}  # by k
 
@@ -84,10 +84,15 @@ class TokenTable:
     def neighbour_cosine(self, k: int) -> float:
         """Mean cosine of a word to its k nearest other words, over up to 1,000 words."""
         if k not in self._neighbour_cosines:  # not functools.cache, which keeps the table alive
-            some = self.unit[:: -(-len(self) // 1000)]
-            best = (some @ self.unit.T).topk(min(k + 1, len(self)), dim=-1).values  # (m, k + 1)
+            some = self.embeddings[:: -(-len(self) // 1000)]
+            best = self.cosines(some).topk(min(k + 1, len(self)), dim=-1).values  # (m, k + 1)
             self._neighbour_cosines[k] = best[:, 1:].mean().item()  # the first is the word itself
         return self._neighbour_cosines[k]
+
+    def cosines(self, v: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch words"]:
+        """Cosine of each embedding to each word; no gradient."""
+        table, norms = self.embeddings.to(v.device), self.norms.to(v.device)
+        return F.normalize(v.detach().float(), dim=-1) @ table.T / norms
 
     def nearest_rows(
         self, v: Float[Tensor, "batch dim"], k: int = 1
@@ -96,8 +101,7 @@ class TokenTable:
 
         With fewer than k words in the table, all of them.
         """
-        cosine = F.normalize(v.detach().float(), dim=-1) @ self.unit.to(v.device).T  # (B, n)
-        return cosine.topk(min(k, len(self)), dim=-1)
+        return self.cosines(v).topk(min(k, len(self)), dim=-1)
 
     def nearest(
         self, v: Float[Tensor, "batch dim"], k: int = 5

@@ -214,7 +214,8 @@ def test_gates_open_at_their_own_position_alone_and_add_what_is_missing(batches)
 
 def test_the_start_paints_better_than_a_random_tower_with_a_fitted_reader(batches, started):
     painter, errors, examples = started
-    assert errors == sorted(errors, reverse=True) and len(errors) == 5
+    # What the last layer norm does is in no layer's fit: one may overshoot a little.
+    assert len(errors) == 5 and errors[-1] < errors[1] / 3 < errors[0] / 30, errors
     training = train_text.TextTraining(batches, None, 0, None)
     assert examples.is_slot.any(1).sum() == len(batches.pairs.drawings)  # and captions
     y = cells(examples.latents).flatten(0, 1)

@@ -23,6 +23,7 @@ from dte_lab.onnx_parts.graphs import (
     OPSET,
     WEIGHT_FILE,
     WeightStore,
+    gather_words,
     point_to,
     take_weights,
     to_onnx,
@@ -58,8 +59,11 @@ def export_onnx(pipe: DTEPipeline, out_dir: Path | str, tuning: bool = True) -> 
     pipe = plain_copy(pipe)
     parts = onnx_parts(pipe, tuning)
     weights, models, keys = WeightStore(), {}, {}
+    tokens = pipe.backbone.text_encoder.get_input_embeddings().weight.detach().numpy()
+    ids = pipe.prompt_encoder.table.ids.numpy().astype("int32")
     for part in parts:
         models[part.name] = to_onnx(part)
+        gather_words(models[part.name], tokens, ids)
         keys[part.name] = take_weights(models[part.name], weights)
     offsets, data, halves = weights.layout()
     files = {WEIGHT_FILE: data}

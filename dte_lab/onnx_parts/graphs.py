@@ -78,6 +78,20 @@ class WeightStore:
         return offsets, bytes(data), halves
 
 
+def gather_words(model: onnx.ModelProto, tokens: np.ndarray, ids: np.ndarray) -> None:
+    """Have a graph read the words' embeddings out of the text tower's table: `tokens[ids]`."""
+    embeddings, graph = tokens[ids], model.graph
+    for tensor in list(graph.initializer):
+        array = numpy_helper.to_array(tensor)
+        if array.shape == embeddings.shape and (array == embeddings).all():
+            taken = (f"{tensor.name}.tokens", f"{tensor.name}.ids")
+            node = helper.make_node("Gather", taken, [tensor.name])
+            graph.node.insert(0, node)
+            graph.initializer.remove(tensor)
+            arrays = zip((tokens, ids), taken, strict=True)
+            graph.initializer.extend(numpy_helper.from_array(*pair) for pair in arrays)
+
+
 def take_weights(model: onnx.ModelProto, weights: WeightStore) -> dict[str, str]:
     """Move a graph's weights to `weights`: {initializer: key}; casts take their place."""
     graph, keys, casts = model.graph, {}, []

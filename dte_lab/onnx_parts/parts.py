@@ -103,7 +103,7 @@ def words_part(pipe: DTEPipeline) -> Part:
     encode = pipe.prompt_encoder
 
     def nearest(v_star: Float[Tensor, "1 dim"]) -> tuple[Tensor, Tensor]:
-        similarity = torch.nn.functional.normalize(v_star, dim=-1) @ encode.table.unit.T
+        similarity = encode.table.cosines(v_star)
         return similarity[0], encode.table.embeddings[similarity.argmax(dim=-1)]
 
     return Part("words", nearest, {"v_star": example_v_star(pipe)}, ("similarity", "v_hard"))

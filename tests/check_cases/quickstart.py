@@ -11,7 +11,7 @@ from dte_lab.dual_path import DualPathProcessor
 def package_nearest_words(v, embeddings, words, k):
     table = object.__new__(TokenTable)  # without a backbone
     table.words, table.embeddings = words, embeddings
-    table.ids, table.unit = torch.arange(len(words)), F.normalize(embeddings, dim=-1)
+    table.ids, table.norms = torch.arange(len(words)), embeddings.norm(dim=-1)
     return table.nearest(v[None], k)[1][0]
 
 
