@@ -36,7 +36,8 @@ from transformers import (
 from dte_lab.backbone_parts import WEIGHTS, backbone_folder, check_parts, load_parts
 from dte_lab.common.device import checked_device
 from dte_lab.common.errors import DTEError
-from dte_lab.common.settings import check_one_of, check_text
+from dte_lab.common.files import check_path
+from dte_lab.common.settings import check_one_of
 from dte_lab.patch_autoencoder import PatchAutoencoder
 from dte_lab.recommended import SMALL_WORLD, STABLE_DIFFUSION, Recommended
 from dte_lab.sd15 import random_parts
@@ -242,7 +243,7 @@ def load_backbone(
     (Stable Diffusion 2 without its image encoder, XL); OSError when something must come from the
     hub and cannot.
     """
-    check_text("the backbone's name", str(name))  # concepts tell it
+    check_path("the backbone", name)  # concepts tell it
     device = checked_device(device)
     if dtype is None:
         dtype = "fp16" if device.startswith("cuda") and name != "small" else "fp32"

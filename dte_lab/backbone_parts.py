@@ -17,7 +17,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from dte_lab.common.errors import DTEError
+from dte_lab.common.errors import DTEError, reason_of
 from dte_lab.common.files import COPY_AGAIN, read_settings, told_of
 from dte_lab.common.settings import check_number, check_one_of, check_whole
 from dte_lab.common.weights import DAMAGE, load_weights, read_config
@@ -120,8 +120,7 @@ def _small_part(kind: type, folder: Path) -> Any:
     try:
         return kind.from_pretrained(folder)
     except DAMAGE as error:
-        reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
-        raise DTEError(f"{folder} cannot be loaded ({reason}): {COPY_AGAIN}.") from error
+        raise DTEError(f"{folder} cannot be loaded ({reason_of(error)}): {COPY_AGAIN}.") from error
 
 
 def _scheduler(folder: Path) -> DPMSolverMultistepScheduler:

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from dte_lab.backbone import Backbone
 from dte_lab.common.errors import DTEError
-from dte_lab.common.files import write_atomically
+from dte_lab.common.files import check_path, write_atomically
 from dte_lab.common.origin import digest, origin_text
-from dte_lab.common.settings import check_text
 from dte_lab.config import MethodConfig
 from dte_lab.lora import Offsets, check_offsets, projection_shapes
 from dte_lab.recommended import Recommended
@@ -95,7 +94,7 @@ class Concept:
 
         Raises FileNotFoundError when there is none and DTEError when it is damaged.
         """
-        check_text("the concept's path", str(path))
+        check_path("the concept file", path)
         if not Path(path).is_file():
             raise FileNotFoundError(f"There is no concept file at {path}.")
         try:

@@ -29,7 +29,7 @@ from dte_lab.clip_words import (
     words_of_folder,
 )
 from dte_lab.common.errors import DTEError
-from dte_lab.common.files import told_of
+from dte_lab.common.files import check_path, told_of
 from dte_lab.common.random import stream
 from dte_lab.common.weights import load_weights, read_config
 from dte_lab.config import EncoderConfig, MethodConfig, settings_of
@@ -277,6 +277,7 @@ def load_encoder(
     Raises DTEError as `TuningEncoder.from_pretrained` does.
     """
     path = encoder_folder(name_or_path)
+    check_path("the encoder", path / "config.json")
     if not (path / "config.json").exists():
         names = ", ".join(["small", *(f"small/{name}" for name in ABLATIONS)])
         raise DTEError(f"No encoder at {path}: give a folder that holds one, or one of {names}.")

@@ -27,7 +27,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from dte_lab.common.errors import DTEError
+from dte_lab.common.errors import DTEError, reason_of
 from dte_lab.common.settings import check_whole
 
 # SD 1.5's text tower is the one of openai/clip-vit-large-patch14, which has the projection and the
@@ -196,7 +196,7 @@ def _disk_full(error: BaseException) -> bool:
 
 def _innermost(error: BaseException) -> str:
     *_, last = _chain(error)
-    return " ".join(str(last).split()).rstrip(".")[:200] or type(last).__name__
+    return reason_of(last)
 
 
 def random_parts(

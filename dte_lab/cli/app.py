@@ -42,7 +42,7 @@ from dte_lab.cli.common import (
 from dte_lab.cli.drawings import DrawingOptions, contact_sheet, picture_origins, save_pictures
 from dte_lab.cli.explore import explore
 from dte_lab.cli.pretrain import pretrain
-from dte_lab.common.errors import DTEError, is_out_of_memory
+from dte_lab.common.errors import DTEError, is_out_of_memory, one_line
 from dte_lab.common.files import keep_inputs, prepare_folder
 from dte_lab.common.images import Picture, read_pictures, square
 from dte_lab.common.origin import check_free, origin_text, pictures_digest
@@ -291,5 +291,5 @@ def fail(message: object, code: int = 2) -> int:
     """Say what was wrong in one line on stderr, below any bar; returns the exit status."""
     close_bars()
     if str(message):  # empty after a help text
-        typer.echo(f"error: {' '.join(str(message).split())}", err=True)
+        typer.echo(one_line(f"error: {message}"), err=True)
     return code

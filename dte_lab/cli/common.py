@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dte_lab.common.errors import one_line
 from dte_lab.common.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def load_pipeline(
     tuning_batch: noise levels per step, where it is to be tuned; 0 for the recommended number.
     Raises DTEError, before anything is loaded, when the GPU is too small for Stable Diffusion 1.5.
     """
-    typer.echo(f"loading the backbone {backbone} ...", err=True)
+    typer.echo(one_line(f"loading the backbone {backbone} ..."), err=True)
     quiet_libraries()
     from dte_lab import DTEPipeline
     from dte_lab.backbone import checked_dtype

@@ -16,6 +16,7 @@ from dte_lab.cli.common import (
     number,
     whole,
 )
+from dte_lab.common.errors import one_line
 from dte_lab.common.quiet import quiet_libraries
 
 
@@ -93,6 +94,7 @@ def doctor(
     failures = 0
     for finding in examine(backbone, encoder, device, out):
         failures += not finding.good
-        typer.echo(f"{'ok  ' if finding.good else 'FAIL'} {finding.topic:<17}{finding.text}")
+        verdict = "ok  " if finding.good else "FAIL"
+        typer.echo(f"{verdict} {finding.topic:<17}{one_line(finding.text)}")
     if failures:
         sys.exit(1)

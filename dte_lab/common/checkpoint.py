@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dte_lab.common.errors import DTEError
+from dte_lab.common.errors import DTEError, reason_of
 from dte_lab.common.files import naming, temporary_beside, write_atomically
 from dte_lab.common.resume import as_json, check_settings, cut_back
 from dte_lab.common.weights import is_finite
@@ -95,9 +95,8 @@ def _damage(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError, LookupError, ValueError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DTEError(
-            f"{path} is damaged ({reason}): remove it to begin the run again."
+            f"{path} is damaged ({reason_of(error)}): remove it to begin the run again."
         ) from error
 
 

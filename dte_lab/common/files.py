@@ -15,11 +15,25 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dte_lab.common.errors import DTEError
+from dte_lab.common.errors import DTEError, reason_of
 from dte_lab.common.settings import check_text
 
 COPY_AGAIN = "it is damaged or of another model, so copy it again"
 LONGEST = 200  # letters of a name that a temporary name takes over; most systems allow 255 bytes
+
+
+def check_path(what: str, path: Path | str) -> None:
+    """Raise DTEError where the system cannot say whether anything is at `path`.
+
+    That is: a name that is too long or no UTF-8, a folder without rights, links in a circle.
+    """
+    check_text(what, str(path))
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        raise DTEError(f"{what} {path} cannot be reached ({reason_of(error)}).") from error
 
 
 def write_atomically(path: Path | str, data: bytes) -> None:
@@ -50,8 +64,7 @@ def read_settings(path: Path, remedy: str = COPY_AGAIN) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise DTEError(f"{path} cannot be read ({reason}): {remedy}.") from error
+        raise DTEError(f"{path} cannot be read ({reason_of(error)}): {remedy}.") from error
     if not isinstance(document, dict):
         raise DTEError(f"{path} holds no settings: {remedy}.")
     return document
@@ -123,7 +136,7 @@ def prepare_folder(out: Path | str) -> None:
     Raises DTEError when it cannot be made or written.
     """
     out = Path(out)
-    check_text("the output folder", str(out))  # safetensors opens no file in another
+    check_path("the output folder", out)  # safetensors opens no file in one that is no UTF-8
     if out.exists() and not out.is_dir():
         raise DTEError(f"{out} is a file: results need a folder.")
     try:
@@ -131,8 +144,9 @@ def prepare_folder(out: Path | str) -> None:
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
-        reason = error.strerror or error
-        raise DTEError(f"the output folder {out} cannot be written ({reason}).") from error
+        raise DTEError(
+            f"the output folder {out} cannot be written ({reason_of(error)})."
+        ) from error
 
 
 def keep_inputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:

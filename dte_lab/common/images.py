@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
+from dte_lab.common.errors import reason_of
 from dte_lab.common.files import write_atomically
 from dte_lab.common.settings import check_one_of
 from dte_lab.common.sources import ImageError, Named, PictureSource, each_picture, opened
@@ -244,8 +245,7 @@ def _damage_reported(name: str) -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} is too large: {LIMIT}.") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        detail = " ".join(str(error).split()) or type(error).__name__
-        raise ImageError(f"{name} is damaged and cannot be decoded ({detail}).") from error
+        raise ImageError(f"{name} is damaged ({reason_of(error)}): save it anew.") from error
 
 
 def _check_size(image: Image.Image, name: str) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 
+from dte_lab.common.errors import one_line
+
 LOUD_LIBRARIES = ("diffusers", "transformers", "torch", "huggingface_hub", "accelerate")
 
 
@@ -52,7 +54,7 @@ def warnings_in_one_line() -> Iterator[None]:
 
 
 def _say(message: Warning | str, *where: object) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    print(one_line(f"warning: {message}"), file=sys.stderr)
 
 
 def close_bars() -> None:

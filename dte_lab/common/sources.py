@@ -8,7 +8,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
-from dte_lab.common.errors import DTEError
+from dte_lab.common.errors import DTEError, reason_of
 
 # Any: a numpy array or a torch tensor, of (H, W) or with 1, 3 or 4 channels first or last, uint8
 # or floats from 0 to 1; ipywidgets' FileUpload or its value; what Colab's files.upload() gives.
@@ -109,7 +109,7 @@ def _open_file(path: Path) -> BinaryIO:
         with path.open("rb") as file:
             return _bounded(file, str(path))
     except OSError as error:
-        raise ImageError(f"{path} cannot be read ({error.strerror or error}).") from error
+        raise ImageError(f"{path} cannot be read ({reason_of(error)}).") from error
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:

@@ -19,9 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from dte_lab.common.errors import DTEError
-from dte_lab.common.files import COPY_AGAIN, read_settings
-from dte_lab.common.settings import check_text
+from dte_lab.common.errors import DTEError, reason_of
+from dte_lab.common.files import COPY_AGAIN, check_path, read_settings
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -66,7 +65,7 @@ def load_weights(
     not finite, when there is none but a pickle, and when the folder cannot be read at all.
     """
     folder = Path(folder)
-    check_text("the folder of weights", str(folder))
+    check_path("the folder of weights", folder)
     config = read_config(folder)
     names = [path.name for path in folder.glob("*.safetensors")]
     if names and all(".fp16." in name for name in names):  # a copy of the halved files alone
@@ -87,8 +86,7 @@ def load_weights(
     except DTEError:
         raise
     except DAMAGE as error:
-        reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
-        raise DTEError(f"{folder} cannot be loaded ({reason}): {COPY_AGAIN}.") from error
+        raise DTEError(f"{folder} cannot be loaded ({reason_of(error)}): {COPY_AGAIN}.") from error
     wrong = [(str(key[0]), "has another shape") for key in info["mismatched_keys"]]
     wrong += [(key, "is missing") for key in sorted({*info["missing_keys"]} - {*absent})]
     if not strangers:
@@ -118,8 +116,7 @@ def read_tensors(
     try:
         tensors = load_file(path)
     except DAMAGE as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        raise DTEError(f"{path} cannot be read ({reason}): {remedy}.") from error
+        raise DTEError(f"{path} cannot be read ({reason_of(error)}): {remedy}.") from error
     faults = [(name, "is missing") for name in shapes if name not in tensors]
     faults += [(name, "is unknown") for name in tensors if name not in shapes]
     sizes = {}
@@ -169,7 +166,9 @@ def stored_tensors(folder: Path, halved: bool) -> dict[str, Stored]:
                     part = file.get_slice(name)
                     found[name] = Stored(path, part.get_dtype(), part.get_shape())
         except DAMAGE as error:
-            raise DTEError(f"{path} cannot be loaded ({error}): {COPY_AGAIN}.") from error
+            raise DTEError(
+                f"{path} cannot be loaded ({reason_of(error)}): {COPY_AGAIN}."
+            ) from error
     return found
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from torch import nn
 
 from dte_lab import __version__
-from dte_lab.common.errors import DTEError
+from dte_lab.common.errors import DTEError, reason_of
 from dte_lab.common.files import read_settings, write_atomically
 
 AGAIN = "bring back the folder as it was, or give dte evaluate another"
@@ -101,8 +101,7 @@ def read_csv(path: Path) -> list[Row]:
                     raise ValueError("it has not as many values as there are columns")
                 rows.append(Row(**{k: _read(k, line[k]) for k in COLUMNS if k in line}))
     except (OSError, ValueError, TypeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DTEError(f"{path} is damaged in {place} ({reason}): {AGAIN}.") from error
+        raise DTEError(f"{path} is damaged in {place} ({reason_of(error)}): {AGAIN}.") from error
     return rows
 
 

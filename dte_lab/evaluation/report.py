@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dte_lab.common.errors import DTEError
+from dte_lab.common.files import check_path
 from dte_lab.common.stats import bracketed, interval
 from dte_lab.evaluation.measures import LOSSES, PICTURE_MEASURES, TIMES, WORD_MEASURES
 from dte_lab.evaluation.records import AGAIN, Row, read_run
@@ -95,6 +96,7 @@ def finished(run: Path) -> tuple[list[dict], list[Row]]:
 
     Raises DTEError for a run that is not there, not finished or damaged.
     """
+    check_path("the run", run / "run.json")
     if not (run / "run.json").exists():
         raise DTEError(f"{run} holds no run.json: give the --out of dte evaluate.")
     document, rows = read_run(run)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dte_lab import __version__
-from dte_lab.common.errors import DTEError
+from dte_lab.common.errors import DTEError, reason_of
+from dte_lab.common.files import check_path
 from dte_lab.common.quiet import quiet_libraries
 
 OPTIONAL = {  # what each is for
@@ -92,8 +93,7 @@ def _device(device: str | None) -> Iterator[Finding]:
     try:
         torch.ones(1024, 1024, device=chosen).sum().item()  # a driver may fail at first use
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        yield Finding("device", f"{chosen} ({why}) cannot be used: {reason}", False)
+        yield Finding("device", f"{chosen} ({why}) cannot be used: {reason_of(error)}", False)
         return
     yield Finding("device", f"{chosen} ({why}), {os.cpu_count()} CPU cores")
     if chosen.startswith("cuda"):
@@ -118,6 +118,7 @@ def _backbone(name: str, device: str | None) -> Finding:
     if name != "sd15":
         root = loader.backbone_folder(name)
         try:
+            check_path("the backbone", root)
             loader.check_folders(root)
         except DTEError as error:
             return Finding("backbone", str(error), False)
@@ -143,7 +144,7 @@ def _backbone(name: str, device: str | None) -> Finding:
         for repository, files in missing.items():
             sd15.check_space(repository, files)
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason_of(error)
         return Finding(
             "backbone", f"{name} needs {' and '.join(missing)} from the hub: {reason}", False
         )
@@ -180,6 +181,10 @@ def _encoder(backbone: str, encoder: Path | str | None) -> Finding:
     from dte_lab.encoder import encoder_folder
 
     folder = encoder_folder(encoder or backbone_folder(backbone) / "encoder")
+    try:
+        check_path("the encoder", folder / "config.json")
+    except DTEError as error:
+        return Finding("encoder", str(error), False)
     if (folder / "config.json").is_file():
         return Finding("encoder", str(folder))
     if encoder or backbone == "small":
@@ -192,6 +197,6 @@ def _folder(out: Path) -> Finding:
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
-        return Finding("disk", f"{out} cannot be written ({error.strerror})", False)
+        return Finding("disk", f"{out} cannot be written ({reason_of(error)})", False)
     free = shutil.disk_usage(out).free / 1e9
     return Finding("disk", f"{free:.1f} GB free at {out.resolve()}", free > 0.1)

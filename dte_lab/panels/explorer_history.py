@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
 
-from dte_lab.common.errors import DTEError
+from dte_lab.common.errors import DTEError, reason_of
 from dte_lab.common.files import write_atomically
 from dte_lab.common.settings import check_number, check_text
 from dte_lab.common.sources import each_picture
@@ -146,7 +146,7 @@ def load_history(source: object) -> list[Run]:
     try:
         data = bytes(given) if not isinstance(given, str | Path) else Path(given).read_bytes()
     except OSError as error:
-        raise DTEError(f"{name} cannot be read ({error.strerror or error}).") from error
+        raise DTEError(f"{name} cannot be read ({reason_of(error)}).") from error
     if len(data) > MOST_BYTES:
         raise DTEError(f"{name} is no history: it has more than {MOST_BYTES // 10**6} MB.")
     try:

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from dte_lab import placeholder_token
 from dte_lab.common.errors import DTEError
+from dte_lab.common.files import check_path
 from dte_lab.common.images import read_image, to_square_tensor
 from dte_lab.common.random import stream
 from dte_lab.common.settings import check_whole
@@ -220,6 +221,7 @@ def load_pictures(source: str | Path, resolution: int, crops: int = 0) -> ClassP
     Raises DTEError when a folder has no such pictures, and see `HubExamples`.
     """
     root = Path(source)
+    check_path("the pictures", root)
     if not root.is_dir():
         return ClassPictures(HubExamples(str(source)), resolution, crops, str(source))
     if tables := sorted(root.glob("*.csv")):
