@@ -42,7 +42,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from dte_lab.common.files import write_atomically
 from tools.first_cell import setup_cell
 from tools.marks import between
-from tools.notebook_faults import WIDGET, faults, is_bar
+from tools.notebook_faults import WIDGET, faults, is_bar, prose_faults
 
 ROOT = Path(__file__).parents[1]
 MAX_BYTES = 1_000_000
@@ -258,12 +258,15 @@ def check(root: Path) -> list[str]:
     """Everything that is wrong with the stored notebooks, one sentence each."""
     problems = []
     sources = {path.stem: path for path in _sources(root)}
+    reasoned = _reasoned(root)
     for folder in ("notebooks", "notebooks/exercises"):
         for path in sorted((root / folder).glob("*.ipynb")):
             if path.stem not in sources:
                 problems.append(f"{path.relative_to(root)} has no source in notebooks/src.")
     for name, path in sources.items():
         source = read_source(path)
+        said = prose_faults(source, name, root / "results", reasoned)
+        problems += [f"{path.relative_to(root)} {fault}" for fault in said]
         solved_path = root / "notebooks" / f"{name}.ipynb"
         measured = _measured(_read(solved_path))
         for edition, target in (
@@ -285,6 +288,13 @@ def check(root: Path) -> list[str]:
             "README.md has an old table of notebooks: run python -m tools.notebooks build."
         )
     return problems
+
+
+def _reasoned(root: Path) -> list[str]:
+    """Sentences that compare without results, one a line; lines with # say what the file is."""
+    path = root / "notebooks" / "src" / "reasoned.txt"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def _sources(root: Path, names: Sequence[str] = ()) -> list[Path]:

@@ -3,9 +3,12 @@
 A sentence says of two methods that the first is ahead of the second, behind it, or level with it.
 It holds where the 95 % interval of their difference, paired by concept, lies above 0, below it, or
 includes it. Its numbers are put in when it is written: `python -m tools.results check` prints the
-sentences, and a test looks for them in the README, word by word.
+sentences, and a test looks for them in the README, word by word. What the notebooks' prose claims
+of stored results is here as well: `python -m tools.notebooks --check` asks the results.
 """
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -112,3 +115,82 @@ CONCLUSIONS = [
         "unseen_style", "dte:12", "dte:0", "ahead",
     ),
 ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence of a notebook's prose that compares what is stored; it stands there word by word.
+
+    It has no numbers, so it stays as it is while it is true. notebook: such as "05_tuning".
+    holds: asks the folder of results.
+    """
+
+    notebook: str
+    text: str
+    holds: Callable[[Path], bool]
+
+
+def _document(results: Path, name: str) -> dict:
+    return json.loads((results / name).read_text())
+
+
+def _whole_matrices_cost_most(results: Path) -> bool:
+    variants = _document(results, "encoders.json")["variants"]
+    ranks = [v for v in variants if str(v.get("rank", "")).isdigit() or v["name"] == "base"]
+    (whole,) = (v for v in variants if v.get("rank") == "full")
+    seconds = [v["minutes"] / v["steps"] for v in (whole, *ranks)]
+    numbers = [v["hypernetwork"] for v in (whole, *ranks)]
+    return max(seconds[1:]) < seconds[0] and max(numbers[1:]) < numbers[0]
+
+
+def _two_paths_cost_little_more(results: Path) -> bool:
+    document = _document(results, "dual_path.json")
+    return document["ways"]["dual attention figure"]["over_single"] <= document["goal"]
+
+
+def _concepts_differ_more_than_settings(results: Path) -> bool:
+    """The standard deviation of identity over concepts in one setting, and over settings' means."""
+    by_setting = {}
+    for row in _document(results, "blending.json")["rows"]:
+        if row["alpha_blend"] is not None:
+            key = row["offsets_on"], row["granularity"], row["alpha_blend"]
+            by_setting.setdefault(key, []).append(row["identity"])
+    table = np.array(list(by_setting.values()))  # (settings, concepts)
+    return bool(table.std(1).mean() > table.mean(1).std())
+
+
+def _loss_falls_while_pictures_get_worse(results: Path) -> bool:
+    """From 12 steps to the last number: of each concept, the differences, by interval."""
+    points = [p for p in _document(results, "steps.json")["points"] if p["method"] == "dte"]
+    last = max(point["steps"] for point in points)
+
+    def change(measure: str) -> dict[str, float]:
+        at = {(p["concept"], p["steps"]): p[measure] for p in points}
+        names = sorted({p["concept"] for p in points})
+        return interval(np.array([at[name, last] - at[name, 12] for name in names]))
+
+    return change("loss")["high"] < 0 and change("fidelity")["high"] < 0
+
+
+CLAIMS = [
+    Claim(
+        "03_lora_hypernetwork",
+        "whole matrices cost the most, in numbers and in seconds per step.",
+        _whole_matrices_cost_most,
+    ),
+    Claim(
+        "04_dual_path",
+        "Two prompts and two sets of weights in one model, for little more than one costs.",
+        _two_paths_cost_little_more,
+    ),
+    Claim(
+        "04_dual_path",
+        "Concepts differ more than settings do:",
+        _concepts_differ_more_than_settings,
+    ),
+    Claim(
+        "05_tuning",
+        "show that the loss goes on falling while the pictures get worse;",
+        _loss_falls_while_pictures_get_worse,
+    ),
+]

@@ -289,7 +289,7 @@ checks.nearest_words(nearest_words)
 # ### 4. Twelve steps, one by one
 #
 # Each tuning step adds noise to the input picture, asks the model to take it out again, and moves
-# `v*` and the weight change a little so that it succeeds better. The prompt says what the picture
+# `v*` and the weight change a little, down the loss. The prompt says what the picture
 # shows besides the thing, such as "a picture of S* on a white background"; CLIP names the setting
 # (`picture_prompts` in `dte_lab/setting.py`). What the prompt says, `S*` need not say.
 #

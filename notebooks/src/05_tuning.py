@@ -90,8 +90,8 @@ show(
 # - `heads`: the weights of the two heads that predict them;
 # - `encoder`: the heads and the layers before them.
 #
-# The paper does not say which it uses. The first is the default here: it has by far the fewest
-# numbers, and what it changes belongs to this one concept. We give each twelve steps.
+# The paper does not say which it uses. The first is the default here: what it changes
+# belongs to this one concept. We give each twelve steps, and count the numbers that they move.
 
 # %%
 from dte_lab.evaluation.measures import diffusion_loss
@@ -194,9 +194,9 @@ checks.velocity_target(velocity_target)
 # %% [markdown]
 # ### Some noise is easier to remove
 #
-# The loss depends on the timestep far more than on how well we tune. That is why the numbers of a
-# progress bar jump about. Averaging helps, and how we choose the timesteps of one step helps as
-# much: we cut the range into as many bins as the batch has noise levels and draw one from each
+# The loss depends on the timestep: how does that compare with what tuning changes? It is why the
+# numbers of a progress bar jump about. Averaging helps, and so does how we choose the timesteps of
+# one step: we cut the range into as many bins as the batch has noise levels and draw one from each
 # (`draw_batch` in `dte_lab/tuning.py`). The hairlines below are the bins.
 
 # %%
@@ -453,9 +453,9 @@ show(
 
 # %% [markdown]
 # How to read it. Every method's rate was the best of a few at 12 steps, on other things. What is
-# best for few steps can be too fast for many: then a method goes on gaining identity, and loses the
-# prompt faster than it gains. The curve with a lower rate of the offsets tests whether the rate
-# is the reason, with the same encoder at a lower rate. The E4T-style encoder tunes whole matrices;
+# best for few steps can be too fast for many, and a method may then gain identity and lose the
+# prompt faster. The curve with a lower rate of the offsets tests whether the rate is the reason,
+# with the same encoder at a lower rate. The E4T-style encoder tunes whole matrices;
 # the next cell says who is ahead where, and how much of it the rate explains. LoRA has two curves:
 # with its prior kept, it also learns pictures that the base model draws of the same kind of thing.
 # Ask of this what it is for: does it cost identity at few steps, and does it keep the prompt at
@@ -723,7 +723,7 @@ if measured:
 # weights and without a GPU; `benchmarks/sd15_memory.py` made them, `dte memory` makes others.
 # The choices: how many noise levels a step has (`batch`), the side of the picture, half or full
 # precision of what is frozen, *gradient checkpointing* (activations are computed anew instead of
-# kept: less memory, about a third slower) and *offload* (image encoder and autoencoder wait on the
+# kept: less memory for more time) and *offload* (image encoder and autoencoder wait on the
 # CPU). Which of them is the cheapest way to make it fit?
 
 # %%
@@ -890,8 +890,8 @@ saw(when, "Harmonic mean before any tuning:",
 # - The loss of one step is mostly noise, and even without noise it only says how well the *input
 #   picture* is learned. Look at pictures in other scenes, with a prompt that asks for something.
 # - Stop at the least steps that satisfy, and say for how many concepts you have checked it.
-# - AdamW costs 16 bytes per tuned number. With low-rank offsets that is nothing beside weights and
-#   activations, and so checkpointing, half precision and smaller batches are what make it fit.
+# - AdamW costs 16 bytes per tuned number. Low-rank offsets are few, so it is checkpointing, half
+#   precision and the size of the batch that decide whether it fits.
 # - Compare methods by the clock, and say what the clock leaves out.
 #
 # Everything here is in short files: `dte_lab/tuning.py` has the steps, `dte_lab/objective.py` the

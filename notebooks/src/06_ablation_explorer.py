@@ -160,8 +160,8 @@ saw(*said, "Notebook 05 asks the same of many things, and of 500 steps.")
 # ### 3. Regularisation: is the contrastive term better than others?
 #
 # The paper compares its contrastive term with an L2 term and with the nearest word. What of other
-# ways? The terms act in tuning only, and at their usual weight twelve steps hardly feel them: A
-# has a hundred times the weight. (The middle stop, N and temperature, is in the panel.)
+# ways? The terms act in tuning only, and their usual weight is a hundredth of the diffusion
+# loss's: A has all of it. (The middle stop, N and temperature, is in the panel.)
 
 # %%
 found = [visit(stop) for stop in (regularisation.stops[0], regularisation.stops[2])]
