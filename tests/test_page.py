@@ -368,6 +368,14 @@ def test_the_first_picture_comes_by_itself(page):
     assert len(page.locator("#scenes button").all()) == 12
 
 
+@pytest.mark.parametrize("width", [320, 390, 760, 1100, 1280, 1920])
+def test_nothing_is_wider_than_the_window(page, width):
+    usual = page.viewport_size
+    page.set_viewport_size({"width": width, "height": 900})
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.set_viewport_size(usual)
+
+
 def test_a_drawn_thing_is_predicted_tuned_and_drawn_as_in_python(page, random_pipe):
     """A thing drawn with the mouse, and the same pixels in Python: same seed, same numbers."""
     pipe, layout = random_pipe, Layout.of(random_pipe.encoder)

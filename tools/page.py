@@ -174,8 +174,10 @@ def map_positions(pipe: DTEPipeline) -> list[list[float]]:
     if (n := len(embeddings)) < 60:
         angle = np.arange(n) * 2 * np.pi / n
         positions = np.stack([np.cos(angle), np.sin(angle)], axis=1) / 2 + 0.5
-    else:  # mostly by rank, so that islands far away do not squeeze the rest
+    else:  # mostly by rank, and without the margins, so that no island far away squeezes the rest
         positions = word_positions(embeddings)
+        low, high = np.quantile(positions, (0.05, 0.95), axis=0)
+        positions = ((positions - low) / (high - low)).clip(0, 1)
         ranks = positions.argsort(axis=0).argsort(axis=0) / (n - 1)
         positions = 0.25 * positions + 0.75 * ranks
     return np.round(positions, 4).tolist()
