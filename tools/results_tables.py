@@ -1,8 +1,10 @@
-"""The README's tables of results, from the stored runs."""
+"""The README's tables of results, and what is concluded, from the stored runs."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dte_lab.evaluation.conclusions import CONCLUSIONS
 from dte_lab.evaluation.report import cell_text, finished, name_of
 from tools.marks import between
 
@@ -68,11 +70,18 @@ def row(name: str, line: Mapping, columns: Mapping[str, str]) -> str:
     return f"| {name} | " + " | ".join(cell_text(line.get(c)) for c in columns) + " |"
 
 
-TABLES = {"table of parts": of_parts, "table of methods": of_methods}
+def concluded(results: Path) -> str:
+    """The sentences on each run, a paragraph for each."""
+    runs = dict.fromkeys(conclusion.run for conclusion in CONCLUSIONS)
+    texts = (" ".join(c.sentence(results) for c in CONCLUSIONS if c.run == run) for run in runs)
+    return "\n\n".join(textwrap.fill(text, 100, break_on_hyphens=False) for text in texts)
+
+
+TABLES = {"table of parts": of_parts, "table of methods": of_methods, "conclusions": concluded}
 
 
 def written(text: str, results: Path) -> str:
-    """A text with its tables anew, each between two lines `<!-- NAME: ... -->`."""
+    """A text with its TABLES anew, each between two lines `<!-- NAME: ... -->`."""
     for name, table in TABLES.items():
         marker = f"<!-- {name}: python -m tools.results write -->"
         text = between(text, marker, table(results))

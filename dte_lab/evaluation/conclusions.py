@@ -114,6 +114,40 @@ CONCLUSIONS = [
         "Twelve steps bring {one} from {other} in a style that no training saw: {difference}.",
         "unseen_style", "dte:12", "dte:0", "ahead",
     ),
+    Conclusion(
+        "The tuning-encoder's 12 steps are level with LoRA's 120, {one} against {other}: {difference}.",
+        "long", "dte:12", "lora@lora_learning_rate=0.006:120", "level",
+    ),
+    Conclusion(
+        "They are level with LoRA's 120 with its prior kept ({other}), too: {difference}.",
+        "long", "dte:12", "lora-prior@lora_learning_rate=0.006:120", "level",
+    ),
+    Conclusion(
+        "They are ahead of 500 steps of Textual Inversion ({other}): {difference}.",
+        "long", "dte:12", "ti@batch_size=4:500", "ahead",
+    ),
+    Conclusion(
+        "They are behind 50 steps of the E4T-style encoder ({other}): {difference}.",
+        "long", "dte:12", "e4t@token_learning_rate=0.05:50", "behind",
+    ),
+    Conclusion(
+        "25 steps of the tuning-encoder are level with those 50, {one} against {other}: "
+        "{difference}.",
+        "long", "dte:25", "e4t@token_learning_rate=0.05:50", "level",
+    ),
+    Conclusion(
+        "After 25 steps, 25 more bring nothing ({one}): {difference}.",
+        "long", "dte:50", "dte:25", "level",
+    ),
+    Conclusion(
+        "Cut from rank 16 to rank 4 before tuning, the prediction is as good, {one} against "
+        "{other}: {difference}.",
+        "rank", "dte@rank=4:0", "dte@rank=16:0", "level",
+    ),
+    Conclusion(
+        "What 12 steps make of it is not, {one} against {other}: {difference}.",
+        "rank", "dte@rank=4:12", "dte@rank=16:12", "behind",
+    ),
 ]  # fmt: skip
 
 
