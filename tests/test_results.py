@@ -159,8 +159,11 @@ def test_the_readme_says_what_the_tables_say(conclusion):
     assert sentence in " ".join((results.ROOT / "README.md").read_text().split())
 
 
-def test_the_readme_has_the_tables_of_the_stored_results():
-    text = (results.ROOT / "README.md").read_text()
-    assert results_tables.written(text, results.RESULTS) == text
-    damaged = text.replace("| prediction |", "| prediction | 9", 1)
-    assert results_tables.written(damaged, results.RESULTS) == text
+@pytest.mark.parametrize("page, line", [
+    ("README.md", "| prediction |"), ("dte_lab/weights/small/README.md", "| CLIP, style |"),
+])  # fmt: skip
+def test_pages_have_the_numbers_of_the_stored_results(page, line):
+    text = (results.ROOT / page).read_text()
+    assert results_tables.written(page, text, results.RESULTS) == text
+    damaged = text.replace(line, f"{line} 9", 1)
+    assert damaged != text and results_tables.written(page, damaged, results.RESULTS) == text

@@ -2,7 +2,7 @@
 
     python -m tools.results                                  what is up to date, and minutes
     python -m tools.results make [NAME ...] [--wide CACHE]   the named, or all that are not
-    python -m tools.results write                            the README's tables
+    python -m tools.results write                            them into README and model card
     python -m tools.results check                            conclusions, against the numbers
 
 A result is up to date as long as the weights that it was made with, and its command, are what they
@@ -199,8 +199,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("DOES NOT HOLD" if conclusion in wrong else "holds", conclusion.sentence(RESULTS))
         return len(wrong)
     if given.command == "write":
-        readme = ROOT / "README.md"
-        write_atomically(readme, results_tables.written(readme.read_text(), RESULTS).encode())
+        for page in results_tables.PAGES:
+            text = results_tables.written(page, (ROOT / page).read_text(), RESULTS)
+            write_atomically(ROOT / page, text.encode())
         return 0
     if given.command == "plan":
         print("\n".join(plan()))

@@ -1,9 +1,11 @@
-"""The README's tables of results, and what is concluded, from the stored runs."""
+"""What README and model card say in numbers, from the stored runs."""
 
+import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dte_lab.evaluation.base_model_tables import measures_table
 from dte_lab.evaluation.conclusions import CONCLUSIONS
 from dte_lab.evaluation.report import cell_text, finished, name_of
 from tools.marks import between
@@ -77,12 +79,21 @@ def concluded(results: Path) -> str:
     return "\n\n".join(textwrap.fill(text, 100, break_on_hyphens=False) for text in texts)
 
 
-TABLES = {"table of parts": of_parts, "table of methods": of_methods, "conclusions": concluded}
+def of_base_model(results: Path) -> str:
+    return measures_table(json.loads((results / "world.json").read_text()))
 
 
-def written(text: str, results: Path) -> str:
-    """A text with its TABLES anew, each between two lines `<!-- NAME: ... -->`."""
-    for name, table in TABLES.items():
+PAGES = {  # {page: {name: what is written between its two lines `<!-- NAME: ... -->`}}
+    "README.md": {
+        "table of parts": of_parts, "table of methods": of_methods, "conclusions": concluded,
+    },
+    "dte_lab/weights/small/README.md": {"measures of the base model": of_base_model},
+}  # fmt: skip
+
+
+def written(page: str, text: str, results: Path) -> str:
+    """A page's text with what is written by command anew."""
+    for name, table in PAGES[page].items():
         marker = f"<!-- {name}: python -m tools.results write -->"
         text = between(text, marker, table(results))
     return text

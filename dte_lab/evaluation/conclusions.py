@@ -115,7 +115,8 @@ CONCLUSIONS = [
         "unseen_style", "dte:12", "dte:0", "ahead",
     ),
     Conclusion(
-        "The tuning-encoder's 12 steps are level with LoRA's 120, {one} against {other}: {difference}.",
+        "The tuning-encoder's 12 steps are level with LoRA's 120, {one} against {other}: "
+        "{difference}.",
         "long", "dte:12", "lora@lora_learning_rate=0.006:120", "level",
     ),
     Conclusion(
