@@ -149,6 +149,10 @@ CONCLUSIONS = [
         "What 12 steps make of it is not, {one} against {other}: {difference}.",
         "rank", "dte@rank=4:12", "dte@rank=16:12", "behind",
     ),
+    Conclusion(
+        "To predict anew at every step of sampling takes {other} to {one}: {difference}.",
+        "refresh", "dte@prediction_interval=1:12", "dte:12", "behind",
+    ),
 ]  # fmt: skip
 
 
