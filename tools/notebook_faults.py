@@ -82,11 +82,13 @@ def output_faults(output: NotebookNode) -> list[str]:
             found.append(f"prints {len(printed)} lines, more than {MAX_PRINTED}: make a table,")
     if WIDGET in data:
         found.append("stores a widget")
-    for kind in sorted({"image/png", "image/jpeg", "image/svg+xml"} & set(data)):
-        alt = output.metadata.get(kind, {}).get("alt")
+    if {"image/png", "image/jpeg", "image/svg+xml"} & set(data):
+        found.append("displays a picture past `show`, so that readers drop its alt text,")
+    for tag in re.findall(r"<img\b[^>]*>", data.get("text/html", "")):
+        alt = re.search(r'\balt="([^"]+)"', tag)
         if not alt:
             found.append("has a picture without alt text")
-        said += alt or ""
+        said += f" {alt[1]}" if alt else ""
     if keys := KEYS & set(re.findall(r"\w+", said)):
         found.append(f"says {', '.join(sorted(keys))} where a reader wants a name")
     return found

@@ -7,7 +7,8 @@
 A source is `notebooks/src/NAME.py`, a solved notebook in jupytext's percent format. From it come
 
     notebooks/NAME.ipynb             solved, with its outputs stored
-    notebooks/exercises/NAME.ipynb   solutions replaced by skeletons and folded below them
+    notebooks/exercises/NAME.ipynb   solutions replaced by skeletons and folded below them, with
+                                     the picture that a right answer leads to, where there is one
 
 An exercise is a cell with the tag "exercise"; in it, nbgrader's comments `### BEGIN SOLUTION` and
 `### END SOLUTION` enclose what the reader writes. A cell that says how long the notebook takes is
@@ -30,8 +31,9 @@ import sys
 import textwrap
 import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import jupytext
 import nbformat
@@ -40,6 +42,7 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from dte_lab.common.files import write_atomically
+from tools.expected_pictures import CHECK, Expected, expected_pictures
 from tools.first_cell import setup_cell
 from tools.marks import between
 from tools.notebook_faults import WIDGET, faults, is_bar, prose_faults
@@ -71,13 +74,17 @@ def solved_edition(source: NotebookNode, name: str, measured: dict) -> NotebookN
     return _edition(source, name, measured, solved=True)
 
 
-def exercise_edition(source: NotebookNode, name: str, measured: dict) -> NotebookNode:
+def exercise_edition(
+    source: NotebookNode, name: str, measured: dict, solved: NotebookNode | None = None
+) -> NotebookNode:
     """The notebook with a skeleton and a folded solution for every exercise.
+
+    solved: the executed edition, of which it shows what an exercise leads to.
 
     Exercise cells carry the tag "raises-exception", with which Jupyter, nbclient and nbmake go on
     after the NotImplementedError of the skeleton.
     """
-    return _edition(source, name, measured, solved=False)
+    return _edition(source, name, measured, False, expected_pictures(solved))
 
 
 def repository(root: Path | None = None) -> tuple[str, str]:
@@ -87,7 +94,13 @@ def repository(root: Path | None = None) -> tuple[str, str]:
     return address.rstrip("/"), f"v{settings['project']['version']}"
 
 
-def _edition(source: NotebookNode, name: str, measured: dict, solved: bool) -> NotebookNode:
+def _edition(
+    source: NotebookNode,
+    name: str,
+    measured: dict,
+    solved: bool,
+    pictures: Mapping[str, Expected] = MappingProxyType({}),
+) -> NotebookNode:
     address, tag = repository()
     opening = new_markdown_cell(_opening(source.metadata["dte_lab"], name, measured, solved))
     cells = [source.cells[0], opening]
@@ -105,6 +118,9 @@ def _edition(source: NotebookNode, name: str, measured: dict, solved: bool) -> N
             text = SOLUTION.sub(_skeleton, cell.source)
             tags = {"tags": ["exercise", "raises-exception"]}
             cells.append(new_code_cell(text, metadata=tags))
+            (exercise,) = CHECK.findall(cell.source) or ("",)
+            if exercise in pictures:
+                cells.append(pictures[exercise].cell(exercise))
             cells.append(new_markdown_cell(_folded(cell.source)))
     notebook = new_notebook(
         cells=[copy.deepcopy(cell) for cell in cells],
@@ -229,7 +245,7 @@ def build(root: Path, names: Sequence[str] = (), run: bool = False) -> list[str]
         else:
             notes.append(f"{name}: the code is new, so no outputs are stored; use --execute")
         _write(notebook, solved_path)
-        exercises = exercise_edition(source, name, measured)
+        exercises = exercise_edition(source, name, measured, notebook)
         _write(exercises, root / "notebooks" / "exercises" / f"{name}.ipynb")
     if (text := _readme(root)) is not None:
         write_atomically(root / "README.md", text.encode())
@@ -268,19 +284,20 @@ def check(root: Path) -> list[str]:
         said = prose_faults(source, name, root / "results", reasoned)
         problems += [f"{path.relative_to(root)} {fault}" for fault in said]
         solved_path = root / "notebooks" / f"{name}.ipynb"
-        measured = _measured(_read(solved_path))
-        for edition, target in (
-            (solved_edition, solved_path),
-            (exercise_edition, root / "notebooks" / "exercises" / f"{name}.ipynb"),
-        ):
+        solved = _read(solved_path)
+        measured = _measured(solved)
+        for is_solved, target, expected in (
+            (True, solved_path, solved_edition(source, name, measured)),
+            (False, root / "notebooks" / "exercises" / f"{name}.ipynb",
+             exercise_edition(source, name, measured, solved)),
+        ):  # fmt: skip
             label, stored = target.relative_to(root), _read(target)
             if stored is None:
                 problems.append(f"{label} is missing: run python -m tools.notebooks build {name}.")
                 continue
-            expected = edition(source, name, measured)
             if _without_outputs(stored) != _without_outputs(expected):
                 problems.append(f"{label} differs from {path.relative_to(root)}: build it anew.")
-            problems += [f"{label} {fault}" for fault in faults(stored, edition is solved_edition)]
+            problems += [f"{label} {fault}" for fault in faults(stored, is_solved)]
             if (size := target.stat().st_size) > MAX_BYTES:
                 problems.append(f"{label} has {size / 1e6:.2f} MB, more than 1 MB.")
     if (text := _readme(root)) is not None and text != (root / "README.md").read_text():
@@ -334,7 +351,9 @@ def _copy_outputs(stored: NotebookNode, notebook: NotebookNode) -> None:
 
 
 def _without_outputs(notebook: NotebookNode) -> tuple:
-    cells = [(c.id, c.cell_type, c.source, c.metadata) for c in notebook.cells]
+    cells = [
+        (c.id, c.cell_type, c.source, c.metadata, c.get("attachments")) for c in notebook.cells
+    ]
     return cells, notebook.metadata
 
 

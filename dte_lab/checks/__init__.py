@@ -9,6 +9,7 @@ a part not yet written it is a NotImplementedError. A notebook shows the sentenc
 from dte_lab.checks.compare import yours
 from dte_lab.checks.contrastive import contrastive_loss, cosine_gradient, negatives_mask
 from dte_lab.checks.dual_path import alpha_schedule, dual_output, soft_attention
+from dte_lab.checks.explorer import fair_pair, guess_stop, what_follows
 from dte_lab.checks.features import fuse, map_to_grid, noisy_latent
 from dte_lab.checks.hypernetwork import largest_useful_rank, low_rank_norm, offset_cosine
 from dte_lab.checks.own_encoder import guess_breadth, training_hours, training_pair, why_jumpy
@@ -21,8 +22,10 @@ __all__ = [
     "contrastive_loss",
     "cosine_gradient",
     "dual_output",
+    "fair_pair",
     "fuse",
     "guess_breadth",
+    "guess_stop",
     "largest_useful_rank",
     "low_rank_norm",
     "low_rank_offset",
@@ -37,6 +40,7 @@ __all__ = [
     "training_pair",
     "tuning_bytes",
     "velocity_target",
+    "what_follows",
     "why_jumpy",
     "yours",
 ]

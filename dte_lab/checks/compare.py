@@ -128,6 +128,21 @@ def compare(got: object, expected: object, mistakes: Mapping[str, object], advic
     raise WrongAnswer(f"The result is not right yet. {advice}")
 
 
+def check_letters(got: object, reasons: Mapping[str, tuple[bool, str]]) -> None:
+    """Raise WrongAnswer unless the letters are those of the reasons that hold.
+
+    reasons: {letter: (whether it holds, why)}. got: a string of letters, or a set or list of them.
+    """
+    if not isinstance(got, str | set | list | tuple) or not got or not set(got) <= set(reasons):
+        raise WrongAnswer(f'Return letters of {", ".join(reasons)}, such as "ad", not {got!r}.')
+    for letter, (holds, why) in reasons.items():
+        if letter in got and not holds:
+            raise WrongAnswer(f"{letter} does not hold. {why}")
+    for letter, (holds, why) in reasons.items():
+        if letter not in got and holds:
+            raise WrongAnswer(f"What is there holds, and one more does. Think of this: {why}")
+
+
 def same(a: object, b: object) -> bool:
     """Whether two results are equal: tensors in shape and within 1e-5, others in type and value."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):

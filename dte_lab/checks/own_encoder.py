@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from dte_lab.checks.compare import WrongAnswer, call, compare, exercise
+from dte_lab.checks.compare import WrongAnswer, call, check_letters, compare, exercise
 
 
 @exercise
@@ -75,15 +75,7 @@ REASONS = {
 @exercise
 def why_jumpy(answer: Callable[..., object]) -> None:
     """07, exercise 3: () -> the letters of the reasons that hold."""
-    got = call(answer)
-    if not isinstance(got, str | set | list | tuple) or not set(got) <= set(REASONS) or not got:
-        raise WrongAnswer(f'Return letters of {", ".join(REASONS)}, such as "ad", not {got!r}.')
-    for letter, (holds, why) in REASONS.items():
-        if letter in got and not holds:
-            raise WrongAnswer(f"{letter} does not hold. {why}")
-    for letter, (holds, why) in REASONS.items():
-        if letter not in got and holds:
-            raise WrongAnswer(f"What is there holds, and one more does. Think of this: {why}")
+    check_letters(call(answer), REASONS)
     print("why_jumpy: right. Fixed drawings and fixed noise make losses that can be compared.")
 
 

@@ -25,13 +25,12 @@ from dte_lab.panels.explorer_runs import (
 )
 from dte_lab.panels.explorer_settings import ExplorerSetting, change_in_words
 from dte_lab.panels.explorer_view import (
-    alert,
     described,
     history_html,
     run_figure,
     run_html,
 )
-from dte_lab.panels.shared import image_tag
+from dte_lab.panels.shared import alert, image_tag
 from dte_lab.pipeline import DTEPipeline
 
 if TYPE_CHECKING:

@@ -39,6 +39,12 @@ class Expedition(NamedTuple):
     stops: tuple[Stop, ...]
 
 
+def temperature_pair(usual: dict[str, object]) -> tuple[dict[str, object], dict[str, object]]:
+    """Two settings as dictionaries that test the temperature alone, low in A and high in B."""
+    strong = usual | {"regulariser": "contrastive", "contrastive_weight": 1.0}
+    return strong | {"temperature": 0.03}, strong | {"temperature": 1.0}
+
+
 def _breadth() -> Expedition:
     look = (
         "A is the prediction alone, B has twelve steps. How much must tuning add, "

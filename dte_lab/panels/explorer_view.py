@@ -18,6 +18,7 @@ from dte_lab.panels.explorer_settings import (
     differences,
     in_words,
 )
+from dte_lab.panels.shared import alert
 from dte_lab.world.scenes import render_image
 
 WORDS_SHOWN = 5
@@ -56,12 +57,6 @@ def described(question: Question, outcomes: Sequence[Outcome | DTEError]) -> str
     shown = [name for name, o in zip("AB", outcomes, strict=True) if isinstance(o, Outcome)]
     prompts = "; ".join(question.prompts)
     return f"{question.subject.label}, then drawn under {' and '.join(shown)}: {prompts}."
-
-
-def alert(text: object) -> str:
-    """What went wrong, where one looks."""
-    said = html.escape(str(text))
-    return f'<p role="alert" style="color:#a40000;font-weight:600">{said}</p>'
 
 
 def table(rows: Sequence[Sequence[object]], heads: Sequence[str], caption: str = "") -> str:

@@ -28,14 +28,17 @@ WEIGHTS_SINCE = "2026-11-28"  # when the shipped weights were trained
 
 
 def show(figure: Figure | Image.Image, alt: str) -> None:
-    """Display a figure or a picture in the notebook, with alt text for those who cannot see it."""
-    from IPython.display import Image as Shown
+    """Display a figure or a picture in the notebook, with alt text for those who cannot see it.
+
+    As HTML: of a picture that is displayed as such, JupyterLab and nbconvert drop the alt text.
+    """
     from IPython.display import display
 
     png = encode(figure, "png")
-    jpeg = encode(figure, "jpeg", quality=50, optimize=True, progressive=True)
+    jpeg = encode(figure, "jpeg", quality=45, optimize=True, progressive=True)
     smallest = min(png, with_palette(png), jpeg, key=len)
-    display(Shown(smallest, alt=alt, width=shown_width(figure)))
+    tag = tag_of(smallest, alt, shown_width(figure))
+    display({"text/html": tag, "text/plain": alt}, raw=True)
 
 
 def show_table(rows: Sequence[Sequence[object]], columns: Sequence[str], caption: str = "") -> None:
@@ -154,12 +157,13 @@ def figure_panel(
     """Widgets above the figure `figure_of(*values)` with alt text `describe(*values)`.
 
     What goes wrong while one moves them is said in the figure's place, or nobody would see it.
-    Returns a VBox; its attribute `view` is the widget that shows the figure.
+    Returns a VBox; its attribute `view` is the widget that shows the figure; it keeps `knobs` and
+    `describe`, for `live.with_live`.
     """
     import ipywidgets as widgets
 
     panel = widgets.VBox()
-    panel.view = widgets.HTML()
+    panel.view, panel.knobs, panel.describe = widgets.HTML(), tuple(knobs), describe
 
     def redraw(change: object = None) -> None:
         values = [knob.value for knob in knobs]
@@ -169,14 +173,19 @@ def figure_panel(
         except Exception as error:
             if change is None:
                 raise
-            said = html.escape(f"{type(error).__name__}: {error}")
-            panel.view.value = f'<p role="alert">This could not be drawn. {said}</p>'
+            panel.view.value = alert(f"This could not be drawn. {type(error).__name__}: {error}")
 
     for knob in knobs:
         knob.observe(redraw, "value")
     redraw()
     panel.children = (*knobs, panel.view)
     return panel
+
+
+def alert(text: object) -> str:
+    """What went wrong, where one looks."""
+    said = html.escape(str(text))
+    return f'<p role="alert" style="color:#a40000;font-weight:600">{said}</p>'
 
 
 def encode(figure: Figure | Image.Image, kind: str, **options: object) -> bytes:
@@ -191,9 +200,15 @@ def encode(figure: Figure | Image.Image, kind: str, **options: object) -> bytes:
 
 def image_tag(figure: Figure | Image.Image, alt: str) -> str:
     """A figure as HTML, as wide as a page shows it."""
-    data = base64.b64encode(encode(figure, "png")).decode()
-    wide = f' width="{width}"' if (width := shown_width(figure)) else ""
-    return f'<img alt="{html.escape(alt)}"{wide} src="data:image/png;base64,{data}">'
+    return tag_of(encode(figure, "png"), alt, shown_width(figure))
+
+
+def tag_of(data: bytes, alt: str, width: int | None) -> str:
+    """A PNG or JPEG as HTML, `width` pixels of the page wide."""
+    kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
+    wide = f' width="{width}"' if width else ""
+    code = base64.b64encode(data).decode()
+    return f'<img alt="{html.escape(alt)}"{wide} src="data:image/{kind};base64,{code}">'
 
 
 def shown_width(figure: Figure | Image.Image) -> int | None:

@@ -235,7 +235,7 @@ cosines = {
 }
 moved = F.cosine_similarity(predicted.v_star, concept.v_star).item()
 
-# %%
+# %% tags=["expected:nearest_words"]
 print(f"cosine between the predicted and the tuned v*: {moved:.3f}")
 for c, label in ((predicted, "predicted"), (concept, "tuned")):
     print(f"length of v* {label}: {c.v_star.norm() / table.mean_norm:.2f} of a word's")
@@ -442,7 +442,7 @@ checks.low_rank_offset(low_rank_offset)
 # At α = 0 the model draws its own idea of the nearest word and your picture plays no further part.
 # At α = 1 only what was learned counts. From where on is it your thing, and does the beach last?
 
-# %%
+# %% tags=["expected:blend"]
 ALPHAS, SEEDS = [0, 0.2, 0.4, 0.6, 0.8, 1], [0, 1, 2, 3]
 blended = {}
 for alpha in ALPHAS:

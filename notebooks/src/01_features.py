@@ -288,7 +288,7 @@ layer_maps = {
     for layer, maps in raw.items()
 }
 
-# %%
+# %% tags=["expected:noisy_latent"]
 first = str(thing[examples[1]])
 rows = [[noisy[first, f] for f in FRACTIONS]]
 rows += [[as_colours(maps[first, f]) for f in FRACTIONS] for maps in layer_maps.values()]
@@ -678,7 +678,7 @@ checks.fuse(fuse)
 # (`TokenHead` in `dte_lab/hypernetwork.py`). Here are the two maps that go in, and the tokens of
 # the trained encoder that come out.
 
-# %%
+# %% tags=["expected:fuse"]
 middle = min(FRACTIONS, key=lambda f: abs(f - np.mean(encoder.settings.feature_timesteps)))
 step = STEPS[FRACTIONS.index(middle)]
 x_t, timesteps = noised(latents, step, seed=1)

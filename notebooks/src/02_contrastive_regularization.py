@@ -447,7 +447,7 @@ for name, v in [*zip(SAMPLE_CONCEPTS, v_stars, strict=True), ("random", aside[0]
 # - A small $\tau$ makes the nearest negative matter alone, with strong arrows close to it and
 #   little elsewhere.
 
-# %%
+# %% tags=["expected:contrastive_loss"]
 from dte_lab.panels.contrastive import field_figure, field_row, sliders_panel
 
 toy_words = {
@@ -545,7 +545,7 @@ with objective(
     (of_diffusion,) = torch.autograd.grad(terms["diffusion"], v_star)
 (of_term,) = torch.autograd.grad(term(v_star), v_star)
 
-# %%
+# %% tags=["expected:cosine_gradient"]
 norm_term = contrastive.norm_loss(v_star, table.mean_norm, method.norm_free)
 (of_norm,) = torch.autograd.grad(norm_term, v_star)
 pulls = {

@@ -513,7 +513,7 @@ show(
     f"Two of the {len(NAMES)} things, {NAMES[0]} and {NAMES[-1]}, before {', '.join(SEEN)}.",
 )
 
-# %%
+# %% tags=["expected:offset_cosine"]
 raw, own = cosines(gram), cosines(centred(gram))
 show(
     cosine_figure({"as predicted": raw, "without the common part": own}, NAMES),

@@ -700,7 +700,7 @@ display(dual_path_panel(blended))
 # learned weights with the nearest real word, at α = 1 the learned word with the model's own
 # weights, as in section 1.
 
-# %%
+# %% tags=["expected:dual_output"]
 show(
     picture_grid(
         [[blended[*way, alpha, 0] for alpha in ALPHAS] for way in WAYS_TO_BLEND],
@@ -795,7 +795,7 @@ for changes in variants.values():
     varied = replace(pictured, config=replace(concept.config, **changes))
     columns.append(pipe.generate(varied, prompts[:2], **SAMPLING))
 
-# %%
+# %% tags=["expected:alpha_schedule"]
 show(
     picture_grid(
         [[column[i][0] for column in columns] for i in range(2)], list(variants), settings[:2]

@@ -604,7 +604,7 @@ def least_of(m):
     return f"{at} [{low}, {high}]"
 
 
-# %%
+# %% tags=["expected:steps_needed"]
 show_table(
     [(f"{group} (n = {found['n']})", *map(least_of, found["methods"].values()))
      for group, found in least.items()],
@@ -694,7 +694,7 @@ def measured_mb(noise_levels):
     return peak.read()
 
 
-# %%
+# %% tags=["expected:tuning_bytes"]
 batches = (1, 4, 16)
 expected = [predicted_mb(batch) for batch in batches]
 measured = [measured_mb(batch) for batch in batches]

@@ -25,6 +25,7 @@
 # - change one thing at a time, and say in words what changed and what came of it;
 # - read measures beside pictures, and tell which of them knows the truth;
 # - name the switches that change nothing in a given combination, and say why;
+# - tell a fair comparison from one that only looks like it;
 # - put the three questions that the paper leaves open to this small world yourself;
 # - save what you found as a small file that somebody else can take up again.
 
@@ -39,6 +40,7 @@
 # %%
 import torch
 
+from dte_lab import checks
 from dte_lab.panels import describe_machine, quiet_libraries, saw, show
 
 quiet_libraries()
@@ -126,15 +128,46 @@ def visit(stop):
 # do, the further a thing lies from what it was trained on? A is the prediction alone, B has twelve
 # steps.
 
-# %%
+# %% [markdown]
+# #### Exercise 1: predict, then run
+#
+# Difficulty 1 of 5 · 5 minutes
+#
+# The stops are 1, a thing that the encoder was trained on; 2, a thing never seen; 3, a thing never
+# seen, in a drawing style never seen. Guess before you run them: at which stop do twelve steps of
+# tuning take away most of the error?
+#
+# <details>
+# <summary>Hint</summary>
+#
+# Two things count: how far off the prediction is, since only that can be taken away; and how much
+# of it twelve steps reach. The first grows with the distance from the training. Does the second?
+#
+# </details>
+
+
+# %% tags=["exercise"]
+def guess_stop():
+    """The stop, 1, 2 or 3, at which tuning takes away most of the error."""
+    ### BEGIN SOLUTION
+    return 3
+    ### END SOLUTION
+
+
+checks.guess_stop(guess_stop)
+
+# %% tags=["expected:guess_stop"]
 found = [visit(stop) for stop in breadth.stops]
 
 # %%
-gains = []
+gains, taken = [], []
 for run in found:
     before, after = (side.measures["truth_error"] for side in run.sides)
     gains.append(f"{run.where}: {before:.3f} as predicted, {after:.3f} after 12 steps.")
+    taken.append(before - after)
+guess = checks.yours("guess_stop", otherwise=lambda: 3)()
 saw("Off the true rendering, mean of two scenes.", *(g[0].upper() + g[1:] for g in gains),
+    f"Most is taken away at stop {taken.index(max(taken)) + 1}; {guess} was the guess.",
     "These are one thing each; the table of the README has sixty.")  # fmt: skip
 
 # %% [markdown]
@@ -161,7 +194,7 @@ saw(*said, "Notebook 05 asks the same of many things, and of 500 steps.")
 #
 # The paper compares its contrastive term with an L2 term and with the nearest word. What of other
 # ways? The terms act in tuning only, and their usual weight is a hundredth of the diffusion
-# loss's: A has all of it. (The middle stop, N and temperature, is in the panel.)
+# loss's: A has all of it. (The middle stop is an exercise.)
 
 # %%
 found = [visit(stop) for stop in (regularisation.stops[0], regularisation.stops[2])]
@@ -176,6 +209,90 @@ for run in found:
                     f"truth, length {side.measures['word_length']:.2f}, nearest "
                     f"{words_said(side.words_after[:3])}.")  # fmt: skip
 saw(*dict.fromkeys(said), "Notebook 02 compares seven regularisers over many things.")
+
+# %% [markdown]
+# The middle stop asks for the temperature: does a word that is drawn firmly to its nearest words
+# (0.03) draw otherwise than one that is drawn to all N alike (1)?
+#
+# #### Exercise 2: find the mistake
+#
+# Difficulty 2 of 5 · 10 minutes
+#
+# Somebody wrote the two settings of that comparison. `usual` has a value for each switch.
+#
+# ```python
+# def fair_pair(usual):
+#     a = usual | {"regulariser": "none", "temperature": 0.03}
+#     b = usual | {"temperature": 1.0, "seed": 1}
+#     return a, b
+# ```
+#
+# It runs, and the pictures differ. But do they differ because of the temperature? Two things are
+# wrong; write it as it should be. The cell below runs your settings.
+#
+# <details>
+# <summary>Hint</summary>
+#
+# Which regulariser reads the temperature? In the panel, a knob that nothing reads is put to rest
+# and says why. And list all switches in which A and B differ: how many may there be?
+#
+# </details>
+
+
+# %% tags=["exercise"]
+def fair_pair(usual):
+    """usual {switch: value} -> A at temperature 0.03 and B at 1, each {switch: value}."""
+    ### BEGIN SOLUTION
+    usual = usual | {"contrastive_weight": 1.0}
+    return usual | {"temperature": 0.03}, usual | {"temperature": 1.0}
+    ### END SOLUTION
+
+
+checks.fair_pair(fair_pair)
+
+# %% tags=["expected:fair_pair"]
+from dataclasses import asdict
+
+from dte_lab.panels.explorer_expeditions import temperature_pair
+
+pair = checks.yours("fair_pair", otherwise=temperature_pair)(asdict(usual))
+stop = regularisation.stops[1]
+run = visit(stop._replace(title="Warm or cold", a=pair[0], b=pair[1]))
+errors = [side.measures["truth_error"] for side in run.sides]
+saw(f"The temperature alone changes the error by {errors[1] - errors[0]:+.3f}, and the cosine of",
+    f"the nearest word from {run.sides[0].words_after[0][1]:.2f} to",
+    f"{run.sides[1].words_after[0][1]:.2f}.")  # fmt: skip
+
+# %% [markdown]
+# #### Exercise 3: explain
+#
+# Difficulty 2 of 5 · 5 minutes
+#
+# You run A, with the contrastive term, and B, without it and with all else equal. On this thing,
+# with this seed, B is nearer to the true rendering by 0.02. Which of these may you say?
+#
+# - **a** On this thing, with this seed, the picture without the term is nearer to the truth.
+# - **b** The method does better without the term.
+# - **c** The term, and nothing else that you set, made these two pictures differ.
+# - **d** *Like the input, by CLIP* would have shown the same.
+#
+# <details>
+# <summary>Hint</summary>
+#
+# For each, ask what else you would need: more things, another measure, or nothing?
+#
+# </details>
+
+
+# %% tags=["exercise"]
+def what_follows():
+    """The letters of what may be said, as one string."""
+    ### BEGIN SOLUTION
+    return "ac"
+    ### END SOLUTION
+
+
+checks.what_follows(what_follows)
 
 # %% [markdown]
 # ## The history, and how to share it

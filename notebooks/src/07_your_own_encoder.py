@@ -143,7 +143,7 @@ checks.training_pair(training_pair)
 # half of another drawing beside half of it. So a hundred drawings are never seen twice. A quarter
 # of the pairs ask for the input itself, with "a picture of S*".
 
-# %%
+# %% tags=["expected:training_pair"]
 from textwrap import fill
 
 from dte_lab.panels import to_pil
@@ -242,7 +242,7 @@ def guess_breadth():
 
 checks.guess_breadth(guess_breadth)
 
-# %%
+# %% tags=["expected:guess_breadth"]
 from dte_lab.panels.own_encoder import breadth_figure
 
 guess = checks.yours("guess_breadth", otherwise=lambda: 1.0)()
