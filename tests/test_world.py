@@ -144,6 +144,11 @@ def test_tokenizer_has_one_token_per_train_word_and_no_unseen_word(tokenizer):
     assert tokenizer.tokenize(", 1")[0] == ",</w>"  # punctuation is no end token
 
 
+def test_a_tokenizer_is_the_same_each_time(tokenizer):
+    again = build_tokenizer(["wardrobe", "zeppelin"]).backend_tokenizer.to_str()
+    assert again == tokenizer.backend_tokenizer.to_str()
+
+
 def test_longest_caption_leaves_the_cells_to_themselves(tokenizer):
     names = split_names("train")
     lengths = [len(tokenizer(caption(n, "twemoji", "table")).input_ids) for n in names]

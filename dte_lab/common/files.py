@@ -91,7 +91,7 @@ def naming(path: Path) -> Iterator[None]:
 @contextmanager
 def temporary_beside(path: Path) -> Iterator[Path]:
     """A name for a file or folder beside `path`, where nothing is left at the end."""
-    remove_leftovers(path.parent.resolve())
+    remove_leftovers(Path(os.path.realpath(path.parent)))
     name = os.fsencode(path.name)[:LONGEST].decode(errors="ignore")
     temporary = path.parent / f".{name}.dte-{os.getpid()}.tmp"
     _remove(temporary)
@@ -151,9 +151,9 @@ def prepare_folder(out: Path | str) -> None:
 
 def keep_inputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
     """Raise DTEError when one of the outputs would be written over one of the inputs."""
-    given = {path.resolve() for path in inputs if path.exists()}
+    given = {os.path.realpath(path) for path in inputs}  # unlike resolve, of links in a circle, too
     for path in outputs:
-        if path.resolve() in given:
+        if os.path.realpath(path) in given:
             raise DTEError(
                 f"{path} is read and would be written over: choose another folder for --out."
             )

@@ -10,6 +10,7 @@ OpenImages and does not say what counts as another concept)
 import csv
 import io
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple, Protocol
@@ -19,7 +20,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 from dte_lab import placeholder_token
-from dte_lab.common.errors import DTEError
+from dte_lab.common.errors import DTEError, reason_of
 from dte_lab.common.files import check_path
 from dte_lab.common.images import read_image, to_square_tensor
 from dte_lab.common.random import stream
@@ -145,7 +146,9 @@ class HubExamples:
     """
 
     def __init__(self, name: str) -> None:
-        self.rows = hub_library(name).load_dataset(name, split="train")
+        library = hub_library(name)
+        with readable(name):
+            self.rows = library.load_dataset(name, split="train")
         check_columns(name, self.rows.column_names)
 
     @property
@@ -171,6 +174,18 @@ def hub_library(name: str) -> ModuleType:
             "need: pip install datasets"
         ) from error
     return datasets
+
+
+@contextmanager
+def readable(name: str) -> Iterator[None]:
+    """DTEError for whatever `datasets` cannot find or read inside, of the data called `name`."""
+    try:
+        yield
+    except Exception as error:  # of the network, of tars, of pyarrow, of scripts, ...
+        raise DTEError(
+            f"{name} is no folder of pictures, and no dataset that can be read "
+            f"({reason_of(error)})."
+        ) from error
 
 
 def check_columns(name: str, columns: Sequence[str]) -> None:

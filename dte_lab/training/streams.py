@@ -22,6 +22,7 @@ from dte_lab.training.pictures import (
     example_of_row,
     hub_library,
     make_item,
+    readable,
 )
 from dte_lab.training.step import ALONE, Processes
 
@@ -42,14 +43,13 @@ class StreamedPictures(IterableDataset):
     ) -> None:  # fmt: skip
         check_counts(crops, pictures)
         library = hub_library(str(source))
+        where, options = str(source), {}
         if is_webdataset(source):
             files = str(Path(source) / "*.tar") if Path(source).is_dir() else str(source)
-            rows = library.load_dataset(
-                "webdataset", data_files={"train": files}, split="train", streaming=True
-            )
-        else:
-            rows = library.load_dataset(str(source), split="train", streaming=True)
-        columns = rows.column_names or list(next(iter(rows)))
+            where, options = "webdataset", {"data_files": {"train": files}}
+        with readable(str(source)):
+            rows = library.load_dataset(where, split="train", streaming=True, **options)
+            columns = rows.column_names or list(next(iter(rows)))
         check_columns(str(source), columns)
         for name in set(PICTURES) & set(columns):  # decoded here, so that a bad one can be skipped
             rows = rows.cast_column(name, library.Image(decode=False))
@@ -99,8 +99,9 @@ class StreamedPictures(IterableDataset):
         for epoch in count():
             rows.set_epoch(epoch)
             row = None
-            for row in rows:
-                yield row
+            with readable(self.source):
+                for row in rows:
+                    yield row
             if row is None:
                 raise DTEError(
                     f"{self.source}: there is nothing for process {self.processes.rank}."

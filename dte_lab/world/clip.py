@@ -50,11 +50,13 @@ def build_tokenizer(words: list[str]) -> CLIPTokenizer:
         [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     trained.decoder = decoders.ByteLevel()
+    pieces = trained.pre_tokenizer.pre_tokenize_str(" ".join(texts).lower())
+    ends = sorted({piece[-1] + "</w>" for piece, _ in pieces})  # else numbered in a random order
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         min_frequency=2,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        special_tokens=["<|startoftext|>", "<|endoftext|>", *ends],
         end_of_word_suffix="</w>",
         show_progress=False,
     )
