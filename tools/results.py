@@ -101,6 +101,7 @@ RESULT = {
         BASE,
         ("world.json",),
     ),
+    "word_voice": document(f"{MEASURES}.word_voice", keeps=("word_voice.json",)),
     "rank": evaluation("--experiment", "rank", "--concepts", "20", *SCENES),
     "refresh": evaluation(
         *methods("dte:0,12", *(f"dte@prediction_interval={n}:0,12" for n in (1, 5))),

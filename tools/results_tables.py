@@ -79,8 +79,20 @@ def concluded(results: Path) -> str:
     return "\n\n".join(textwrap.fill(text, 100, break_on_hyphens=False) for text in texts)
 
 
+VOICE = {
+    "norm": "norm of the predicted v* of a `test` thing, in a word's",
+    "share": "change of its drawing with v* = 0, over that with the word least like v*",
+}
+
+
 def of_base_model(results: Path) -> str:
-    return measures_table(json.loads((results / "world.json").read_text()))
+    """Its own measures, and what a predicted word changes in its drawings."""
+    lines = [measures_table(json.loads((results / "world.json").read_text()))]
+    voice = json.loads((results / "word_voice.json").read_text())
+    for key, name in VOICE.items():
+        mean, low, high = (f"{voice[key][part]:.2f}" for part in ("mean", "low", "high"))
+        lines.append(f"| {name} | {mean} | {low} to {high} | {voice[key]['n']} |")
+    return "\n".join(lines)
 
 
 PAGES = {  # {page: {name: what is written between its two lines `<!-- NAME: ... -->`}}
