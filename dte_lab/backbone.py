@@ -81,7 +81,7 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        return self.unet.device
+        return next(self.unet.parameters()).device  # diffusers' own looks through all modules
 
     @property
     def dtype(self) -> torch.dtype:
