@@ -669,8 +669,9 @@ saw(f"At t = {times[-1]}, looked at more from the thing's place: {'; '.join(with
 # %% [markdown]
 # ## 6. Try it: blend, path of the offsets, granularity
 #
-# All pictures of the panel are drawn here, so that it answers at once. At α = 0 and α = 1 only one
-# path counts, and then both granularities are the same UNet: those pictures are drawn once.
+# All pictures on the panel's left are drawn here, so that it answers at once; on its right a prompt
+# of your own is drawn live, with the same settings. At α = 0 and α = 1 only one path counts, and
+# then both granularities are the same UNet: those pictures are drawn once.
 
 # %%
 ALPHAS, SEEDS = [0, 0.2, 0.4, 0.6, 0.8, 1], [0, 1, 2]
@@ -690,8 +691,17 @@ for offsets_on, granularity in tqdm(WAYS_TO_BLEND, desc="ways to blend"):
 
 # %%
 from dte_lab.panels.dual_path import dual_path_panel
+from dte_lab.panels.live import with_live
 
-display(dual_path_panel(blended))
+
+def draw(prompt, offsets_on, granularity, alpha, seed):
+    """One picture of the tuned concept, blended in this way."""
+    config = replace(concept.config, offsets_on=offsets_on, granularity=granularity)
+    asked = replace(concept, config=config)
+    return pipe.generate(asked, prompt, [seed], alpha_blend=alpha, **SAMPLING)[0][0]
+
+
+display(with_live(dual_path_panel(blended), draw, "a picture of S* in space", picture))
 
 # %% [markdown]
 # On a page that has no notebook running behind it, this table shows one seed of each setting. Read
