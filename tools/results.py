@@ -127,6 +127,10 @@ RESULT = {
         keeps=("steps.json",),
         reads=ALL,
     ),
+    "own_encoder": Result(
+        ("dte_lab.evaluation.own_encoder", "--out", "OUT/own_encoder", "--run", "OUT/run"),
+        keeps=("own_encoder/run.json", "own_encoder/pictures.png"),
+    ),
     "encoders": document(
         f"{MEASURES}.encoders",
         *("--runs", "OUT/encoders", "--wide", "WIDE", "--seeds", "3"),
