@@ -499,15 +499,23 @@ checks.blend(blend)
 # %% [markdown]
 # #### Try it: α and seed
 #
-# The pictures of the panel were computed in the cell above, so it answers at once. On a page that
-# has no notebook running behind it, the table below shows them all.
+# The pictures on the left were computed in the cell above. On the right write a prompt of your own,
+# with `S*` in it: *Run it live* draws it with the same α and seed. On a page that has no notebook
+# running behind it, the table below shows all pictures of the left side.
 
 # %%
 from IPython.display import display
 
+from dte_lab.panels.live import with_live
 from dte_lab.panels.quickstart import blend_panel
 
-display(blend_panel(blended))
+
+def draw(prompt, alpha, seed):
+    """One picture of the tuned concept."""
+    return pipe.generate(concept, prompt, [seed], alpha_blend=alpha, progress=False)[0][0]
+
+
+display(with_live(blend_panel(blended), draw, "a picture of S* in space", picture))
 
 # %%
 rows = [[blended[alpha, seed] for alpha in ALPHAS] for seed in SEEDS]

@@ -714,19 +714,31 @@ saw(
 # %% [markdown]
 # #### Try it: thing and rank
 #
-# The pictures were drawn in the cell above, so the panel answers at once. On a page that has no
-# notebook running behind it, the table below shows them all.
+# The pictures on the left were drawn in the cell above. On the right write a prompt of your own,
+# with `S*` in it: *Run it live* draws it with the change cut to the same rank. On a page that has
+# no notebook running behind it, the table below shows all pictures of the left side.
 
 # %%
 from IPython.display import display
 
+from dte_lab.panels.live import with_live
 from dte_lab.panels.ranks import rank_panel
 
 spectra = {
     name: torch.stack([v[i] for v in values["tuned"].values()]).mean(dim=0).tolist()
     for i, name in enumerate(NAMES)
 }
-display(rank_panel({name: inputs[name] for name in SHOWN}, drawn, spectra, distances))
+
+
+def draw_cut(prompt, name, rank):
+    """One picture of a tuned concept, its change cut to the rank."""
+    offsets = truncate(tuned[name].offsets, rank) if rank else {}
+    cut = replace(tuned[name], offsets=offsets)
+    return pipe.generate(cut, prompt, [SEED], alpha_blend=1, progress=False)[0][0]
+
+
+panel = rank_panel({name: inputs[name] for name in SHOWN}, drawn, spectra, distances)
+display(with_live(panel, draw_cut, "a picture of S* at night", lambda name, rank: inputs[name]))
 
 # %%
 labels = ["the input", "v* alone", *(f"rank {rank}" for rank in RANKS[1:])]
