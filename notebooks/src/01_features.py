@@ -326,15 +326,34 @@ saw("What a map has beyond the mean of all pictures correlates by more than 0.5 
 # %% [markdown]
 # #### Try it: picture, noise level and layer
 #
-# The panel shows any of the pictures, at any of these `t`, in any layer. On a page that has no
-# notebook running behind it, the figure below has two of the other pictures in the last layer.
+# The panel shows any of the pictures, at any of these `t`, in any layer. The maps on the left were
+# made under the empty prompt. On the right tell the UNet what it looks at, and *run it live*: do
+# its maps change? On a page that has no notebook running behind it, the figure below has two of the
+# other pictures in the last layer.
 
 # %%
 from IPython.display import display
 
-from dte_lab.panels.features import layer_panel
+from dte_lab.panels.features import layer_figure, layer_panel
+from dte_lab.panels.live import with_live
 
-display(layer_panel(noisy, layer_maps))
+
+def look(text, name, fraction, layer):
+    """The maps of a layer under a prompt, in one PCA with those of the panel."""
+    at = FRACTIONS.index(fraction)
+    x_t, timesteps = noised(small, STEPS[at], seed=0)
+    said = pipe.prompt_encoder.plain([text])
+    maps = unet_features(backbone, x_t, timesteps, said, grid, [layer]).cpu().numpy()
+    i = [str(thing[k]) for k in examples].index(name)
+    colours = principal_maps(np.concatenate([*raw[layer], maps]))[len(keys) + i]
+    before = raw[layer][at][i]
+    change = np.linalg.norm(maps[i] - before) / np.linalg.norm(before)
+    title = f"{layer}: {change:.0%} of its length away from the empty prompt's"
+    return layer_figure(noisy[name, fraction], colours, title)
+
+
+# %%
+display(with_live(layer_panel(noisy, layer_maps), look, "a picture of a cat on the beach"))
 
 # %%
 names = list(dict.fromkeys(name for name, _ in keys))
