@@ -160,3 +160,12 @@ def test_layer_figure_is_a_figure_of_three(given):
     figure = features.layer_figure(noisy[key], components["conv_in"][key], "bus")
     assert isinstance(figure, Figure) and len(figure.axes) == 3
     assert np.array_equal(image_in(figure.axes[2]), components["conv_in"][key][..., 0])
+
+
+def test_maps_are_shown_in_the_components_of_others():
+    rng = np.random.default_rng(0)
+    maps = rng.normal(size=(6, 5, 3, 3)) * np.array([5, 3, 2, 0.1, 0.1])[:, None, None]
+    own = features.principal_maps(maps)
+    again = features.principal_maps(maps[2:3] + 1e-6, of=maps)
+    np.testing.assert_allclose(again[0], own[2], atol=1e-4)
+    assert own.reshape(-1, 3).std(0) == pytest.approx([1, 1, 1], abs=0.02)

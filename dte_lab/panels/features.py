@@ -29,18 +29,21 @@ HUES = (BLUE, ORANGE, GREEN, PINK, "#000000", SKY, VERMILION)
 MARKERS = ("o", "s", "^", "D", "P", "v", "X")
 
 
-def principal_maps(maps: np.ndarray) -> np.ndarray:
-    """Feature maps (N, C, g, g) -> their three principal components (N, g, g, 3).
+def principal_maps(maps: np.ndarray, of: np.ndarray | None = None) -> np.ndarray:
+    """Feature maps (N, C, g, g) -> three principal components (N, g, g, 3).
 
     One PCA of the channels over all positions of all maps, so that a value means the same
-    everywhere. Each component has standard deviation 1.
+    everywhere; of other maps (M, C, g, g) where they are given. Each component has standard
+    deviation 1 there.
     """
     from sklearn.decomposition import PCA
 
-    n, channels, height, width = maps.shape
-    positions = np.moveaxis(maps, 1, -1).reshape(-1, channels)  # (N*g*g, C)
-    components = PCA(3, whiten=True, random_state=0).fit_transform(positions)
-    return components.reshape(n, height, width, 3)
+    def positions(maps: np.ndarray) -> np.ndarray:  # (N*g*g, C)
+        return np.moveaxis(maps, 1, -1).reshape(-1, maps.shape[1])
+
+    pca = PCA(3, whiten=True, random_state=0).fit(positions(maps if of is None else of))
+    n, _, height, width = maps.shape
+    return pca.transform(positions(maps)).reshape(n, height, width, 3)
 
 
 def as_colours(components: np.ndarray) -> np.ndarray:

@@ -339,13 +339,13 @@ from dte_lab.panels.live import with_live
 
 
 def look(text, name, fraction, layer):
-    """The maps of a layer under a prompt, in one PCA with those of the panel."""
+    """The maps of a layer under a prompt, in the colours of the panel."""
     at = FRACTIONS.index(fraction)
     x_t, timesteps = noised(small, STEPS[at], seed=0)
     said = pipe.prompt_encoder.plain([text])
     maps = unet_features(backbone, x_t, timesteps, said, grid, [layer]).cpu().numpy()
     i = [str(thing[k]) for k in examples].index(name)
-    colours = principal_maps(np.concatenate([*raw[layer], maps]))[len(keys) + i]
+    colours = principal_maps(maps, of=np.concatenate(raw[layer]))[i]
     before = raw[layer][at][i]
     change = np.linalg.norm(maps[i] - before) / np.linalg.norm(before)
     title = f"{layer}: {change:.0%} of its length away from the empty prompt's"
