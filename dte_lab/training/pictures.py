@@ -171,7 +171,7 @@ def hub_library(name: str) -> ModuleType:
     except ImportError as error:
         raise DTEError(
             f"{name} is no folder of pictures, and Hugging Face datasets and tars of a WebDataset "
-            "need: pip install datasets"
+            f"need: pip install datasets ({reason_of(error)})."
         ) from error
     return datasets
 
