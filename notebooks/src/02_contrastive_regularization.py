@@ -184,10 +184,10 @@ saw(f"For {closer} of {len(pictures)} things v* is nearer to the word of the pic
 # %%
 from dte_lab.panels.contrastive import nearness_figure
 
-cosines = (table.unit @ table.unit.T).fill_diagonal_(-1).cpu()
+unit = table.embeddings / table.norms[:, None]
+cosines = (unit @ unit.T).fill_diagonal_(-1).cpu()
 of_nearest = cosines.max(dim=1).values.numpy()
-generator = np.random.default_rng(0)
-pairs = generator.integers(n, size=(2, 5000))
+pairs = np.random.default_rng(0).integers(n, size=(2, 5000))
 at_random = cosines[pairs[0], pairs[1]].numpy()[pairs[0] != pairs[1]]
 print(f"words with a twin (cosine above 0.95): {np.mean(of_nearest > 0.95):.0%}")
 marks = {"v* and its nearest word": [words[0][1] for words in nearest]}
@@ -957,13 +957,15 @@ display(HTML(hover_view(positions, words, paths, notes)))
 # The toy had no picture to fit. Here are real tunings, each with another N, temperature and weight
 # of the contrastive term, from the same predictions; the script measured them all beforehand. Each
 # dot is one setting, a mean over a few concepts. To the right, `v*` is nearer to a word; further
-# down, it fits the picture better. The circle marks the setting of the sliders.
+# down, it fits the picture better. The circle marks the setting of the sliders. On the right *run
+# it live*: it tunes a thing with that setting and draws it under a prompt of your own.
 #
 # With N = 1 the term pulls at the nearest word and nothing else. With a large N and a large
 # temperature all N words pull alike, and their mean need not be nearer to any one of them: the
 # cosine to the nearest word may even fall.
 
 # %%
+from dte_lab.panels.live import with_live
 from dte_lab.panels.regularisation import sweep_figure, sweep_means
 
 sweep = experiment["sweep"]
@@ -983,14 +985,23 @@ def describe(*setting):
     )
 
 
-display(
-    sliders_panel(
-        dict(zip(("N", "τ", "weight"), options, strict=True)),
-        (options[0][1], options[1][1], options[2][-1]),
-        lambda *setting: sweep_figure(table_of, setting, axes),
-        describe,
+# %%
+def draw(prompt, n, temperature, weight):
+    """Tune word and weights of the first picture anew with these settings, and draw it."""
+    method = replace(
+        encoder.method, num_positives=n, temperature=temperature, contrastive_weight=weight
     )
+    tuned = pipe.personalize(pictures[0], method=method, progress=False)
+    return pipe.generate(tuned, prompt, progress=False)[0][0]
+
+
+panel = sliders_panel(
+    dict(zip(("N", "τ", "weight"), options, strict=True)),
+    (options[0][1], options[1][1], options[2][-1]),
+    lambda *setting: sweep_figure(table_of, setting, axes),
+    describe,
 )
+display(with_live(panel, draw, "a picture of S* at night", pictures[0]))
 
 # %% [markdown]
 # The same for a page without sliders: all settings, and the three measures as numbers.
