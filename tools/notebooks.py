@@ -2,6 +2,7 @@
 
     python -m tools.notebooks build [NAME ...] [--execute]
     python -m tools.notebooks publish ADDRESS
+    python -m tools.notebooks reset NAME ...
     python -m tools.notebooks --check
 
 A source is `notebooks/src/NAME.py`, a solved notebook in jupytext's percent format. From it come
@@ -18,7 +19,8 @@ outputs while no other code cell changed.
 
 The address of the repository is `repository` under [tool.dte_lab] in pyproject.toml; it goes into
 the notebooks' metadata. While it is empty there are no badges, so that no link is dead. `publish`
-sets it, keeps the outputs, and says which git commands make the links true.
+sets it, keeps the outputs, and says which git commands make the links true. `reset` puts back what
+a reader changed, and keeps it beside (reset.py).
 """
 
 import argparse
@@ -46,6 +48,7 @@ from tools.expected_pictures import CHECK, Expected, expected_pictures
 from tools.first_cell import setup_cell
 from tools.marks import between
 from tools.notebook_faults import WIDGET, faults, is_bar, prose_faults
+from tools.reset import reset
 
 ROOT = Path(__file__).parents[1]
 MAX_BYTES = 1_000_000
@@ -277,7 +280,7 @@ def check(root: Path) -> list[str]:
     reasoned = _reasoned(root)
     for folder in ("notebooks", "notebooks/exercises"):
         for path in sorted((root / folder).glob("*.ipynb")):
-            if path.stem not in sources:
+            if path.stem not in sources and ".mine-" not in path.stem:
                 problems.append(f"{path.relative_to(root)} has no source in notebooks/src.")
     for name, path in sources.items():
         source = read_source(path)
@@ -328,7 +331,11 @@ def _read(path: Path) -> NotebookNode | None:
 def _write(notebook: NotebookNode, path: Path) -> None:
     nbformat.validate(notebook)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (nbformat.writes(notebook) + "\n").encode())
+    write_atomically(path, _bytes(notebook))
+
+
+def _bytes(notebook: NotebookNode) -> bytes:
+    return (nbformat.writes(notebook) + "\n").encode()
 
 
 def _measured(notebook: NotebookNode | None) -> dict:
@@ -384,6 +391,19 @@ def publish(root: Path, address: str) -> str:
     )
 
 
+def restore(root: Path, names: Sequence[str]) -> list[str]:
+    """Put the named notebooks back as the repository has them; one sentence for each file."""
+    said = []
+    for path in _sources(root, names):
+
+        def built(folder: str, path: Path = path) -> bytes:
+            edition = exercise_edition if folder.endswith("exercises") else solved_edition
+            return _bytes(edition(read_source(path), path.stem, {}))
+
+        said += reset(root, path.stem, built)
+    return said
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.notebooks")
     parser.add_argument("--check", action="store_true", help="fail where a notebook is stale")
@@ -393,8 +413,12 @@ def main() -> None:
     command.add_argument("--execute", action="store_true", help="run them and store the outputs")
     command = commands.add_parser("publish", help="name the public address in badges and cells")
     command.add_argument("address", metavar="ADDRESS", help="https://github.com/NAME/REPOSITORY")
+    command = commands.add_parser("reset", help="put notebooks back, and keep what was there")
+    command.add_argument("names", nargs="+", metavar="NAME", help="such as 00_quickstart")
     arguments = parser.parse_args()
-    if arguments.command == "build":
+    if arguments.command == "reset":
+        print("\n".join(restore(ROOT, arguments.names)))
+    elif arguments.command == "build":
         print("\n".join(build(ROOT, arguments.names, arguments.execute)))
     elif arguments.command == "publish":
         print(publish(ROOT, arguments.address))
@@ -403,7 +427,7 @@ def main() -> None:
         print("\n".join(problems) or "The notebooks are in step with their sources.")
         sys.exit(bool(problems))
     else:
-        parser.error("say build, publish or --check")
+        parser.error("say build, publish, reset or --check")
 
 
 if __name__ == "__main__":
