@@ -205,7 +205,12 @@ def start(tmp_path_factory):
     CONCEPT.save(folder / "concept.safetensors")
     words = {"PHOTO": folder / "photo.png", "CONCEPT": folder / "concept.safetensors"}
     words |= {"OUT": folder / "out", "OUT.json": folder / "out.json"}
-    return lambda command: [str(words.get(x, x)) for x in START.get(command, [])]
+
+    def arguments(command):
+        return [str(words.get(x, x)) for x in START.get(command, [])]
+
+    arguments.folder = folder
+    return arguments
 
 
 @pytest.mark.parametrize(("command", "option", "value"), ROWS)
@@ -220,6 +225,19 @@ def test_both_doors_say_the_same(command, option, value, start, capsys):
     said = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("loading ")]
     shown = str(caught.value).encode("utf-8", "backslashreplace").decode()
     assert ended.value.code == 2 and " ".join(said).split() == f"error: {shown}".split()
+    assert not {"out", "out.json"} & set(os.listdir(start.folder))
+
+
+@pytest.mark.parametrize("command", [x for x in START if "--device" in DOORS[x]])
+def test_a_gpu_that_is_missing_leaves_no_folder(command, start, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "mine").mkdir()
+    for out in ("new/inner", "mine"):
+        arguments = [*start(command), "--out", str(tmp_path / out), "--device=cuda"]
+        with pytest.raises(SystemExit) as ended:
+            main([*command.split(), *arguments])
+        assert ended.value.code == 2 and "torch finds no CUDA device" in capsys.readouterr().err
+    assert [x.name for x in tmp_path.rglob("*")] == ["mine"]  # the user's own stays
 
 
 def options_of(app, above=""):

@@ -37,13 +37,15 @@ from dte_lab.cli.common import (
     given,
     load_pipeline,
     number,
+    prepare_out,
+    remove_empty,
     whole,
 )
 from dte_lab.cli.drawings import DrawingOptions, contact_sheet, picture_origins, save_pictures
 from dte_lab.cli.explore import explore
 from dte_lab.cli.pretrain import pretrain
 from dte_lab.common.errors import DTEError, is_out_of_memory, one_line
-from dte_lab.common.files import keep_inputs, prepare_folder
+from dte_lab.common.files import keep_inputs
 from dte_lab.common.images import Picture, read_pictures, square
 from dte_lab.common.origin import check_free, origin_text, pictures_digest
 from dte_lab.common.quiet import close_bars, quiet_libraries, warnings_in_one_line
@@ -148,7 +150,7 @@ def personalize(
     outputs = drawings | dict.fromkeys((out / SHEET, out / CONCEPT), {"concept": origin})
     keep_inputs(outputs, [*images, *mask])
     check_free(outputs, overwrite)
-    prepare_folder(out)
+    prepare_out(out)
     pipe = load_pipeline(
         backbone, encoder, device, dtype, None if steps == 0 else batch_size or 0,
         gradient_checkpointing=gradient_checkpointing, offload=offload,
@@ -206,7 +208,7 @@ def generate(
     loaded = Concept.load(concept)
     drawings = picture_origins(prompt, seed, out, loaded.origin)
     check_free(drawings, overwrite)
-    prepare_folder(out)
+    prepare_out(out)
     pipe = load_pipeline(backbone or loaded.backbone, encoder, device, dtype, offload=offload)
     names = save_pictures(drawing.draw(pipe, loaded), drawings)
     typer.echo(f"wrote {', '.join(names)} to {out}")
@@ -284,6 +286,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not hasattr(error, "format_message"):  # a fault of the program: show where
             raise
         code = fail(error.format_message())  # a wrong option
+    finally:
+        remove_empty()
     sys.exit(code)
 
 

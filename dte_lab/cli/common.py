@@ -4,12 +4,15 @@ Numbers and words are handed on as they were typed: what is asked for is checked
 it is asked from Python as well.
 """
 
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dte_lab.common.errors import one_line
+from dte_lab.common.files import prepare_folder
 from dte_lab.common.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -32,6 +35,7 @@ def number(text: str) -> float | str:
         return text
 
 
+NEW_FOLDERS: list[Path] = []  # that `prepare_out` made
 Out = Annotated[Path, typer.Option("--out", help="Folder for what is written.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace what another picture or prompt has left there.")
@@ -82,6 +86,20 @@ Offload = Annotated[
 def given(**options: object) -> dict[str, object]:
     """The options that the user gave; the others keep the default of the called function."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def prepare_out(out: Path) -> None:
+    """`prepare_folder`, for `remove_empty` after what is refused later, such as a device."""
+    NEW_FOLDERS.extend(x for x in (out, *out.parents) if not os.path.lexists(x))
+    prepare_folder(out)
+
+
+def remove_empty() -> None:
+    """Remove the folders, innermost first, that this command made and wrote nothing to."""
+    with suppress(OSError):
+        for folder in NEW_FOLDERS:
+            folder.rmdir()
+    NEW_FOLDERS.clear()
 
 
 def load_pipeline(

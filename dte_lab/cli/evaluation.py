@@ -16,10 +16,11 @@ from dte_lab.cli.common import (
     Overwrite,
     SmallBackbone,
     load_pipeline,
+    prepare_out,
     whole,
 )
 from dte_lab.common.errors import DTEError
-from dte_lab.common.files import keep_inputs, prepare_folder
+from dte_lab.common.files import keep_inputs
 from dte_lab.common.origin import check_free
 from dte_lab.common.processes import usable_cores
 from dte_lab.common.quiet import quiet_libraries
@@ -71,7 +72,7 @@ def evaluate(
         if processes is None:
             processes = usable_cores() if device == "cpu" else 1
         check_run(method or methods_of(name), config, processes)  # before anything is loaded
-        prepare_folder(out)
+        prepare_out(out)
         pipe = load()
         specs = method or Methods(pipe).experiment(name)
         measure_methods(out, pipe, specs, config, processes=processes, load=load)
@@ -148,7 +149,7 @@ def export_model(folder: Path, backbone: str, encoder: Path | None, rest: list) 
     """What `dte export --onnx` does. Raises DTEError when something of a concept is given too."""
     if any(value is not None for value in rest):
         raise DTEError("--onnx writes the model alone: leave out CONCEPT, --out and --name.")
-    prepare_folder(folder)
+    prepare_out(folder)
     try:
         from dte_lab.onnx_parts.export import export_onnx
     except ImportError as error:

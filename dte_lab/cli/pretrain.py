@@ -18,10 +18,10 @@ from dte_lab.cli.common import (
     Steps,
     given,
     number,
+    prepare_out,
     whole,
 )
 from dte_lab.common.errors import DTEError
-from dte_lab.common.files import prepare_folder
 from dte_lab.common.quiet import quiet_libraries
 from dte_lab.world.sprites import SAMPLE_CONCEPTS
 
@@ -127,7 +127,7 @@ def pretrain(
     method, changes = MethodConfig(**given(regulariser=regulariser)), given(rank=rank)
     EncoderConfig(**changes)  # mistakes are told before anything is loaded
     check_data(data, stream, crops, pictures)
-    prepare_folder(out)
+    prepare_out(out)
     dtype = "fp32" if mixed_precision == "no" else mixed_precision
     parts = load_backbone(backbone, device, dtype, gradient_checkpointing=gradient_checkpointing)
     dataset, shown = training_pictures(parts, data, stream, crops, pictures)

@@ -19,6 +19,7 @@ from dte_lab.cli.common import (
     SmallBackbone,
     Steps,
     given,
+    prepare_out,
     whole,
 )
 
@@ -166,6 +167,7 @@ def encoder(
         steps=steps, minutes=minutes, batch_size=batch_size, count=count, word_steps=word_steps,
         word=word, seed=seed, width=width, rank=rank, regulariser=regulariser,
     )  # fmt: skip
+    prepare_out(out)
     drawings = None if wide is None else load(wide)
     train_encoder.main(
         out, backbone, drawings, e4t=e4t, device=device, mixed_precision=mixed_precision, **options
