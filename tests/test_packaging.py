@@ -67,9 +67,9 @@ EXTRAS_OF = {  # what imports from more than the dependencies
     "dte_lab/training": ("streams",),
     "dte_lab/world": ("world",),
     "dte_lab/evaluation": ("evaluate",),
-    "tests": ("notebooks", "page", "streams", "world", "test"),
+    "tests": ("notebooks", "page", "site", "streams", "world", "test"),
     "tests/check_cases": ("test",),
-    "tools": ("notebooks", "page", "test"),
+    "tools": ("notebooks", "page", "site", "test"),
 }
 OPTIONAL = {  # for --optimizer-8bit and a notebook alone, which say what to install
     "dte_lab/common/images.py": {"pillow-heif"},

@@ -1,0 +1,225 @@
+"""The site: notebooks, pages and the API, from the repository's own files.
+
+    python -m tools.site [FOLDER]        by default build/site; needs the extra `site`
+
+Nothing is fetched, and a warning ends the build. The notebooks are shown as they are stored, with
+their outputs; their install cells and solutions are folded. Links to files that are no pages lead
+to the repository where `[tool.dte_lab] repository` names one, and are plain text elsewhere. Where
+`python -m tools.page build` has made the page for a browser, the site holds it as well.
+"""
+
+import argparse
+import base64
+import re
+import shutil
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path, PurePosixPath
+from posixpath import normpath, relpath
+
+import nbformat
+from docutils.nodes import Node, NodeVisitor, SkipNode
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.application import Sphinx
+
+import dte_lab
+from dte_lab.common.errors import DTEError
+from dte_lab.common.files import write_atomically
+from tools.notebooks import repository
+
+ROOT = Path(__file__).parents[1]
+SITE = ROOT / "build" / "site"
+PLAYGROUND = ROOT / "build" / "page"
+PAGES = (  # in the order of the navigation: (heading, globs of pages)
+    ("Notebooks", ("notebooks/*.ipynb",)),
+    ("With exercises", ("notebooks/exercises/*.ipynb",)),
+    ("Guides", ("docs/*.md", "recipes/*.md")),
+    ("Results", ("dte_lab/weights/small/README.md", "results/*/table.md")),
+)
+LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
+MATH = {"…": r"\ldots ", r"\big": ""}  # what docutils' MathML does not know: what it does
+CODE = re.compile(r"(``[^`]+``|`[^`]+`)")
+LAUNCH = {
+    "Open in Colab": "https://colab.research.google.com/github/{path}/blob/{tag}/{page}",
+    "Open in Binder": "https://mybinder.org/v2/gh/{path}/{tag}?labpath={page}",
+}
+
+
+def build(folder: Path, root: Path = ROOT, notebooks: bool = True) -> Path:
+    """Write the site to a folder, in the place of what was there; returns it.
+
+    notebooks: with them, which take most of the time. Raises DTEError for a folder that holds
+    something else, and for what Sphinx warns of.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / ".buildinfo").is_file():
+        raise DTEError(f"{folder} holds something that is no site: choose another folder.")
+    with tempfile.TemporaryDirectory() as temporary:
+        source, built, log = (Path(temporary) / name for name in ("source", "html", "log"))
+        stage(root, source, notebooks)
+        with log.open("w") as warnings:
+            Sphinx(
+                source, None, built, Path(temporary) / "trees", "html", settings(),
+                status=None, warning=warnings,
+            ).build()  # fmt: skip
+        if said := log.read_text().replace(f"{source}/", ""):
+            print(said, file=sys.stderr)
+            raise DTEError(f"Sphinx warned {len(said.splitlines())} times, see above.")
+        if PLAYGROUND.is_dir():
+            shutil.copytree(PLAYGROUND, built / "playground")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(built, folder)
+    return folder
+
+
+def settings() -> dict:
+    """Sphinx's, in place of a conf.py."""
+    return {
+        "project": "dte_lab", "version": dte_lab.__version__, "html_title": "dte_lab",
+        "extensions": ["myst_nb", "sphinx.ext.autodoc", "tools.site"],
+        "nb_execution_mode": "off", "html_theme": "furo", "default_role": "literal",
+        "myst_enable_extensions": ["dollarmath"], "myst_heading_anchors": 4,
+        "html_math_renderer": "mathml", "html_copy_source": False, "html_show_sphinx": False,
+        "autodoc_member_order": "bysource", "smartquotes": False,
+        "suppress_warnings": ["myst.header"],  # exercises are two levels down
+    }  # fmt: skip
+
+
+def stage(root: Path, source: Path, notebooks: bool = True) -> None:
+    """Copy pages and notebooks to where Sphinx reads them, with links that hold there."""
+    found = {
+        heading: [p for glob in globs for p in sorted(root.glob(glob)) if ".mine-" not in p.name]
+        for heading, globs in PAGES
+    }
+    if not notebooks:
+        found = {k: v for k, v in found.items() if k in ("Guides", "Results")}
+    names = [path.relative_to(root).as_posix() for paths in found.values() for path in paths]
+    pages = {"README.md": "index.md", **{name: name for name in names}}
+    for name in pages:
+        write = stage_notebook if name.endswith(".ipynb") else stage_page
+        write(root, source, name, pages)
+    contents = [toctree(heading, found[heading], root) for heading in found]
+    with (source / "index.md").open("a") as index:
+        index.write("\n".join([*contents, toctree("Reference", [root / "api.md"], root)]))
+    (source / "api.md").write_text(api_page())
+
+
+def toctree(heading: str, paths: list[Path], root: Path) -> str:
+    names = "\n".join(path.relative_to(root).with_suffix("").as_posix() for path in paths)
+    return f"\n```{{toctree}}\n:hidden:\n:caption: {heading}\n\n{names}\n```\n"
+
+
+def stage_page(root: Path, source: Path, name: str, pages: dict[str, str]) -> None:
+    text = (root / name).read_text()
+    if name.startswith("results/"):
+        text = f"# Results: {PurePosixPath(name).parent.name.replace('_', ' ')}\n\n{text}"
+    write_atomically(source / pages[name], with_links(text, root, source, name, pages).encode())
+
+
+def stage_notebook(root: Path, source: Path, name: str, pages: dict[str, str]) -> None:
+    """With attachments as files, which MyST-NB does not show otherwise."""
+    notebook, folder = nbformat.read(root / name, 4), (source / name).with_suffix("")
+    for i, cell in enumerate(notebook.cells):
+        if cell.cell_type != "markdown":
+            continue
+        for file, data in cell.pop("attachments", {}).items():
+            (content,) = data.values()
+            write_atomically(folder / f"{i}-{file}", base64.b64decode(content))
+            cell.source = cell.source.replace(f"attachment:{file}", f"{folder.name}/{i}-{file}")
+        cell.source = with_links(cell.source, root, source, name, pages)
+    address, tag = repository(root)
+    if address:
+        path, page = address.removeprefix("https://github.com/"), name
+        links = (f"[{k}]({v.format(path=path, tag=tag, page=page)})" for k, v in LAUNCH.items())
+        notebook.cells.insert(1, nbformat.v4.new_markdown_cell(" · ".join(links)))
+    write_atomically(source / name, nbformat.writes(notebook).encode())
+
+
+def with_links(text: str, root: Path, source: Path, name: str, pages: dict[str, str]) -> str:
+    """Links of the page `name`, to pages, to copied pictures, to the repository, or as text."""
+    address, tag = repository(root)
+    here = PurePosixPath(pages[name]).parent
+
+    def replaced(found: re.Match) -> str:
+        is_picture, shown, target = found.groups()
+        path, _, anchor = target.partition("#")
+        if re.match(r"[a-z]+:", target) or not path:
+            return found[0]
+        place = normpath((PurePosixPath(name).parent / path).as_posix())
+        if is_picture:
+            if (root / place).is_file():
+                write_atomically(source / place, (root / place).read_bytes())
+                return f"![{shown}]({relpath(place, here)})"
+            return found[0]
+        if place in pages:
+            return f"[{shown}]({relpath(pages[place], here)}{'#' + anchor if anchor else ''})"
+        return f"[{shown}]({address}/blob/{tag}/{place})" if address else shown
+
+    return LINK.sub(replaced, text)
+
+
+def api_page() -> str:
+    """Every public name, from its docstring."""
+    lines = ["# The API", "", "Import these names from `dte_lab`.", "", "```{eval-rst}"]
+    for name in dte_lab._public:
+        value = getattr(dte_lab, name)
+        kind = "autoclass" if isinstance(value, type) else "autofunction"
+        lines += [f".. {kind}:: {value.__module__}.{name}"]
+        lines += ["   :members:"] * isinstance(value, type) + [""]
+    return "\n".join([*lines, "```", ""])
+
+
+def plain_docstring(
+    app: object, what: str, name: str, value: object, options: object, lines: list[str]
+) -> None:
+    """Docstrings are plain text with `code`: what reStructuredText would read otherwise is escaped,
+    and indented lines stand as they are."""
+    found, inside = [], False
+    for line in lines:
+        indented = line.startswith("    ")
+        if indented and not inside:
+            found += ["", "::", ""]
+        if inside and not indented and line.strip():
+            found.append("")
+        inside = indented or (inside and not line.strip())
+        found.append(line if indented else escaped(line.strip()))
+    lines[:] = found
+
+
+def escaped(text: str) -> str:
+    """reStructuredText that shows a line as it is, with `code` as code."""
+    parts = CODE.split(text)
+    plain = (re.sub(r"([*|_\\])", r"\\\1", part) for part in parts[::2])
+    code = (f"``{part.strip('`')}``" for part in parts[1::2])
+    return "".join(x for pair in zip(plain, [*code, ""], strict=True) for x in pair)
+
+
+def setup(app: Sphinx) -> dict[str, object]:
+    """The extension that `build` runs with: docstrings, and formulas as MathML, offline."""
+
+    def formula(writer: NodeVisitor, node: Node, as_block: bool) -> None:
+        text = node.astext()
+        for unknown, known in MATH.items():
+            text = text.replace(unknown, known)
+        writer.body.append(tex2mathml(text, as_block=as_block))
+        raise SkipNode
+
+    app.connect("autodoc-process-docstring", plain_docstring)
+    app.add_html_math_renderer(
+        "mathml",
+        (lambda writer, node: formula(writer, node, False), None),
+        (lambda writer, node: formula(writer, node, True), None),
+    )
+    return {"version": version("sphinx"), "parallel_read_safe": True}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.site", description=__doc__)
+    parser.add_argument("folder", nargs="?", type=Path, default=SITE)
+    given = parser.parse_args(arguments)
+    print(f"wrote {build(given.folder)}: open index.html in a browser")
+
+
+if __name__ == "__main__":
+    main()
