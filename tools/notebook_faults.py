@@ -8,20 +8,16 @@ by definition or by arithmetic stand in `notebooks/src/reasoned.txt`.
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from nbformat import NotebookNode
-
-from dte_lab.evaluation.conclusions import CLAIMS
-from dte_lab.evaluation.records import COLUMNS
 
 MAX_LINES = 20  # of a cell of code; more is no lesson, and belongs into the package
 MAX_PRINTED = 12  # lines of text under a cell; more is a table's work
 WIDGET = "application/vnd.jupyter.widget-view+json"
 BAR = re.compile(r"^.*\d+%\|.*\|.*\[.*\].*$")  # of tqdm, as text
-# Keys of measures and settings, for which a reader's page has human names.
-KEYS = {name for name in COLUMNS if "_" in name} - {"nearest_words"}
-KEYS |= {"identity_scaled", "nearest_cosine", "offset_learning_rate", "token_learning_rate"}
+MORE_KEYS = {"identity_scaled", "nearest_cosine", "offset_learning_rate", "token_learning_rate"}
 # What compares, what is measured, and what leaves open how it comes out.
 COMPARES = re.compile(
     r"\b(than|ahead of|behind (?:the|that|them)|hardly|barely|twice as|half (?:as|of)|times as|"
@@ -89,7 +85,7 @@ def output_faults(output: NotebookNode) -> list[str]:
         if not alt:
             found.append("has a picture without alt text")
         said += f" {alt[1]}" if alt else ""
-    if keys := KEYS & set(re.findall(r"\w+", said)):
+    if keys := measure_keys() & set(re.findall(r"\w+", said)):
         found.append(f"says {', '.join(sorted(keys))} where a reader wants a name")
     return found
 
@@ -107,6 +103,14 @@ def sentences(markdown: str) -> list[str]:
     return [re.sub(r"^(?:[-*#(]+|\d\.)\s*|\*+$", "", s) for some in parts for s in some if s]
 
 
+@cache
+def measure_keys() -> set[str]:
+    """Keys of measures and settings, for which a reader's page has human names."""
+    from dte_lab.evaluation.records import COLUMNS  # slow to import: it needs torch
+
+    return MORE_KEYS | {name for name in COLUMNS if "_" in name} - {"nearest_words"}
+
+
 def prose_faults(
     source: NotebookNode, name: str, results: Path, reasoned: Sequence[str] = ()
 ) -> list[str]:
@@ -114,6 +118,8 @@ def prose_faults(
 
     reasoned: sentences that compare by definition or by arithmetic, and need no results.
     """
+    from dte_lab.evaluation.conclusions import CLAIMS  # slow to import: it needs torch
+
     told = [
         sentence
         for cell in source.cells
