@@ -153,6 +153,15 @@ CONCLUSIONS = [
         "To predict anew at every step of sampling takes {other} to {one}: {difference}.",
         "refresh", "dte@prediction_interval=1:12", "dte:12", "behind",
     ),
+    Conclusion(
+        "In 12 steps the contrastive term is level with no regulariser, {one} and {other}: "
+        "{difference}.",
+        "regularisers", "dte@regulariser=contrastive:12", "dte@regulariser=none:12", "level",
+    ),
+    Conclusion(
+        "To take the nearest real word for v* costs most, {one} after 12 steps: {difference}.",
+        "regularisers", "dte@regulariser=nearest:12", "dte@regulariser=none:12", "behind",
+    ),
 ]  # fmt: skip
 
 
