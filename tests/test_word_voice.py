@@ -38,5 +38,5 @@ def test_means_are_over_concepts(small_pipe):
     found = word_voice.word_voice(small_pipe, 2, "val", Sampling(1, num_inference_steps=2))
     one, two = items(2, "val")
     assert {value["n"] for value in found.values()} == {2}
-    assert one.name != two.name and edits(one, word_voice.SCENES)
+    assert one.name != two.name and edits(one, word_voice.ASKED_IN)
     assert 0 < found["zeroed"]["mean"] and 0.5 < found["norm"]["mean"] < 2

@@ -29,7 +29,7 @@ from dte_lab.evaluation.records import versions
 from dte_lab.evaluation.trials import Sampling, draw_concept
 from dte_lab.pipeline import DTEPipeline
 
-SCENES = ("beach", "night", "red")
+ASKED_IN = ("beach", "night", "red")
 
 
 def word_voice(
@@ -38,7 +38,7 @@ def word_voice(
     """{mean, low, high, n}, over concepts, of what `of_concept` gives."""
     sampling, found = sampling or Sampling(), {}
     for item in tqdm(items(count, split), desc="word_voice"):
-        asked = [edit for edit in edits(item, SCENES) if not edit.is_style]
+        asked = [edit for edit in edits(item, ASKED_IN) if not edit.is_style]
         concept = pipe.personalize(to_pil(item.picture()), 0, progress=False)
         for name, value in of_concept(pipe, concept, asked, sampling).items():
             found.setdefault(name, []).append(value)
@@ -77,7 +77,7 @@ def main(
     found = word_voice(
         DTEPipeline.from_pretrained(backbone, device=device), concepts, "test", sampling
     )
-    settings = {"split": "test", "concepts": concepts, "scenes": SCENES, **asdict(sampling)}
+    settings = {"split": "test", "concepts": concepts, "scenes": ASKED_IN, **asdict(sampling)}
     document = {"settings": settings, "versions": versions(), **found}
     write_atomically(out, json.dumps(document, indent=1).encode())
     for name, value in found.items():
