@@ -49,7 +49,12 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def built(root, tmp_path_factory):
-    return site.build(tmp_path_factory.mktemp("site") / "site", root)
+    """With a page for a browser in it."""
+    playground = tmp_path_factory.mktemp("page")
+    (playground / "index.html").write_text("<p>the page</p>")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(site, "PLAYGROUND", playground)
+        return site.build(tmp_path_factory.mktemp("site") / "site", root)
 
 
 def pages(built):
@@ -71,6 +76,11 @@ def test_no_link_is_dead_and_every_picture_has_its_text(built):
             pictures += 1
             assert picture.get("alt", "").strip(), f"{path.name}: {picture.get('src', '')[:60]}"
     assert pictures > 10
+
+
+def test_the_page_for_a_browser_is_in_it(built):
+    assert "playground/index.html" in Page(built / "index.html").links
+    assert (built / "playground/index.html").read_text() == "<p>the page</p>"
 
 
 def test_nothing_is_fetched_and_no_machine_is_named(built):

@@ -39,6 +39,7 @@ PAGES = (  # in the order of the navigation: (heading, globs of pages)
 )
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 MATH = {"…": r"\ldots ", r"\big": ""}  # what docutils' MathML does not know: what it does
+TRY_IT = '<p><a href="playground/index.html">Try it in this browser</a></p>'
 CODE = re.compile(r"(``[^`]+``|`[^`]+`)")
 LAUNCH = {
     "Open in Colab": "https://colab.research.google.com/github/{path}/blob/{tag}/{page}",
@@ -99,6 +100,9 @@ def stage(root: Path, source: Path, notebooks: bool = True) -> None:
     for name in pages:
         write = stage_notebook if name.endswith(".ipynb") else stage_page
         write(root, source, name, pages)
+    if PLAYGROUND.is_dir():
+        title, rest = (source / "index.md").read_text().split("\n", 1)
+        (source / "index.md").write_text(f"{title}\n\n{TRY_IT}\n{rest}")
     contents = [toctree(heading, found[heading], root) for heading in found]
     with (source / "index.md").open("a") as index:
         index.write("\n".join([*contents, toctree("Reference", [root / "api.md"], root)]))
