@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from dte_lab.common.errors import DTEError
 
 site = pytest.importorskip("tools.site", reason="needs a checkout and pip install -e '.[site]'")
+notebooks = pytest.importorskip("tools.notebooks", reason="needs a checkout")
 
 
 class Page(HTMLParser):
@@ -120,11 +122,21 @@ def test_launch_buttons_come_with_an_address(tmp_path, root):
     (named / "pyproject.toml").write_text(text.replace('repository = ""', address))
     name = "notebooks/05_tuning.ipynb"
     (named / name).write_text((root / name).read_text())
-    for where, count in ((root, 0), (named, 1)):
-        site.stage_notebook(where, tmp_path / "staged", name, {name: name})
+    published = tmp_path / "published"  # whose notebooks have badges of their own
+    shutil.copytree(named, published)
+    notebook = json.loads((published / name).read_text())
+    link = notebooks.colab_link("https://github.com/someone/dte_lab", "v0.1.0", name)
+    picture = "![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)"
+    notebook["cells"][1]["source"] = f"[{picture}]({link})\n\n" + "".join(
+        notebook["cells"][1]["source"]
+    )
+    (published / name).write_text(json.dumps(notebook))
+    for where, count in ((root, 0), (named, 1), (published, 1)):
+        site.Staging(where, tmp_path / "staged").write_notebook(name)
         cells = json.loads((tmp_path / "staged" / name).read_text())["cells"]
         texts = ["".join(cell["source"]) for cell in cells]
         assert sum("colab.research.google.com/github/someone/dte_lab" in t for t in texts) == count
+        assert not any("![Open in Colab]" in t for t in texts), "its picture would be fetched"
 
 
 def test_another_folder_is_not_written_over(tmp_path):

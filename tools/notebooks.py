@@ -97,6 +97,12 @@ def repository(root: Path | None = None) -> tuple[str, str]:
     return address.rstrip("/"), f"v{settings['project']['version']}"
 
 
+def colab_link(address: str, tag: str, page: str) -> str:
+    """Where Colab opens a notebook of the repository."""
+    path = address.removeprefix("https://github.com/")
+    return f"https://colab.research.google.com/github/{path}/blob/{tag}/{page}"
+
+
 def _edition(
     source: NotebookNode,
     name: str,
@@ -161,11 +167,10 @@ def _opening(metadata: dict, name: str, measured: dict, solved: bool) -> str:
     rows = []
     address, tag = repository()
     if address:
-        path = address.removeprefix("https://github.com/")
-        link = f"https://colab.research.google.com/github/{path}/blob/{tag}"
         folder = "notebooks" if solved else "notebooks/exercises"
         badge = "https://colab.research.google.com/assets/colab-badge.svg"
-        rows.append(f"[![Open in Colab]({badge})]({link}/{folder}/{name}.ipynb)")
+        link = colab_link(address, tag, f"{folder}/{name}.ipynb")
+        rows.append(f"[![Open in Colab]({badge})]({link})")
     seconds, cores = measured.get("seconds"), measured.get("cores")
     ran = f"{seconds} s on {cores} CPU cores, as stored here" if seconds else "not measured yet"
     memory = f"{measured['peak_memory_gb']} GB" if measured else "not measured yet"

@@ -14,7 +14,6 @@ import re
 import shutil
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from posixpath import normpath, relpath
 
@@ -26,7 +25,7 @@ from sphinx.application import Sphinx
 import dte_lab
 from dte_lab.common.errors import DTEError
 from dte_lab.common.files import write_atomically
-from tools.notebooks import repository
+from tools.notebooks import colab_link, repository
 
 ROOT = Path(__file__).parents[1]
 SITE = ROOT / "build" / "site"
@@ -41,23 +40,21 @@ LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 MATH = {"…": r"\ldots ", r"\big": ""}  # what docutils' MathML does not know: what it does
 TRY_IT = '<p><a href="playground/index.html">Try it in this browser</a></p>'
 CODE = re.compile(r"(``[^`]+``|`[^`]+`)")
-LAUNCH = {
-    "Open in Colab": "https://colab.research.google.com/github/{path}/blob/{tag}/{page}",
-    "Open in Binder": "https://mybinder.org/v2/gh/{path}/{tag}?labpath={page}",
-}
+# A badge of a published notebook: its picture lies elsewhere, and a link in words takes its place.
+BADGE = re.compile(r"\[!\[[^\]]*\]\(https?:[^)]*\)\]\([^)]*\)\s*")
+BINDER = "https://mybinder.org/v2/gh/{path}/{tag}?labpath={page}"
 
 
-def build(folder: Path, root: Path = ROOT, notebooks: bool = True) -> Path:
+def build(folder: Path, root: Path = ROOT) -> Path:
     """Write the site to a folder, in the place of what was there; returns it.
 
-    notebooks: with them, which take most of the time. Raises DTEError for a folder that holds
-    something else, and for what Sphinx warns of.
+    Raises DTEError for a folder that holds something else, and for what Sphinx warns of.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / ".buildinfo").is_file():
         raise DTEError(f"{folder} holds something that is no site: choose another folder.")
     with tempfile.TemporaryDirectory() as temporary:
         source, built, log = (Path(temporary) / name for name in ("source", "html", "log"))
-        stage(root, source, notebooks)
+        Staging(root, source).write()
         with log.open("w") as warnings:
             Sphinx(
                 source, None, built, Path(temporary) / "trees", "html", settings(),
@@ -87,80 +84,91 @@ def settings() -> dict:
     }  # fmt: skip
 
 
-def stage(root: Path, source: Path, notebooks: bool = True) -> None:
-    """Copy pages and notebooks to where Sphinx reads them, with links that hold there."""
-    found = {
-        heading: [p for glob in globs for p in sorted(root.glob(glob)) if ".mine-" not in p.name]
-        for heading, globs in PAGES
-    }
-    if not notebooks:
-        found = {k: v for k, v in found.items() if k in ("Guides", "Results")}
-    names = [path.relative_to(root).as_posix() for paths in found.values() for path in paths]
-    pages = {"README.md": "index.md", **{name: name for name in names}}
-    for name in pages:
-        write = stage_notebook if name.endswith(".ipynb") else stage_page
-        write(root, source, name, pages)
-    if PLAYGROUND.is_dir():
-        title, rest = (source / "index.md").read_text().split("\n", 1)
-        (source / "index.md").write_text(f"{title}\n\n{TRY_IT}\n{rest}")
-    contents = [toctree(heading, found[heading], root) for heading in found]
-    with (source / "index.md").open("a") as index:
-        index.write("\n".join([*contents, toctree("Reference", [root / "api.md"], root)]))
-    (source / "api.md").write_text(api_page())
+class Staging:
+    """Pages and notebooks on their way to where Sphinx reads them, with links that hold there."""
+
+    def __init__(self, root: Path, source: Path) -> None:
+        self.root, self.source = root, source
+        self.address, self.tag = repository(root)
+        self.contents = {heading: self.found(globs) for heading, globs in PAGES}
+        names = [name for found in self.contents.values() for name in found]
+        self.pages = {"README.md": "index.md", **{name: name for name in names}}
+
+    def found(self, globs: tuple[str, ...]) -> list[str]:
+        """Names of the pages, but for what a reader's reset has kept."""
+        paths = [path for glob in globs for path in sorted(self.root.glob(glob))]
+        return [p.relative_to(self.root).as_posix() for p in paths if ".mine-" not in p.name]
+
+    def write(self) -> None:
+        for name in self.pages:
+            if name.endswith(".ipynb"):
+                self.write_notebook(name)
+            else:
+                self.write_page(name)
+        (self.source / "api.md").write_text(api_page())
+
+    def write_page(self, name: str) -> None:
+        text = (self.root / name).read_text()
+        if name.startswith("results/"):
+            text = f"# Results: {PurePosixPath(name).parent.name.replace('_', ' ')}\n\n{text}"
+        text = self.with_links(text, name)
+        if name == "README.md":
+            if PLAYGROUND.is_dir():
+                title, rest = text.split("\n", 1)
+                text = f"{title}\n\n{TRY_IT}\n{rest}"
+            contents = self.contents | {"Reference": ["api.md"]}
+            text += "\n".join(toctree(heading, names) for heading, names in contents.items())
+        write_atomically(self.source / self.pages[name], text.encode())
+
+    def write_notebook(self, name: str) -> None:
+        """With attachments as files, which MyST-NB does not show otherwise."""
+        notebook = nbformat.read(self.root / name, 4)
+        folder = (self.source / name).with_suffix("")
+        for i, cell in enumerate(notebook.cells):
+            if cell.cell_type != "markdown":
+                continue
+            for file, data in cell.pop("attachments", {}).items():
+                (content,) = data.values()
+                write_atomically(folder / f"{i}-{file}", base64.b64decode(content))
+                cell.source = cell.source.replace(f"attachment:{file}", f"{folder.name}/{i}-{file}")
+            cell.source = self.with_links(BADGE.sub("", cell.source), name)
+        if self.address:
+            notebook.cells.insert(1, nbformat.v4.new_markdown_cell(self.launch(name)))
+        write_atomically(self.source / name, nbformat.writes(notebook).encode())
+
+    def launch(self, name: str) -> str:
+        """Links that open a notebook where it runs."""
+        path = self.address.removeprefix("https://github.com/")
+        colab = colab_link(self.address, self.tag, name)
+        binder = BINDER.format(path=path, tag=self.tag, page=name)
+        return f"[Open in Colab]({colab}) · [Open in Binder]({binder})"
+
+    def with_links(self, text: str, name: str) -> str:
+        """Links of the page `name`, to pages, to copied pictures, to the repository, or as text."""
+        here = PurePosixPath(self.pages[name]).parent
+
+        def replaced(found: re.Match) -> str:
+            is_picture, shown, target = found.groups()
+            path, _, anchor = target.partition("#")
+            if re.match(r"[a-z]+:", target) or not path:
+                return found[0]
+            place = normpath((PurePosixPath(name).parent / path).as_posix())
+            if is_picture:
+                if (self.root / place).is_file():
+                    write_atomically(self.source / place, (self.root / place).read_bytes())
+                    return f"![{shown}]({relpath(place, here)})"
+                return found[0]
+            if place in self.pages:
+                to = relpath(self.pages[place], here)
+                return f"[{shown}]({to}{'#' + anchor if anchor else ''})"
+            return f"[{shown}]({self.address}/blob/{self.tag}/{place})" if self.address else shown
+
+        return LINK.sub(replaced, text)
 
 
-def toctree(heading: str, paths: list[Path], root: Path) -> str:
-    names = "\n".join(path.relative_to(root).with_suffix("").as_posix() for path in paths)
+def toctree(heading: str, pages: list[str]) -> str:
+    names = "\n".join(page.rpartition(".")[0] for page in pages)
     return f"\n```{{toctree}}\n:hidden:\n:caption: {heading}\n\n{names}\n```\n"
-
-
-def stage_page(root: Path, source: Path, name: str, pages: dict[str, str]) -> None:
-    text = (root / name).read_text()
-    if name.startswith("results/"):
-        text = f"# Results: {PurePosixPath(name).parent.name.replace('_', ' ')}\n\n{text}"
-    write_atomically(source / pages[name], with_links(text, root, source, name, pages).encode())
-
-
-def stage_notebook(root: Path, source: Path, name: str, pages: dict[str, str]) -> None:
-    """With attachments as files, which MyST-NB does not show otherwise."""
-    notebook, folder = nbformat.read(root / name, 4), (source / name).with_suffix("")
-    for i, cell in enumerate(notebook.cells):
-        if cell.cell_type != "markdown":
-            continue
-        for file, data in cell.pop("attachments", {}).items():
-            (content,) = data.values()
-            write_atomically(folder / f"{i}-{file}", base64.b64decode(content))
-            cell.source = cell.source.replace(f"attachment:{file}", f"{folder.name}/{i}-{file}")
-        cell.source = with_links(cell.source, root, source, name, pages)
-    address, tag = repository(root)
-    if address:
-        path, page = address.removeprefix("https://github.com/"), name
-        links = (f"[{k}]({v.format(path=path, tag=tag, page=page)})" for k, v in LAUNCH.items())
-        notebook.cells.insert(1, nbformat.v4.new_markdown_cell(" · ".join(links)))
-    write_atomically(source / name, nbformat.writes(notebook).encode())
-
-
-def with_links(text: str, root: Path, source: Path, name: str, pages: dict[str, str]) -> str:
-    """Links of the page `name`, to pages, to copied pictures, to the repository, or as text."""
-    address, tag = repository(root)
-    here = PurePosixPath(pages[name]).parent
-
-    def replaced(found: re.Match) -> str:
-        is_picture, shown, target = found.groups()
-        path, _, anchor = target.partition("#")
-        if re.match(r"[a-z]+:", target) or not path:
-            return found[0]
-        place = normpath((PurePosixPath(name).parent / path).as_posix())
-        if is_picture:
-            if (root / place).is_file():
-                write_atomically(source / place, (root / place).read_bytes())
-                return f"![{shown}]({relpath(place, here)})"
-            return found[0]
-        if place in pages:
-            return f"[{shown}]({relpath(pages[place], here)}{'#' + anchor if anchor else ''})"
-        return f"[{shown}]({address}/blob/{tag}/{place})" if address else shown
-
-    return LINK.sub(replaced, text)
 
 
 def api_page() -> str:
@@ -215,7 +223,7 @@ def setup(app: Sphinx) -> dict[str, object]:
         (lambda writer, node: formula(writer, node, False), None),
         (lambda writer, node: formula(writer, node, True), None),
     )
-    return {"version": version("sphinx"), "parallel_read_safe": True}
+    return {"version": dte_lab.__version__, "parallel_read_safe": True}
 
 
 def main(arguments: list[str] | None = None) -> None:
