@@ -63,6 +63,7 @@ def test_every_requirement_has_a_tested_version_within_its_range():
 
 EXTRAS_OF = {  # what imports from more than the dependencies
     "dte_lab/onnx_parts": ("page",),
+    "dte_lab/hardware": ("notebooks",),
     "dte_lab/panels": ("notebooks",),
     "dte_lab/training": ("streams",),
     "dte_lab/world": ("world",),

@@ -1,6 +1,7 @@
 """What fits: `dte memory`, `dte parameters`, `dte doctor`, and the options of memory."""
 
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -87,14 +88,21 @@ def doctor(
     encoder: Encoder = None,
     device: Device = None,
     out: Annotated[Path, typer.Option(help="Where results would go.")] = Path("."),
+    notebooks: Annotated[
+        bool, typer.Option("--notebooks", help="Also try what the notebooks need, in their kernel.")
+    ] = False,
 ) -> None:
     """Say what is installed and what would fail; exit status 1 if anything would."""
-    from dte_lab.hardware.doctor import examine
+    from tqdm.auto import tqdm
 
-    failures = 0
-    for finding in examine(backbone, encoder, device, out):
+    from dte_lab.hardware.doctor import examine
+    from dte_lab.hardware.kernel import examine_kernel
+
+    failures, findings = 0, examine(backbone, encoder, device, out)
+    for finding in chain(findings, examine_kernel(out)) if notebooks else findings:
         failures += not finding.good
         verdict = "ok  " if finding.good else "FAIL"
-        typer.echo(f"{verdict} {finding.topic:<17}{one_line(finding.text)}")
+        with tqdm.external_write_mode():
+            typer.echo(f"{verdict} {finding.topic:<17}{one_line(finding.text)}")
     if failures:
         sys.exit(1)

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from dte_lab import __version__
 from dte_lab.common.errors import DTEError, reason_of
 from dte_lab.common.files import check_path
@@ -102,10 +104,10 @@ def _device(device: str | None) -> Iterator[Finding]:
         free, total = (x / 1e9 for x in torch.cuda.mem_get_info(chosen))
         text = f"{torch.cuda.get_device_name(chosen)}: {free:.1f} of {total:.1f} GB free"
         yield Finding("memory", text, free > 1)
-    elif hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        free, total = (os.sysconf(n) for n in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"))
-        page = os.sysconf("SC_PAGE_SIZE") / 1e9
-        yield Finding("memory", f"{free * page:.1f} of {total * page:.1f} GB free", free * page > 1)
+    else:
+        there = psutil.virtual_memory()
+        free, total = there.available / 1e9, there.total / 1e9
+        yield Finding("memory", f"{free:.1f} of {total:.1f} GB free", free > 1)
 
 
 def _backbone(name: str, device: str | None) -> Finding:
