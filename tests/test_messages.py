@@ -11,8 +11,9 @@ from dte_lab.common.errors import LONGEST_LINE, DTEError, one_line, reason_of
 from dte_lab.common.files import check_path
 from dte_lab.common.images import read_image
 from dte_lab.common.quiet import quiet_libraries
+from dte_lab.common.settings import check_number, check_one_of, check_text, check_whole
 from dte_lab.evaluation.specifications import parse
-from dte_lab.prompts import check_prompts
+from dte_lab.prompts import check_drawing, check_prompts
 
 LONG = "x" * 5000
 SENTENCES = {  # what is asked for: (a call, its start, its end)
@@ -92,6 +93,19 @@ def test_the_reason_of_an_exception_fits_into_a_sentence():
     assert reason_of(ValueError("It is\nbroken.")) == "It is broken"
     assert reason_of(KeyError()) == "KeyError" == reason_of(KeyError("")).replace("''", "KeyError")
     assert len(reason_of(ValueError("a b " * 999))) <= 200
+
+
+def test_numbers_of_any_size_are_answered():
+    """Some have no float, and Python writes none of more than 4,300 digits."""
+    for value in (10**400, -(10**5000), 2**64):
+        for check in (check_whole, check_number):
+            with pytest.raises(DTEError, match="^x is a (whole )?number"):
+                check("x", value, None if check == check_whole else 0, 10**9)
+    for check in (check_text, lambda *a: check_one_of(*a, ("a", "b"))):
+        with pytest.raises(DTEError, match="^x is .* not a number of thousands of digits"):
+            check("x", 10**5000)
+    with pytest.raises(DTEError, match="^seed is a whole number of at most 64 bits"):
+        check_drawing(["S*"], [2**64])
 
 
 def test_doctor_says_long_names_in_short_lines(capsys):

@@ -1,11 +1,14 @@
 """The stored results: what is up to date, what a command makes of it, and what is concluded."""
 
+import errno
 import json
+import os
 import subprocess
 
 import numpy as np
 import pytest
 
+from dte_lab.common import files
 from dte_lab.common.errors import DTEError
 from dte_lab.evaluation.conclusions import CONCLUSIONS, Conclusion
 from dte_lab.evaluation.records import Row, to_csv
@@ -83,6 +86,59 @@ def test_other_weights_or_another_command_make_it_old(places, commands, monkeypa
     before = results.RESULT["two"].digest()
     (places / "weights" / "small" / "encoder" / "x.safetensors").write_bytes(b"third")
     assert results.RESULT["two"].digest() == before, "it reads the unet alone"
+
+
+ENTRY = {"digest": "ab", "minutes": 1.5, "processes": 2}
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        (None, "holds digest, minutes and processes"),
+        (ENTRY | {"more": 1}, "holds digest, minutes and processes"),
+        (ENTRY | {"digest": 3}, "digest is a text"),
+        (ENTRY | {"minutes": "1"}, "minutes is a number"),
+        (ENTRY | {"minutes": float("nan")}, "minutes is a number"),
+        (ENTRY | {"minutes": 10**400}, "minutes is a number"),
+        (ENTRY | {"processes": 0}, "processes is a whole number"),
+    ],
+)
+def test_a_damaged_entry_is_named(places, commands, entry, said):
+    text = json.dumps({"one": ENTRY, "two": entry})
+    results.MADE.write_text(text)
+    for arguments in ([], ["make", "one"]):
+        with pytest.raises(DTEError, match=rf"made\.json: 'two' is damaged \(.*{said}.*bring it"):
+            results.main(arguments)
+    assert results.MADE.read_text() == text
+
+
+@pytest.mark.parametrize(
+    "fault", [b"", b"[]", b"{", b"[" * 10**5, b"\xff", "folder", "link", "pipe"]
+)
+def test_what_is_no_record_of_results_is_named(places, fault):
+    if isinstance(fault, bytes):
+        results.MADE.write_bytes(fault)
+    elif fault == "link":
+        results.MADE.symlink_to("nowhere")
+    else:
+        results.MADE.mkdir() if fault == "folder" else os.mkfifo(results.MADE)
+    with pytest.raises(DTEError, match=r"made\.json .*bring it back as it was\.$"):
+        results.main([])
+
+
+def test_a_full_disk_leaves_the_stored_result(places, commands, monkeypatch):
+    results.main(["make", "one"])
+    before = {p: p.read_bytes() for p in (places / "results").rglob("*") if p.is_file()}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (places / "weights" / "small" / "encoder" / "x.safetensors").write_bytes(b"other")
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        results.main(["make", "one"])
+    assert caught.value.filename == str(places / "results" / "one" / "measures.csv")
+    assert {p: p.read_bytes() for p in (places / "results").rglob("*") if p.is_file()} == before
 
 
 def test_a_file_is_stored_under_its_own_name(places, commands):

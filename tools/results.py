@@ -13,7 +13,7 @@ were: `results/made.json` keeps a digest of both, and the minutes that it took. 
 import argparse
 import hashlib
 import json
-import shutil
+import os
 import signal
 import subprocess
 import sys
@@ -23,15 +23,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dte_lab.backbone import WEIGHTS
-from dte_lab.common.errors import DTEError
+from dte_lab.common.errors import DTEError, sentence_of
 from dte_lab.common.files import read_settings, write_atomically
 from dte_lab.common.processes import usable_cores
+from dte_lab.common.settings import check_number, check_text, check_whole
 from dte_lab.evaluation.conclusions import CONCLUSIONS
 from tools import results_tables
 
 ROOT = Path(__file__).parents[1]
 RESULTS, RUNS = ROOT / "results", ROOT / "runs" / "results"
 MADE = RESULTS / "made.json"
+BRING_BACK = "bring it back as it was"
 BASE = ("unet", "vae", "text_encoder", "image_encoder")
 ENCODER = (*BASE, "encoder")
 ALL = (*ENCODER, "ablations", "e4t")
@@ -141,8 +143,24 @@ RESULT = {
 
 
 def made() -> dict[str, dict]:
-    """{name: digest and minutes} of what is stored."""
-    return read_settings(MADE, "bring it back as it was") if MADE.is_file() else {}
+    """{name: digest, minutes and processes} of what is stored.
+
+    Raises DTEError, which names file and entry, where the file holds anything else.
+    """
+    if not os.path.lexists(MADE):
+        return {}
+    found = read_settings(MADE, BRING_BACK)
+    for name, entry in found.items():
+        try:
+            if not isinstance(entry, dict) or entry.keys() != {"digest", "minutes", "processes"}:
+                raise DTEError("it holds digest, minutes and processes, and nothing else")
+            check_text("digest", entry["digest"])
+            check_number("minutes", entry["minutes"], 0)
+            check_whole("processes", entry["processes"], 1)
+        except DTEError as error:
+            reason = str(error).rstrip(".")
+            raise DTEError(f"{MADE}: {name!r} is damaged ({reason}): {BRING_BACK}.") from error
+    return found
 
 
 def is_current(name: str) -> bool:
@@ -182,7 +200,7 @@ def make(name: str, wide: Path | None = None) -> None:
     folder = RESULTS / name if result.is_folder else RESULTS
     folder.mkdir(exist_ok=True)
     for file in result.keeps:
-        shutil.copyfile(run / file, folder / file)
+        write_atomically(folder / file, (run / file).read_bytes())
     entry = {"digest": digest, "minutes": round(minutes, 1), "processes": usable_cores()}
     write_atomically(MADE, json.dumps(made() | {name: entry}, indent=1).encode())
 
@@ -223,5 +241,5 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         sys.exit(main())
-    except DTEError as error:
-        sys.exit(str(error))
+    except (DTEError, OSError) as error:
+        sys.exit(sentence_of(error))

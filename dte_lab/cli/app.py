@@ -44,7 +44,7 @@ from dte_lab.cli.common import (
 from dte_lab.cli.drawings import DrawingOptions, contact_sheet, picture_origins, save_pictures
 from dte_lab.cli.explore import explore
 from dte_lab.cli.pretrain import pretrain
-from dte_lab.common.errors import DTEError, is_out_of_memory, one_line
+from dte_lab.common.errors import DTEError, is_out_of_memory, one_line, sentence_of
 from dte_lab.common.files import keep_inputs
 from dte_lab.common.images import Picture, read_pictures, square
 from dte_lab.common.origin import check_free, origin_text, pictures_digest
@@ -277,11 +277,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "the memory is used up: a smaller batch, --gradient-checkpointing or --offload, where "
             "the command has them, take less; dte memory says how much."
         )
-    except OSError as error:
-        known = error.strerror and error.filename
-        code = fail(f"{error.filename}: {error.strerror}." if known else error)
-    except DTEError as error:
-        code = fail(error)
+    except (DTEError, OSError) as error:
+        code = fail(sentence_of(error))
     except Exception as error:
         if not hasattr(error, "format_message"):  # a fault of the program: show where
             raise

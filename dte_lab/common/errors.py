@@ -28,6 +28,12 @@ def one_line(message: object) -> str:
     return _without_middle(" ".join(words), LONGEST_LINE)
 
 
+def sentence_of(error: DTEError | OSError) -> str:
+    """What to tell the user; of an OSError the file that it names, and why."""
+    known = getattr(error, "strerror", None) and getattr(error, "filename", None)
+    return one_line(f"{error.filename}: {error.strerror}." if known else error)
+
+
 def reason_of(error: BaseException) -> str:
     """What an exception of a library says, to be put into a sentence."""
     said = getattr(error, "strerror", None) or error

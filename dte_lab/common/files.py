@@ -61,6 +61,8 @@ def read_settings(path: Path, remedy: str = COPY_AGAIN) -> dict[str, Any]:
 
     remedy: the end of the sentence, what to do.
     """
+    if path.exists() and not path.is_file():  # such as a pipe, which would be waited for
+        raise DTEError(f"{path} is not a file: {remedy}.")
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -6,6 +6,8 @@ from numbers import Integral, Real
 
 from dte_lab.common.errors import DTEError
 
+LARGEST = 2**64  # of whole numbers
+
 
 def check_whole(
     name: str, value: object, low: int | None = None, high: int | None = None, instead: str = ""
@@ -16,7 +18,9 @@ def check_whole(
         least = "" if low is None else f" from {low}"
         least += "" if high is None else f" to {high}"
         other = f" or {instead}" if instead else ""
-        raise DTEError(f"{name} is a whole number{least}{other}, not {value!r}.")
+        raise DTEError(f"{name} is a whole number{least}{other}, not {cited(value)}.")
+    if abs(int(value)) >= LARGEST:  # neither torch nor a file's name takes it
+        raise DTEError(f"{name} is a whole number of at most 64 bits, not {cited(value)}.")
 
 
 def check_number(
@@ -27,9 +31,10 @@ def check_number(
     above: float | None = None,
 ) -> None:
     """`value` must be finite, in [low, high], and greater than `above`."""
-    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, Real) and not isinstance(value, bool)
     if (
         not number
+        or not _is_finite(value)
         or (low is not None and value < low)
         or (high is not None and value > high)
         or (above is not None and value <= above)
@@ -37,20 +42,35 @@ def check_number(
         bounds = "" if low is None else f" from {low}"
         bounds += "" if high is None else f" to {high}"
         bounds += "" if above is None else f" above {above}"
-        raise DTEError(f"{name} is a number{bounds}, not {value!r}.")
+        raise DTEError(f"{name} is a number{bounds}, not {cited(value)}.")
 
 
 def check_one_of(name: str, value: object, known: Sequence[str]) -> None:
     """`value` must be one of the `known` words."""
-    if value not in known:
-        raise DTEError(f"{name} is one of {', '.join(known)}, not {value!r}.")
+    if not isinstance(value, str) or value not in known:
+        raise DTEError(f"{name} is one of {', '.join(known)}, not {cited(value)}.")
 
 
 def check_text(name: str, text: object) -> None:
     """`text` must be a string that can be written as UTF-8."""
     if not isinstance(text, str):
-        raise DTEError(f"{name} is a text, not {text!r}.")
+        raise DTEError(f"{name} is a text, not {cited(text)}.")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise DTEError(f"{name} {text!r} has bytes that are not UTF-8.") from error
+
+
+def cited(value: object) -> str:
+    """The value as a message cites it."""
+    try:
+        return repr(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return "a number of thousands of digits"
+
+
+def _is_finite(value: Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False

@@ -99,7 +99,7 @@ def _too_large(name: str) -> ImageError:
 def _open_file(path: Path) -> BinaryIO:
     try:
         if path.is_dir():
-            raise ImageError(f"{path} is a folder; give a picture file.")
+            raise ImageError(f"{path} is a folder: give a file.")
         if not path.exists():
             raise ImageError(f"{path} does not exist.")
         if not path.is_file():

@@ -5,15 +5,18 @@ else can take a run up again. Somebody else's file is read as what it is, text o
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-from dte_lab.common.errors import DTEError, reason_of
+from PIL import Image
+
+from dte_lab.common.errors import DTEError
 from dte_lab.common.files import write_atomically
-from dte_lab.common.settings import check_number, check_text
-from dte_lab.common.sources import each_picture
+from dte_lab.common.settings import check_number, check_text, cited
+from dte_lab.common.sources import ImageError, each_picture, opened
 from dte_lab.panels.explorer_measures import LOWER_IS_BETTER, NAMES
 from dte_lab.panels.explorer_runs import Outcome, Question, Subject
 from dte_lab.panels.explorer_settings import ExplorerSetting
@@ -21,7 +24,7 @@ from dte_lab.world.sprites import sprite
 
 HISTORY_FORMAT = "dte-explorer-1"
 MOST_BYTES, MOST_RUNS = 5_000_000, 1000
-FAULTS = (ValueError, TypeError, KeyError, RecursionError)  # of a file that is none of ours
+MOST = 1e9  # of a measure
 
 
 @dataclass(frozen=True)
@@ -43,18 +46,18 @@ class Side:
 
     @classmethod
     def read(cls, values: dict) -> Self:
-        """From JSON. Raises one of FAULTS."""
-        measures = values["measures"]
+        """From JSON. Raises DTEError for anything else than what `asdict` made."""
+        setting, measures, *words, error = held("a side", values, [f.name for f in fields(cls)])
+        if not isinstance(measures, dict) or not measures.keys() <= NAMES.keys():
+            raise DTEError(f"measures are some of {', '.join(NAMES)}, not {cited(measures)}.")
         for name, value in measures.items():
-            if name not in NAMES:
-                raise DTEError(f"There is no measure {name!r}.")
-            check_number(name, value)
-        words = [[[w, c] for w, c in values[name]] for name in ("words_before", "words_after")]
-        for word, cosine in (pair for both in words for pair in both):
-            check_text("a word", word)
-            check_number("a cosine", cosine)
-        check_text("the error", values["error"])
-        return cls(ExplorerSetting.read(values["setting"]), dict(measures), *words, values["error"])
+            check_number(name, value, -MOST, MOST)
+        for found in words:
+            for word, cosine in (listed("a word", pair, 2) for pair in listed("words", found)):
+                check_text("a word", word)
+                check_number("a cosine", cosine, -MOST, MOST)
+        check_text("error", error)
+        return cls(ExplorerSetting.read(setting), measures, *words, error)
 
 
 @dataclass(frozen=True)
@@ -110,18 +113,49 @@ class Run:
 
     @classmethod
     def read(cls, values: dict) -> Self:
-        """From JSON. Raises one of FAULTS."""
-        subject = Subject(*(values["picture"][name] for name in ("name", "style")),
-                          digest=values["picture"]["digest"])  # fmt: skip
-        for text in (subject.name, subject.digest, values["where"]):
-            check_text("a name", text)
-        if subject.style is not None:
-            check_text("a style", subject.style)
-            sprite(subject.name, subject.style)  # complains of what there is not
-        question = Question(subject, tuple(values["prompts"]), tuple(values["seeds"]))
+        """From JSON. Raises DTEError for anything else than what `as_json` made."""
+        names = ["picture", "prompts", "seeds", "where", "sides"]
+        picture, prompts, seeds, where, sides = held("a run", values, names)
+        name, style, digest = held("picture", picture, ["name", "style", "digest"])
+        for what, text in (("name", name), ("digest", digest), ("where", where)):
+            check_text(what, text)
+        if style is not None:
+            check_text("style", style)
+            sprite(name, style)  # complains of what there is not
+        question = Question(
+            Subject(name, style, digest=digest),
+            tuple(listed("prompts", prompts)), tuple(listed("seeds", seeds)),
+        )  # fmt: skip
         question.check()
-        a, b = values["sides"]
-        return cls(question, (Side.read(a), Side.read(b)), values["where"])
+        read = []
+        for letter, side in zip("AB", listed("sides", sides, 2), strict=True):
+            with told_at(letter):
+                read.append(Side.read(side))
+        return cls(question, tuple(read), where)
+
+
+def held(what: str, values: object, names: Sequence[str]) -> list[Any]:
+    """The values of an object that has these names and no others. Raises DTEError."""
+    if not isinstance(values, dict) or values.keys() != set(names):
+        raise DTEError(f"{what} holds {', '.join(names)}, and nothing else.")
+    return [values[name] for name in names]
+
+
+def listed(what: str, values: object, length: int | None = None) -> list:
+    """A list, of this length. Raises DTEError for anything else."""
+    if not isinstance(values, list) or length not in (None, len(values)):
+        of = "" if length is None else f" of {length}"
+        raise DTEError(f"{what}: a list{of} is needed, not {cited(values)}.")
+    return values
+
+
+@contextmanager
+def told_at(place: str) -> Iterator[None]:
+    """A DTEError inside says where in the file it is."""
+    try:
+        yield
+    except DTEError as error:
+        raise DTEError(f"{place}: {error}") from error
 
 
 def dumped(runs: Sequence[Run]) -> str:
@@ -139,25 +173,32 @@ def load_history(source: object) -> list[Run]:
 
     Raises DTEError, one sentence, for what is damaged, of another kind, or too large.
     """
-    found = each_picture(source)
+    try:
+        found = each_picture(source)
+    except ImageError:  # an upload widget that is empty
+        found = []
     if len(found) != 1:
         raise DTEError(f"One history at a time can be read, not {len(found)}.")
     given, name = found[0]
-    try:
-        data = bytes(given) if not isinstance(given, str | Path) else Path(given).read_bytes()
-    except OSError as error:
-        raise DTEError(f"{name} cannot be read ({reason_of(error)}).") from error
+    name = "the history" if name == "the picture" else name
+    file = opened(given, name)
+    data = b"" if isinstance(file, Image.Image) else file.read()
     if len(data) > MOST_BYTES:
         raise DTEError(f"{name} is no history: it has more than {MOST_BYTES // 10**6} MB.")
     try:
         document = json.loads(data)
-        if not isinstance(document, dict) or document.get("format") != HISTORY_FORMAT:
-            raise ValueError(f"its format is not {HISTORY_FORMAT}")
-        if not isinstance(document["runs"], list) or len(document["runs"]) > MOST_RUNS:
-            raise ValueError(f"it holds no list of at most {MOST_RUNS} runs")
-        return [Run.read(values) for values in document["runs"]]
-    except (*FAULTS, AttributeError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        format_, runs = held("the file", document, ["format", "runs"])
+        if format_ != HISTORY_FORMAT:
+            raise DTEError(f"its format is not {HISTORY_FORMAT}")
+        if len(listed("runs", runs)) > MOST_RUNS:
+            raise DTEError(f"it holds more than {MOST_RUNS} runs")
+        read = []
+        for number, values in enumerate(runs, 1):
+            with told_at(f"run {number}"):
+                read.append(Run.read(values))
+        return read
+    except (ValueError, RecursionError) as error:
+        reason = str(error).rstrip(".")
         raise DTEError(
             f"{name} is no readable history of the explorer ({reason}): save it again."
         ) from error

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple, Self
 
 from dte_lab.common.errors import DTEError
-from dte_lab.common.settings import check_one_of, check_whole
+from dte_lab.common.settings import check_number, check_one_of, check_whole
 from dte_lab.config import REGULARISERS, MethodConfig
 from dte_lab.dual_path import GRANULARITIES, OFFSETS_ON
 from dte_lab.evaluation.methods import idle_with
@@ -142,11 +142,15 @@ class ExplorerSetting:
 
     @classmethod
     def read(cls, values: object) -> Self:
-        """From what `asdict` made. Raises DTEError for anything else."""
+        """From what `asdict` made. Raises DTEError for anything else, and beyond the knobs."""
         names = {field.name for field in fields(cls)}
         if not isinstance(values, Mapping) or set(values) != names:
             raise DTEError(f"A setting has the {len(names)} switches {', '.join(sorted(names))}.")
-        return cls(**values)
+        setting = cls(**values)
+        for switch in SWITCH_OF.values():
+            if not switch.choices:
+                check_number(switch.field, values[switch.field], switch.low, switch.high)
+        return setting
 
     @property
     def method(self) -> MethodConfig:
