@@ -21,8 +21,9 @@ from torch import Tensor
 
 from dte_lab import placeholder_token
 from dte_lab.common.errors import DTEError
+from dte_lab.common.muon import OPTIMIZERS
 from dte_lab.common.random import stream
-from dte_lab.common.settings import check_number, check_whole
+from dte_lab.common.settings import check_number, check_one_of, check_whole
 from dte_lab.concept import Concept
 from dte_lab.config import MethodConfig, single_path
 from dte_lab.e4t import E4TEncoder
@@ -42,16 +43,18 @@ class BaselineConfig:
 
     `token_learning_rate` is in units of a word's typical embedding entry. `batch_size` noise levels
     per step, as in our own tuning. Prior preservation draws `prior_pictures` of the class with the
-    base model and adds as many noise levels of them.
+    base model and adds as many noise levels of them. `optimizer` as in TuneConfig, of the weights.
     """
 
     batch_size: int = 8
+    optimizer: str = "adamw"
     token_learning_rate: float = 0.1
     lora_learning_rate: float = 8e-3
     multiplicative_learning_rate: float = 6e-3
     prior_pictures: int = 8
 
     def __post_init__(self) -> None:
+        check_one_of("optimizer", self.optimizer, OPTIMIZERS)
         for name in ("batch_size", "prior_pictures"):
             check_whole(name, getattr(self, name), 1)
         for name in ("token", "lora", "multiplicative"):
@@ -112,7 +115,8 @@ def dreambooth_lora(
         for key, pair in initial_lora(shapes, rank, stream(seed, "LoRA")).items()
     }
     matrices = [m for pair in offsets.values() for m in pair]
-    groups = [{"params": matrices, "lr": run.config.lora_learning_rate}]
+    muon = run.config.optimizer == "muon"
+    groups = [{"params": matrices, "lr": run.config.lora_learning_rate, "muon": muon}]
     trained = Parameters(lambda: EncoderPrediction(rare, offsets), groups)
     kept = embedding if prior else None
     return _fit(run, trained, phrase=f"{placeholder_token} {word}", prior=kept)
@@ -139,7 +143,11 @@ def e4t(
     deltas = [d.detach().clone().requires_grad_() for d in encoder.hypernetwork.deltas]
     groups = [
         {"params": [v_star], "lr": run.config.token_learning_rate * unit},
-        {"params": deltas, "lr": run.config.multiplicative_learning_rate},
+        {
+            "params": deltas,
+            "lr": run.config.multiplicative_learning_rate,
+            "muon": run.config.optimizer == "muon",
+        },
     ]
 
     def predict() -> EncoderPrediction:

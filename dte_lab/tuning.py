@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from dte_lab.backbone import Backbone
 from dte_lab.common.errors import DTEError
+from dte_lab.common.muon import OPTIMIZERS, MuonAdamW
 from dte_lab.common.random import stream
 from dte_lab.common.settings import check_number, check_one_of, check_whole
 from dte_lab.config import MethodConfig
@@ -47,16 +48,18 @@ class TuneConfig:
     """Values are ours, not the paper's.
 
     `trainable`: the predictions themselves, the encoder's two heads, or the whole encoder.
-    `batch_size` noise levels per step, spread evenly over the timesteps. `token_learning_rate` is
-    in units of a word's typical embedding entry, `encoder_learning_rate` is that of heads and
-    encoder. After `constant_steps` the rates fall linearly, to reach zero at `num_steps`; None
-    keeps them, so that a run passes through the results of all shorter ones. `prompts` are taken in
-    turn; None for "a picture of S*" with what else each picture shows, see setting.py.
+    `optimizer` of A and B; v* and the encoder's weights are AdamW's. `batch_size` noise levels per
+    step, spread evenly over the timesteps. `token_learning_rate` is in units of a word's typical
+    embedding entry, `encoder_learning_rate` is that of heads and encoder. After `constant_steps`
+    the rates fall linearly, to reach zero at `num_steps`; None keeps them, so that a run passes
+    through the results of all shorter ones. `prompts` are taken in turn; None for "a picture of S*"
+    with what else each picture shows, see setting.py.
     Raises DTEError for a value that means nothing.
     """
 
     num_steps: int = 12
     trainable: str = "predictions"
+    optimizer: str = "adamw"
     batch_size: int = 8
     token_learning_rate: float = 0.1
     offset_learning_rate: float = 6e-3
@@ -67,6 +70,7 @@ class TuneConfig:
     def __post_init__(self) -> None:
         check_whole("num_steps", self.num_steps, 0)
         check_one_of("trainable", self.trainable, TRAINABLE)
+        check_one_of("optimizer", self.optimizer, OPTIMIZERS)
         check_whole("batch_size", self.batch_size, 1)
         for name in ("token", "offset", "encoder"):
             name += "_learning_rate"
@@ -86,9 +90,8 @@ class TuneConfig:
 
     def kept_in(self, recommended: Recommended) -> Recommended:
         """The settings of a backbone with these in their place, as a concept keeps them."""
-        here = {name: getattr(self, name) for name in SHARED}
-        steps = {"num_steps": self.num_steps, "num_steps_without_encoder": self.num_steps}
-        return replace(recommended, **here, **steps)
+        values = {name: getattr(self, name) for name in SHARED} | {"num_steps": self.num_steps}
+        return replace(recommended, num_steps_without_encoder=self.num_steps, **values)
 
     def rate_at(self, step: int) -> float:
         """The factor of the rates at a step from 0."""
@@ -108,7 +111,7 @@ class TuneResult:
 
 @dataclass
 class Parameters:
-    """What an optimiser changes: groups of leaves, and the prediction that they make."""
+    """Groups of leaves for `MuonAdamW`, and the prediction that they make."""
 
     predict: Callable[[], EncoderPrediction]
     groups: list[dict]
@@ -118,7 +121,7 @@ class Parameters:
         return [leaf for group in self.groups for leaf in group["params"]]
 
     def optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.groups, betas=(0.9, 0.99), weight_decay=0.0)
+        return MuonAdamW(self.groups, betas=(0.9, 0.99), weight_decay=0.0)
 
     def copies(self) -> list[Tensor]:
         return [leaf.detach().clone() for leaf in self.leaves]
@@ -171,8 +174,7 @@ def tune(
         if finite := bool(terms["loss"].isfinite()):
             good = tuned.copies()
         overflow = not _all_finite(leaf.grad for leaf in tuned.leaves if leaf.grad is not None)
-        finite = finite and not (overflow and scaler.get_scale() <= 1)
-        if not finite:
+        if not (finite := finite and not (overflow and scaler.get_scale() <= 1)):
             break
         losses.append({name: value.item() for name, value in terms.items()})
         seen = None if callback is None else _copy(state)  # before the step changes it
@@ -222,11 +224,9 @@ def draw_batch(
     t = (torch.arange(B) + torch.rand(B, generator=generator)) / B * T
     t = t.long().clamp(max=T - 1)  # in fp32 the sum may round up to B
     noise = torch.randn((B, *latents.shape[1:]), generator=generator)
-    weights = None
     if masks is not None:
-        grid = F.interpolate(masks, latents.shape[-2:], mode="area")  # (n, 1, h, w)
-        weights = grid.to(latents.device)[picture]
-    return Batch(latents[picture], noise.to(latents), t.to(latents.device), prompt, weights=weights)
+        masks = F.interpolate(masks, latents.shape[-2:], mode="area").to(latents.device)[picture]
+    return Batch(latents[picture], noise.to(latents), t.to(latents.device), prompt, weights=masks)
 
 
 def in_turn(step: int, batch_size: int, generator: torch.Generator) -> Int[Tensor, " batch"]:
@@ -267,9 +267,10 @@ def _free_prediction(prediction: EncoderPrediction, config: TuneConfig, unit: fl
     matrices = [m for a, b in pairs for m in ((a,) if is_whole(b) else (a, b))]
     for leaf in (free.v_star, *matrices):
         leaf.requires_grad_()
+    muon = config.optimizer == "muon"
     groups = [
         {"params": [free.v_star], "lr": config.token_learning_rate * unit},
-        {"params": matrices, "lr": config.offset_learning_rate},
+        {"params": matrices, "lr": config.offset_learning_rate, "muon": muon},
     ]
     return Parameters(lambda: free, groups)
 

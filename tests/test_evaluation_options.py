@@ -115,16 +115,19 @@ ACTS = {
         "prediction_interval": ("", 1), "unconditional_offsets": ("", "false"),
         "trainable": ("", "heads"), "batch_size": ("", 3), "token_learning_rate": ("", 0.01),
         "offset_learning_rate": ("", 0.1), "encoder_learning_rate": ("@trainable=heads", 0.1),
-        "prompts": ("", '["a photo of S*"]'),
+        "prompts": ("", '["a photo of S*"]'), "optimizer": ("", "muon"),
     },
     "ti": {"batch_size": ("", 3), "token_learning_rate": ("", 0.01)},
-    "lora": {"batch_size": ("", 3), "lora_learning_rate": ("", 0.1)},
+    "lora": {
+        "batch_size": ("", 3), "lora_learning_rate": ("", 0.1), "optimizer": ("", "muon"),
+    },
     "lora-prior": {
         "batch_size": ("", 3), "lora_learning_rate": ("", 0.1), "prior_pictures": ("", 1),
+        "optimizer": ("", "muon"),
     },
     "e4t": {
         "encoder": ("", "other"), "batch_size": ("", 3), "token_learning_rate": ("", 0.01),
-        "multiplicative_learning_rate": ("", 0.1),
+        "multiplicative_learning_rate": ("", 0.1), "optimizer": ("", "muon"),
     },
 }  # fmt: skip
 
@@ -183,6 +186,7 @@ def test_the_fields_of_the_settings_are_options_or_not_read_by_the_method():
         ("dte@regulariser=hinge@regulariser_weight=0@num_positives=3:2", "no weight"),
         ("dte@encoder_learning_rate=1:2", "trainable=predictions does not read it"),
         ("dte@trainable=heads@offset_learning_rate=1:2", "offset_learning_rate.*trainable=heads"),
+        ("dte@trainable=heads@optimizer=muon:2", "optimizer.*trainable=heads"),
         ("dte@trainable=encoder@token_learning_rate=1:2", "token_learning_rate.*trainable=enc"),
         ("dte@granularity=block@alpha_blend=1:2", "granularity.*both ends"),
         ("dte@granularity=block@alpha_blend=[0,0]:2", "granularity.*both ends"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dte_lab import MethodConfig, PromptEncoder, TuneConfig, tune
+from dte_lab.common.muon import MuonAdamW
 from dte_lab.common.random import stream
 from dte_lab.encoder import EncoderPrediction
 from dte_lab.objective import objective
@@ -108,6 +109,36 @@ def test_a_first_step_by_hand(setting, tiny_pixels, monkeypatch):
             (y - x)[clear], -rate * gradient[clear].sign(), rtol=0.01, atol=1e-6
         )
     assert (seen[0].gradients[0].abs() > 1e-5).any()
+
+
+def test_a_first_step_of_muon(setting, monkeypatch):
+    """A and B move by the polar factor of the gradient, to what five iterations leave; v* as ever.
+
+    The gradients are those of a first step of AdamW, from the same seed.
+    """
+    moved, gradients = {}, []
+
+    class Watched(MuonAdamW):
+        def step(self):
+            gradients.append([p.grad.clone() for g in self.param_groups for p in g["params"]])
+            super().step()
+
+    monkeypatch.setattr("dte_lab.tuning.MuonAdamW", Watched)
+    for name, rate in (("adamw", 1e-3), ("muon", 0.05)):
+        config = TuneConfig(num_steps=1, optimizer=name, offset_learning_rate=rate)
+        after = tensors(tune(*setting, config, progress=False).prediction)
+        moved[name] = [y - x for x, y in zip(tensors(setting[2]), after, strict=True)]
+    assert torch.equal(moved["adamw"][0], moved["muon"][0])
+    for gradient, step in zip(gradients[1][1:], moved["muon"][1:], strict=True):
+        [g], [step] = gradient, step
+        u, s, v = torch.linalg.svd(g.double(), full_matrices=False)
+        s = (0.05 + 0.95 * 0.05) * s  # momentum, with a look ahead
+        s = s / (s.norm() + 1e-7)
+        for _ in range(5):
+            s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+        expected = -0.05 * 0.2 * max(g.shape) ** 0.5 * (u * s) @ v
+        torch.testing.assert_close(step.double(), expected, rtol=1e-2, atol=1e-4)
+    assert max(step.abs().max() for step in moved["muon"][1:]) > 1e-3  # not all have a gradient
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 8])
@@ -302,12 +333,12 @@ def test_after_the_constant_steps_the_rates_fall_to_zero(setting, monkeypatch):
     """Of both groups alike; up to 25 steps nothing changes."""
     rates = []
 
-    class Watched(torch.optim.AdamW):
+    class Watched(MuonAdamW):
         def step(self):
             rates.append([group["lr"] for group in self.param_groups])
             super().step()
 
-    monkeypatch.setattr("dte_lab.tuning.torch.optim.AdamW", Watched)
+    monkeypatch.setattr("dte_lab.tuning.MuonAdamW", Watched)
     unit = setting[1].table.typical_entry
     config = TuneConfig.of(STABLE_DIFFUSION, num_steps=30, batch_size=1, offset_learning_rate=2e-3)
     tune(*setting, config, progress=False)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from dte_lab.common.errors import DTEError
+from dte_lab.common.muon import MuonAdamW, orthogonalise
 from dte_lab.patch_autoencoder import PatchAutoencoder
 from dte_lab.world import SCENES, STYLES, caption, concepts, render, sampling, split_names
 from dte_lab.world.build import plain_name, split_concepts
@@ -23,7 +24,6 @@ from dte_lab.world.data import (
     random_item,
     to_tensor,
 )
-from dte_lab.world.muon import MuonAdamW, orthogonalise
 from dte_lab.world.pairs import (
     OTHER_SCENE,
     SAME_PICTURE,

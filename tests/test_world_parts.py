@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from dte_lab.common.errors import DTEError
+from dte_lab.common.muon import MuonAdamW
 from dte_lab.common.schedule import average_of, ema_weight, update_ema
 from dte_lab.world import train_autoencoder, train_decoder, train_text, train_towers, train_unet
 from dte_lab.world.drawings import Drawings
-from dte_lab.world.muon import MuonAdamW
 from dte_lab.world.options import LEAST_DRAWINGS
 from dte_lab.world.spoken import Spoken
 from dte_lab.world.sprites import split_names

@@ -91,6 +91,7 @@ MEASURES = "dte_lab.evaluation"
 CHOOSING = ("--split", "val", "--concepts", "12")
 RESULT = {
     "rates": evaluation("--experiment", "rates", *CHOOSING, *SCENES, reads=ALL),
+    "optimizer": evaluation("--experiment", "optimizer", *CHOOSING, *SCENES, reads=ALL),
     "table": evaluation("--experiment", "table", *SCENES, reads=ALL),
     "unseen_style": evaluation(
         *methods("dte:0,12", "dte@part=word:0", "dte@part=weights:0"),

@@ -33,9 +33,9 @@ TUNE_OPTIONS = tuple(
 )
 BASELINE_OPTIONS = {  # the fields of BaselineConfig that each baseline reads
     "ti": ("batch_size", "token_learning_rate"),
-    "lora": ("batch_size", "lora_learning_rate"),
-    "lora-prior": ("batch_size", "lora_learning_rate", "prior_pictures"),
-    "e4t": ("batch_size", "token_learning_rate", "multiplicative_learning_rate"),
+    "lora": ("batch_size", "optimizer", "lora_learning_rate"),
+    "lora-prior": ("batch_size", "optimizer", "lora_learning_rate", "prior_pictures"),
+    "e4t": ("batch_size", "optimizer", "token_learning_rate", "multiplicative_learning_rate"),
 }
 ANCHORS = ("oracle", "other")
 PARTS = ("word", "weights")
@@ -77,6 +77,18 @@ EXPERIMENTS = {  # the rates of all methods: the best of "rates" on val
         *(f"lora-prior@lora_learning_rate={rate}:120" for rate in (0.0015, 0.003, 0.006)),
         *(f"e4t@multiplicative_learning_rate={rate}:12,50" for rate in (0.003, 0.006, 0.012)),
         *(f"e4t@token_learning_rate={rate}:12,50" for rate in (0.05, 0.2)),
+    ],
+    "optimizer": [  # each at the rate chosen for AdamW, and at three for Muon; on val
+        "dte:12,50",
+        *(f"dte@optimizer=muon@offset_learning_rate={r}:12,50" for r in (0.015, 0.03, 0.06)),
+        "lora:12",
+        "lora@lora_learning_rate=0.006:12,120",
+        *(f"lora@optimizer=muon@lora_learning_rate={r}:12,120" for r in (0.015, 0.03, 0.06, 0.12)),
+        "e4t@token_learning_rate=0.05:12,50",
+        *(
+            f"e4t@token_learning_rate=0.05@optimizer=muon@multiplicative_learning_rate={r}:12,50"
+            for r in (0.015, 0.03, 0.06)
+        ),
     ],
     "quick": ["dte:0,2", "ti:2", "lora:2", "lora-prior:2", "e4t:2"],
     "steps": [
@@ -246,6 +258,8 @@ def _idle_in_tuning(
     for option in TUNE_OPTIONS:
         if option.endswith("_learning_rate") and (option == "encoder_learning_rate") == freely:
             idle[option] = f"trainable={spec.tuning.trainable} does not read it"
+    if not freely:
+        idle["optimizer"] = f"trainable={spec.tuning.trainable} does not read it"
     if not any(spec.steps):
         idle |= dict.fromkeys((*TUNE_OPTIONS, *works_with), NO_STEPS)
         if "nearest" not in (before.regulariser, kind):  # which changes the prompt at once

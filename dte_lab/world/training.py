@@ -23,10 +23,10 @@ from dte_lab.common.attention import short_attention
 from dte_lab.common.checkpoint import CHECKPOINT, Checkpoint
 from dte_lab.common.errors import DTEError
 from dte_lab.common.files import write_atomically
+from dte_lab.common.muon import MuonAdamW, hidden_matrices
 from dte_lab.common.resume import LOG, append_line
 from dte_lab.common.schedule import average_of, ema_weight, trapezoid, update_ema
 from dte_lab.common.settings import check_number, check_one_of, check_whole
-from dte_lab.world.muon import MuonAdamW, hidden_matrices
 
 CONFIG = "config.json"
 WORD_TABLE = "token_embedding.weight"

@@ -1,8 +1,8 @@
 """Muon (Jordan et al. 2024) for the matrices inside a network, AdamW for all the rest.
 
 torch.optim.Muon refuses convolutions, and its Newton-Schulz iteration is in bfloat16, which takes
-seconds a step on a CPU without instructions for it; this one flattens convolutions and is told the
-precision.
+seconds a step on a CPU without instructions for it; this one flattens convolutions, takes batches
+of matrices, and is told the precision.
 """
 
 import re
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 # Coefficients and number of the Newton-Schulz iterations, and momentum: as in torch.optim.Muon.
 COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 MOMENTUM = 0.95
+OPTIMIZERS = ("adamw", "muon")  # of matrices, by the names of settings
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
@@ -44,6 +45,8 @@ def orthogonalise(
 class MuonAdamW(torch.optim.AdamW):
     """AdamW whose parameter groups with `muon=True` take Muon's step instead.
 
+    There, a parameter of three dimensions is a batch of matrices, one of four a convolution.
+
     Updates are scaled to the root mean square of AdamW's (arXiv 2502.16982), 0.2 times the rate.
     """
 
@@ -71,10 +74,11 @@ class MuonAdamW(torch.optim.AdamW):
                 state["step"], state["momentum"] = torch.tensor(0.0), torch.zeros_like(p)
             state["step"] += 1
             momentum = state["momentum"].lerp_(p.grad, 1 - MOMENTUM)
-            update = p.grad.lerp(momentum, MOMENTUM).flatten(1)  # Nesterov
+            update = p.grad.lerp(momentum, MOMENTUM)  # Nesterov
+            update = update.flatten(1) if p.ndim == 4 else update
             shapes.setdefault(update.shape, []).append((p, update))
         for shape, pairs in shapes.items():
             updates = orthogonalise(torch.stack([update for _, update in pairs]), self.dtype)
-            updates *= 0.2 * max(shape) ** 0.5 * group["lr"]
+            updates *= 0.2 * max(shape[-2:]) ** 0.5 * group["lr"]
             for (p, _), update in zip(pairs, updates, strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.view(p.shape))
