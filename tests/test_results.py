@@ -8,6 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 
+from dte_lab.baselines import BaselineConfig
 from dte_lab.common import files
 from dte_lab.common.errors import DTEError
 from dte_lab.evaluation.conclusions import CONCLUSIONS, Conclusion
@@ -86,6 +87,16 @@ def test_other_weights_or_another_command_make_it_old(places, commands, monkeypa
     before = results.RESULT["two"].digest()
     (places / "weights" / "small" / "encoder" / "x.safetensors").write_bytes(b"third")
     assert results.RESULT["two"].digest() == before, "it reads the unet alone"
+
+
+def test_other_settings_of_the_methods_make_it_old(places, commands, monkeypatch):
+    """What measures the base model alone does not read them."""
+    monkeypatch.setitem(results.RESULT, "base", results.evaluation(reads=results.BASE))
+    before = {name: result.digest() for name, result in results.RESULT.items()}
+    usual = (*results.USUAL[:-1], BaselineConfig(lora_learning_rate=0.123))
+    monkeypatch.setattr(results, "USUAL", usual)
+    changed = {name for name, was in before.items() if results.RESULT[name].digest() != was}
+    assert changed == {"one", "two"}
 
 
 ENTRY = {"digest": "ab", "minutes": 1.5, "processes": 2}

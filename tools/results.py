@@ -5,8 +5,8 @@
     python -m tools.results write                            them into README and model card
     python -m tools.results check                            conclusions, against the numbers
 
-A result is up to date as long as the weights that it was made with, and its command, are what they
-were: `results/made.json` keeps a digest of both, and the minutes that it took. Runs lie in
+A result is up to date as long as its command, the weights that it was made with and the settings of
+the methods are what they were: `results/made.json` keeps a digest of them, and the minutes that it took. Runs lie in
 `runs/results`, one folder for each digest: what was cut off goes on. Needs the extra `evaluate`.
 """
 
@@ -19,15 +19,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dte_lab.backbone import WEIGHTS
+from dte_lab.baselines import BaselineConfig
 from dte_lab.common.errors import DTEError, sentence_of
 from dte_lab.common.files import read_settings, write_atomically
 from dte_lab.common.processes import usable_cores
 from dte_lab.common.settings import check_number, check_text, check_whole
+from dte_lab.config import MethodConfig
 from dte_lab.evaluation.conclusions import CONCLUSIONS
+from dte_lab.recommended import SMALL_WORLD
+from dte_lab.tuning import TuneConfig
 from tools import results_tables
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +42,7 @@ BASE = ("unet", "vae", "text_encoder", "image_encoder")
 ENCODER = (*BASE, "encoder")
 ALL = (*ENCODER, "ablations", "e4t")
 FOLDER = ("measures.csv", "run.json", "table.md", "tradeoff.png")  # what is kept of a run
+USUAL = (SMALL_WORLD, TuneConfig(), MethodConfig(), BaselineConfig())
 SCENES = ("--scene", "beach", "--scene", "night", "--scene", "red")
 
 
@@ -55,8 +60,10 @@ class Result:
     keeps: tuple[str, ...] = FOLDER
 
     def digest(self) -> str:
-        """Of the command and of the weights that it reads."""
+        """Of the command, of the weights that it reads, and of the usual settings of methods."""
         found = hashlib.sha256(json.dumps(self.arguments).encode())
+        if self.compares_methods:
+            found.update(json.dumps([asdict(usual) for usual in USUAL]).encode())
         for part in self.reads:
             for path in sorted((WEIGHTS / "small" / part).rglob("*.safetensors")):
                 found.update(path.read_bytes())
@@ -65,6 +72,11 @@ class Result:
     @property
     def needs_wide(self) -> bool:
         return "WIDE" in self.arguments
+
+    @property
+    def compares_methods(self) -> bool:
+        """Whether anything is tuned or trained for it, or the base model alone is measured."""
+        return self.needs_wide or self.reads != BASE
 
     @property
     def is_folder(self) -> bool:
