@@ -6,8 +6,9 @@
     python -m tools.results check                            conclusions, against the numbers
 
 A result is up to date as long as its command, the weights that it was made with and the settings of
-the methods are what they were: `results/made.json` keeps a digest of them, and the minutes that it took. Runs lie in
-`runs/results`, one folder for each digest: what was cut off goes on. Needs the extra `evaluate`.
+the methods are what they were: `results/made.json` keeps a digest of them, and the minutes that it
+took. Runs lie in `runs/results`, one folder for each digest: what was cut off goes on. Needs the
+extra `evaluate`.
 """
 
 import argparse
