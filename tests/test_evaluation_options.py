@@ -24,6 +24,7 @@ from dte_lab.evaluation.specifications import (
 )
 from dte_lab.evaluation.trials import Sampling, draw_concept
 from dte_lab.tuning import TuneConfig
+from dte_lab.zero_shot import ZeroShotStart
 
 
 def test_a_specification_is_read():
@@ -161,6 +162,16 @@ def test_every_option_that_is_accepted_changes_something(made, name, option):
     before, after = made(f"{name}{rest}:2"), made(f"{name}{rest}@{option}={value}:2")
     same = all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert not same, f"{name}@{option} changes nothing"
+
+
+def test_no_encoder_starts_from_the_words_that_clip_finds(methods, tiny_backbone, tiny_pixels):
+    [concept] = methods.concepts(parse("dte@encoder=zero-shot:0"), tiny_pixels[:1], 3).values()
+    expected = ZeroShotStart(tiny_backbone).predict(tiny_backbone, tiny_pixels[:1], 3)
+    torch.testing.assert_close(concept.v_star, expected.v_star, rtol=1e-3, atol=1e-4)
+    assert all(not b.any() for _, b in concept.offsets.values())
+    assert "zero-shot" not in methods.settings()["weights"]
+    with pytest.raises(DTEError, match="needs a trained encoder"):
+        methods.check(parse("dte@encoder=zero-shot@trainable=heads:2"))
 
 
 def test_the_fields_of_the_settings_are_options_or_not_read_by_the_method():

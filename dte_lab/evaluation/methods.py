@@ -17,11 +17,24 @@ from dte_lab.concept import Concept
 from dte_lab.config import MethodConfig
 from dte_lab.contrastive import prompt_embedding
 from dte_lab.e4t import load_e4t
-from dte_lab.encoder import EncoderPrediction, TuningEncoder, load_encoder, trained_encoder
+from dte_lab.encoder import (
+    EncoderPrediction,
+    Predictor,
+    TuningEncoder,
+    load_encoder,
+    trained_encoder,
+)
 from dte_lab.evaluation.records import fingerprint
-from dte_lab.evaluation.specifications import Specification, idle_options, methods_of, parse
+from dte_lab.evaluation.specifications import (
+    ZERO_SHOT,
+    Specification,
+    idle_options,
+    methods_of,
+    parse,
+)
 from dte_lab.lora import Offsets, projection_shapes, truncate
 from dte_lab.pipeline import DTEPipeline
+from dte_lab.zero_shot import ZeroShotStart
 
 SAYS_NOTHING = "thing"
 BASELINES = {
@@ -159,9 +172,8 @@ class Methods:
         path = spec.encoder or str(_e4t(backbone))
         key = path if spec.name == "dte" else f"{spec.name} {path}"
         if key not in self.others:
-            load = load_e4t if spec.name == "e4t" else load_encoder
             try:
-                self.others[key] = DTEPipeline(backbone, load(path, backbone))
+                self.others[key] = DTEPipeline(backbone, start_of(spec.name, path, backbone))
             except ValueError as error:
                 raise DTEError(f"{spec.label}: {error}") from error
         return self.others[key]
@@ -170,11 +182,19 @@ class Methods:
         """What of the backbone and the encoders the numbers depend on, weights as fingerprints."""
         backbone, encoder = self.pipe.backbone, self.pipe.encoder
         own = {"backbone": fingerprint(*backbone.modules), "encoder": fingerprint(encoder)}
-        others = {name: fingerprint(pipe.encoder) for name, pipe in self.others.items()}
+        trained = {name: pipe for name, pipe in self.others.items() if pipe.has_trained_encoder}
+        others = {name: fingerprint(pipe.encoder) for name, pipe in trained.items()}
         return {
             "backbone": backbone.name, "weights": own | others,
             "encoder": asdict(encoder.settings), "method": asdict(encoder.method),
         }  # fmt: skip
+
+
+def start_of(name: str, path: str, backbone: Backbone) -> Predictor:
+    """What a method starts from: an encoder by name or folder, or none."""
+    if name == "e4t":
+        return load_e4t(path, backbone)
+    return ZeroShotStart(backbone) if path == ZERO_SHOT else load_encoder(path, backbone)
 
 
 def _e4t(backbone: Backbone) -> Path:

@@ -7,6 +7,7 @@ dte@offsets_on=hard:12          the offsets on the hard path, as the paper's tex
 dte@rank=1:12                   the prediction cut to a lower rank before tuning (SVD)
 dte@part=word:12                what v* alone draws; part=weights: the offsets, with "thing" as v*
 dte@encoder=small/none:12       another encoder, by name or folder; this one had no regulariser
+dte@encoder=zero-shot:12        no encoder: from the words that CLIP finds, see zero_shot.py
 ti:12,500   lora:12   lora-prior:12   e4t:12       baselines, with the fields of BaselineConfig that
                                 they read; e4t takes encoder=, too
 oracle, other                   the true rendering, and that of another concept: the scale
@@ -39,6 +40,7 @@ BASELINE_OPTIONS = {  # the fields of BaselineConfig that each baseline reads
 }
 ANCHORS = ("oracle", "other")
 PARTS = ("word", "weights")
+ZERO_SHOT = "zero-shot"  # in an encoder's place
 OPTIONS = {
     "dte": ("encoder", "rank", "part", *METHOD_OPTIONS, *TUNE_OPTIONS),
     **BASELINE_OPTIONS,
@@ -81,6 +83,11 @@ EXPERIMENTS = {  # the rates of all methods: the best of "rates" on val
     "optimizer": [  # each at the rate chosen for AdamW, and at three for Muon; on val
         "dte:12,50",
         *(f"dte@optimizer=muon@offset_learning_rate={r}:12,50" for r in (0.015, 0.03, 0.06)),
+        "dte@encoder=zero-shot:12",
+        *(
+            f"dte@encoder=zero-shot@optimizer=muon@offset_learning_rate={r}:12"
+            for r in (0.03, 0.06, 0.12)
+        ),
         "lora:12",
         "lora@lora_learning_rate=0.006:12,120",
         *(f"lora@optimizer=muon@lora_learning_rate={r}:12,120" for r in (0.015, 0.03, 0.06, 0.12)),
