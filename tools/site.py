@@ -21,6 +21,7 @@ import nbformat
 from docutils.nodes import Node, NodeVisitor, SkipNode
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
+from sphinx.util.docutils import docutils_namespace
 
 import dte_lab
 from dte_lab.common.errors import DTEError
@@ -50,25 +51,42 @@ def build(folder: Path, root: Path = ROOT) -> Path:
 
     Raises DTEError for a folder that holds something else, and for what Sphinx warns of.
     """
-    if folder.exists() and any(folder.iterdir()) and not (folder / ".buildinfo").is_file():
-        raise DTEError(f"{folder} holds something that is no site: choose another folder.")
+    check_ours(folder)
     with tempfile.TemporaryDirectory() as temporary:
-        source, built, log = (Path(temporary) / name for name in ("source", "html", "log"))
+        source = Path(temporary) / "source"
         Staging(root, source).write()
-        with log.open("w") as warnings:
-            Sphinx(
-                source, None, built, Path(temporary) / "trees", "html", settings(),
-                status=None, warning=warnings,
-            ).build()  # fmt: skip
-        if said := log.read_text().replace(f"{source}/", ""):
-            print(said, file=sys.stderr)
-            raise DTEError(f"Sphinx warned {len(said.splitlines())} times, see above.")
+        built = run_sphinx(source, "html", settings())
         if PLAYGROUND.is_dir():
             shutil.copytree(PLAYGROUND, built / "playground")
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(built, folder)
+        put(built, folder)
     return folder
+
+
+def check_ours(folder: Path) -> None:
+    """Raise DTEError for a folder that holds something that Sphinx did not build."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / ".buildinfo").is_file():
+        raise DTEError(f"{folder} holds something that is no site: choose another folder.")
+
+
+def run_sphinx(source: Path, builder: str, configuration: dict) -> Path:
+    """The folder beside `source` with what Sphinx makes of it. Raises DTEError for a warning."""
+    built, log = source.parent / "built", source.parent / "log"
+    with log.open("w") as warnings, docutils_namespace():
+        Sphinx(
+            source, None, built, source.parent / "trees", builder, configuration,
+            status=None, warning=warnings,
+        ).build()  # fmt: skip
+    if said := log.read_text().replace(f"{source}/", ""):
+        print(said, file=sys.stderr)
+        raise DTEError(f"Sphinx warned {len(said.splitlines())} times, see above.")
+    return built
+
+
+def put(built: Path, folder: Path) -> None:
+    """Move what was built to a folder, in the place of what was there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(built, folder)
 
 
 def settings() -> dict:

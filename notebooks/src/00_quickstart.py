@@ -31,7 +31,7 @@
 # - choose between likeness and freedom with `alpha_blend`;
 # - tell by looking when it has failed, and why.
 
-# %% [markdown]
+# %% [markdown] tags=["no-slide"]
 # ## Set up
 #
 # The cell installs the package where it is missing, and leaves an installed PyTorch as it is.

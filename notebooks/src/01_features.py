@@ -29,7 +29,7 @@
 # - test with linear probes what a space knows, on things that the networks have never seen;
 # - write the fusion step, and judge at which `t` it is best to predict.
 
-# %% [markdown]
+# %% [markdown] tags=["no-slide"]
 # ## Set up
 #
 # The cell installs the package where it is missing, and leaves an installed PyTorch as it is.

@@ -32,7 +32,7 @@
 # Stored numbers that are marked *former model* were measured with the weights before the present
 # ones.
 
-# %% [markdown]
+# %% [markdown] tags=["no-slide"]
 # ## Set up
 #
 # The cell installs the package where it is missing, and leaves an installed PyTorch as it is.

@@ -36,7 +36,7 @@
 # Stored numbers that are marked *former model* were measured with the weights before the present
 # ones.
 
-# %% [markdown]
+# %% [markdown] tags=["no-slide"]
 # ## Set up
 
 # %% tags=["setup"]

@@ -29,7 +29,7 @@
 # - put the three questions that the paper leaves open to this small world yourself;
 # - save what you found as a small file that somebody else can take up again.
 
-# %% [markdown]
+# %% [markdown] tags=["no-slide"]
 # ## Set up
 #
 # The cell installs the package where it is missing, and leaves an installed PyTorch as it is.

@@ -27,7 +27,7 @@
 # - do the same from the command line, in several processes, from a cache or from a stream;
 # - say what it costs at the size of Stable Diffusion.
 
-# %% [markdown]
+# %% [markdown] tags=["no-slide"]
 # ## Set up
 #
 # The cell installs the package where it is missing, and leaves an installed PyTorch as it is.
