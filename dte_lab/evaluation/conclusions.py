@@ -162,6 +162,24 @@ CONCLUSIONS = [
         "To take the nearest real word for v* costs most, {one} after 12 steps: {difference}.",
         "regularisers", "dte@regulariser=nearest:12", "dte@regulariser=none:12", "behind",
     ),
+    Conclusion(
+        "An encoder trained with the contrastive term is level with one trained without it after "
+        "12 steps, {one} and {other}: {difference}.",
+        "editability", "dte:12", "dte@encoder=small/none:12", "level",
+    ),
+    Conclusion(
+        "So it is where the soft path draws alone, {one} and {other}: {difference}.",
+        "editability", "dte@alpha_blend=1:12", "dte@alpha_blend=1@encoder=small/none:12", "level",
+    ),
+    Conclusion(
+        "Before tuning, the blend of both paths is behind the soft path alone, {one} against "
+        "{other}: {difference}.",
+        "editability", "dte:0", "dte@alpha_blend=1:0", "behind",
+    ),
+    Conclusion(
+        "After 12 steps they are level ({other} for the soft path alone): {difference}.",
+        "editability", "dte:12", "dte@alpha_blend=1:12", "level",
+    ),
 ]  # fmt: skip
 
 

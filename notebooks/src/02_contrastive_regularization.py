@@ -28,9 +28,6 @@
 # - say what N, the temperature and the weight do, and why a norm term is needed beside the cosine;
 # - judge whether the term helps from an experiment with intervals and an outside judge;
 # - read a two-dimensional map of words, and distrust it in the right places.
-#
-# Stored numbers that are marked *former model* were measured with the weights before the present
-# ones.
 
 # %% [markdown] tags=["no-slide"]
 # ## Set up
