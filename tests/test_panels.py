@@ -32,7 +32,7 @@ def image_in(ax):
 
 
 def test_words_figure_has_one_bar_per_word_and_embedding(pictures):
-    cosines = {"predicted": [0.9, 0.2, -0.1], "tuned": [0.8, 0.3, 0.1]}
+    cosines = {"predicted": [0.2, -0.1, 0.9], "tuned": [0.3, 0.1, 0.8]}
     figure = quickstart.words_figure(cosines, ["cat", "dog", "car"])
     (ax,) = figure.axes
     assert [label.get_text() for label in ax.get_yticklabels()] == ["cat", "dog", "car"]
@@ -43,6 +43,12 @@ def test_words_figure_has_one_bar_per_word_and_embedding(pictures):
     assert [text.get_text() for text in ax.get_legend().get_texts()] == list(cosines)
     hatches = [bars[0].get_hatch() for bars in ax.containers]
     assert len(set(hatches)) == 2, "the two must differ by more than colour"
+
+    figure.draw_without_rendering()
+    legend = ax.get_legend().get_window_extent()
+    drawn = [*ax.texts, *(bar for bars in ax.containers for bar in bars)]
+    assert not any(legend.overlaps(part.get_window_extent()) for part in drawn)
+    assert legend.y1 <= figure.bbox.y1
 
     with_picture = quickstart.words_figure({"guess": [0.5]}, ["cat"], pictures[0, 0])
     assert len(with_picture.axes) == 2 and with_picture.axes[1].get_legend() is None

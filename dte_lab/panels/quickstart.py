@@ -33,7 +33,8 @@ def words_figure(
 
     cosines: {name of the embedding: one number per word}. picture: what the embedding stands for.
     """
-    figure = Figure(figsize=(7.5, 0.5 + 0.36 * len(words)), layout="constrained")
+    inches = 0.5 + 0.36 * len(words) + 0.3 * (len(cosines) > 1)  # a legend of two stands above
+    figure = Figure(figsize=(7.5, inches), layout="constrained")
     ax = figure
     if picture is None:
         ax = figure.add_subplot()
@@ -60,7 +61,7 @@ def words_figure(
     ax.set_xlim(smallest - room if smallest < 0 else 0, largest + room)
     ax.set_xlabel("cosine similarity")
     if len(cosines) > 1:
-        ax.legend(frameon=False, loc="lower right")
+        ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     plain(ax)
     return figure
 
