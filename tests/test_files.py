@@ -1,9 +1,11 @@
 """What is written is whole or not there, has the rights that are asked for, and loses nothing."""
 
 import errno
+import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ from dte_lab.common import files
 from dte_lab.common.checkpoint import save_folder
 from dte_lab.common.errors import DTEError
 from dte_lab.common.files import keep_inputs, remove_leftovers, write_atomically
+from dte_lab.common.resume import append_line, cut_back
 from dte_lab.common.weights import read_tensors
+from dte_lab.world import pack
 
 
 @pytest.fixture
@@ -60,27 +64,71 @@ def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path, monkeypatch
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.skipif(os.name == "nt", reason="no limits on the size of files")
+@contextmanager
+def disk_of(size):
+    """No file can be larger inside: what writes beyond it fails as on a full disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 @pytest.mark.parametrize("limit", [100, 4000])
 def test_a_folder_of_weights_on_a_full_disk_is_named(tmp_path, limit):
     """Its weights do not fit, or not even its settings; no write beyond the limit succeeds."""
-    import resource
 
     class Model:
         def save_pretrained(self, folder):
             (folder / "config.json").write_text("x" * 300)
             save_file({"w": torch.ones(9000)}, folder / "model.safetensors")
 
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        with pytest.raises(OSError) as caught:
-            save_folder(Model(), tmp_path / "encoder")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with disk_of(limit), pytest.raises(OSError) as caught:
+        save_folder(Model(), tmp_path / "encoder")
     assert str(tmp_path / "encoder") in str(caught.value) and not list(tmp_path.iterdir())
     save_folder(Model(), tmp_path / "encoder")
     assert len(list((tmp_path / "encoder").iterdir())) == 2
+
+
+def test_what_tokenizers_says_of_a_full_disk_names_the_folder(tmp_path):
+    """An Exception of no kind; any other is a fault of the program, and stays what it is."""
+
+    class Tokenizer:
+        def save_pretrained(self, folder):
+            (folder / "half.json").write_text("{")
+            raise self.error
+
+    for Tokenizer.error, raised in ((Exception("No space left"), OSError), (KeyError(1), KeyError)):
+        with pytest.raises(raised) as caught:
+            save_folder(Tokenizer(), tmp_path / "tokenizer")
+        assert not list(tmp_path.iterdir())
+        assert raised is KeyError or f"{tmp_path}/tokenizer cannot be" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "x.safetensors", "config.json"])
+def test_a_packed_file_on_a_full_disk_is_named(tmp_path, name):
+    (tmp_path / name).write_text(json.dumps({"x": "y" * 999}))
+    if name == "x.safetensors":
+        save_file({"w": torch.ones(9000)}, tmp_path / name)
+    target = tmp_path / "parts" / name
+    pack.copy(tmp_path / name, target)
+    before = target.read_bytes()
+    with disk_of(100), pytest.raises(OSError) as caught:
+        pack.copy(tmp_path / name, target)
+    assert caught.value.filename == str(target) and target.read_bytes() == before
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_log_on_a_full_disk_is_named(tmp_path):
+    path = tmp_path / "log.jsonl"
+    append_line(path, {"step": 1})
+    with disk_of(20), pytest.raises(OSError) as caught:
+        append_line(path, {"step": 2, "loss": 0.5})
+    assert caught.value.filename == str(path)
+    cut_back(path, 9)
+    assert path.read_text() == '{"step": 1}\n'
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes")

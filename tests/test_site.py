@@ -1,5 +1,6 @@
 """The site: pages, links and pictures; the whole of it, with notebooks, is built by hand."""
 
+import errno
 import json
 import re
 import shutil
@@ -144,3 +145,22 @@ def test_another_folder_is_not_written_over(tmp_path):
     with pytest.raises(DTEError, match="no site"):
         site.build(tmp_path)
     assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_a_full_disk_leaves_the_former_site(tmp_path, monkeypatch):
+    def full(tree, target, real=shutil.copytree):
+        real(tree, target)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    built, folder = tmp_path / "built", tmp_path / "build" / "site"
+    for made, text in ((built, "new"), (folder, "old")):
+        made.mkdir(parents=True)
+        (made / ".buildinfo").write_text(text)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space") as caught:
+        patch.setattr(site.shutil, "copytree", full)
+        site.put(built, folder)
+    assert caught.value.filename == str(folder)
+    assert [(p.name, p.read_text()) for p in folder.iterdir()] == [(".buildinfo", "old")]
+    assert list(folder.parent.iterdir()) == [folder], "and nothing beside it"
+    site.put(built, folder)
+    assert (folder / ".buildinfo").read_text() == "new"

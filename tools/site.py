@@ -24,8 +24,8 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import docutils_namespace
 
 import dte_lab
-from dte_lab.common.errors import DTEError
-from dte_lab.common.files import write_atomically
+from dte_lab.common.errors import DTEError, sentence_of
+from dte_lab.common.files import naming, temporary_beside, write_atomically
 from tools.notebooks import colab_link, repository
 
 ROOT = Path(__file__).parents[1]
@@ -83,10 +83,16 @@ def run_sphinx(source: Path, builder: str, configuration: dict) -> Path:
 
 
 def put(built: Path, folder: Path) -> None:
-    """Move what was built to a folder, in the place of what was there."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    shutil.move(built, folder)
+    """Copy what was built to a folder, in the place of what was there, which stays until then.
+
+    Raises OSError, which names the folder, where it cannot be written.
+    """
+    with naming(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_beside(folder) as whole:
+            shutil.copytree(built, whole)
+            shutil.rmtree(folder, ignore_errors=True)
+            whole.rename(folder)
 
 
 def settings() -> dict:
@@ -252,4 +258,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (DTEError, OSError) as error:
+        sys.exit(sentence_of(error))

@@ -12,6 +12,7 @@ import typer
 
 from dte_lab.cli.common import AnyBackbone, Device, Encoder, whole
 from dte_lab.common.errors import DTEError
+from dte_lab.common.files import write_atomically
 from dte_lab.common.settings import check_whole
 
 APP_CELL = """\
@@ -40,7 +41,9 @@ def explore(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "explorer.ipynb"
         encoder = None if encoder is None else str(encoder)
-        path.write_text(app_notebook(backbone, encoder, str(checked_device(device))))
+        write_atomically(
+            path, app_notebook(backbone, encoder, str(checked_device(device))).encode()
+        )
         command = [sys.executable, "-m", "voila", str(path), f"--port={port}"]
         command += ["--no-browser"] * no_browser
         typer.echo(f"the explorer: http://localhost:{port} (Ctrl-C ends it)")

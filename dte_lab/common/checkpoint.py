@@ -22,8 +22,8 @@ from dte_lab.common.resume import as_json, check_settings, cut_back
 from dte_lab.common.weights import is_finite
 
 if TYPE_CHECKING:
-    from diffusers import ModelMixin
-    from transformers import PreTrainedModel
+    from diffusers import ConfigMixin
+    from transformers.utils import PushToHubMixin
 
 State = dict[str, Tensor]
 KNOWN_STATES = ("step", "exp_avg", "exp_avg_sq", "momentum")  # of optimizers
@@ -162,9 +162,10 @@ def restore_optimizer(optimizer: Optimizer, state: State) -> None:
     optimizer.load_state_dict({**optimizer.state_dict(), "state": restored})
 
 
-def save_folder(model: "ModelMixin | PreTrainedModel", folder: Path) -> None:
+def save_folder(model: "ConfigMixin | PushToHubMixin", folder: Path) -> None:
     """`model.save_pretrained` to a folder in which no file is ever half written.
 
+    model: or a tokenizer, a scheduler, an image processor, of diffusers or of transformers.
     Raises OSError when it cannot be written.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -174,5 +175,7 @@ def save_folder(model: "ModelMixin | PreTrainedModel", folder: Path) -> None:
             model.save_pretrained(temporary)
             for file in sorted(temporary.iterdir()):
                 write_atomically(folder / file.name, file.read_bytes())
-    except SafetensorError as error:  # such as a full disk
+    except Exception as error:  # such as a full disk: safetensors' own, and tokenizers' plain one
+        if type(error) not in (SafetensorError, Exception):
+            raise
         raise OSError(f"{folder} cannot be written ({error}).") from error

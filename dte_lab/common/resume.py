@@ -10,7 +10,7 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 
 from dte_lab.common.errors import DTEError
-from dte_lab.common.files import write_atomically
+from dte_lab.common.files import naming, write_atomically
 
 LOG = "log.jsonl"  # of a run, in its folder
 
@@ -52,7 +52,7 @@ def check_settings(path: Path, before: dict, now: dict, free: Collection[str] = 
 
 def append_line(path: Path, line: dict) -> None:
     """Add one line of JSON to a log."""
-    with open(path, "a") as file:
+    with naming(path), open(path, "a") as file:
         file.write(json.dumps(line) + "\n")
 
 

@@ -6,7 +6,6 @@ The folder is also what the next part is trained with, `--parts`: pack each run 
 """
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -49,7 +48,6 @@ def copy(file: Path, target: Path) -> None:
 
     Raises DTEError for weights that do not fit into half precision.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == ".safetensors":
         weights = {
             k: v.half().contiguous() if v.is_floating_point() else v
@@ -63,4 +61,4 @@ def copy(file: Path, target: Path) -> None:
         config.pop("_name_or_path", None)
         write_atomically(target, json.dumps(config, indent=2).encode())
     else:
-        shutil.copyfile(file, target)
+        write_atomically(target, file.read_bytes())

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from dte_lab.common.checkpoint import CHECKPOINT
+from dte_lab.common.checkpoint import CHECKPOINT, save_folder
 from dte_lab.common.files import write_atomically
 from dte_lab.world.batches import PLACEHOLDER, wide_words
 from dte_lab.world.captions import caption
@@ -153,7 +153,7 @@ def main(
     torch.manual_seed(seed)
     begun = (out / CHECKPOINT).exists()
     if not begun:
-        build_tokenizer(wide_words(drawings.wide)).save_pretrained(out / "tokenizer")
+        save_folder(build_tokenizer(wide_words(drawings.wide)), out / "tokenizer")
         fit_picture_words(vae, drawings).save(out / PICTURE_WORDS)
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
     words = PictureWords.load(out / PICTURE_WORDS).to(device)

@@ -241,4 +241,4 @@ def main(
     text.text_projection = towers.projection
     save_folder(text, out / "text_encoder")
     save_folder(towers.image, out / "image_encoder")
-    build_image_processor().save_pretrained(out / "feature_extractor")
+    save_folder(build_image_processor(), out / "feature_extractor")

@@ -273,4 +273,4 @@ def main(
     save_folder(average.unet, out / "unet")
     average.painter.save(out)
     write_atomically(out / "unet" / READ, tower_digest(average.painter.text).encode())
-    build_scheduler().save_pretrained(out / "scheduler")
+    save_folder(build_scheduler(), out / "scheduler")
