@@ -6,7 +6,7 @@ from numbers import Integral, Real
 
 from dte_lab.common.errors import DTEError
 
-LARGEST = 2**64  # of whole numbers
+WHOLE_BELOW = 2**64  # of whole numbers
 
 
 def check_whole(
@@ -19,7 +19,7 @@ def check_whole(
         least += "" if high is None else f" to {high}"
         other = f" or {instead}" if instead else ""
         raise DTEError(f"{name} is a whole number{least}{other}, not {cited(value)}.")
-    if abs(int(value)) >= LARGEST:  # neither torch nor a file's name takes it
+    if abs(int(value)) >= WHOLE_BELOW:  # neither torch nor a file's name takes it
         raise DTEError(f"{name} is a whole number of at most 64 bits, not {cited(value)}.")
 
 
