@@ -99,9 +99,7 @@ def methods(tiny_backbone, encoder, tmp_path_factory):
     for seed, name in enumerate(("e4t", "e4t other")):
         e4t = E4TEncoder.from_backbone(tiny_backbone, encoder.settings, seed=seed)
         torch.nn.init.constant_(e4t.token_head.out.bias, 0.2 * seed)
-        methods.others[name if seed else f"e4t {tiny_backbone.name}/e4t"] = DTEPipeline(
-            tiny_backbone, e4t
-        )
+        methods.others[name if seed else "e4t"] = DTEPipeline(tiny_backbone, e4t)
     return methods
 
 

@@ -81,6 +81,8 @@ def _cells(path: Path, changed: float) -> dict:  # changed: so that it is read a
     return per_concept(read_csv(path))
 
 
+MUON = "optimizer=muon@offset_learning_rate"
+
 CONCLUSIONS = [
     Conclusion(
         "After 12 steps the tuning-encoder is ahead of Textual Inversion at 12, {one} against "
@@ -179,6 +181,28 @@ CONCLUSIONS = [
     Conclusion(
         "After 12 steps they are level ({other} for the soft path alone): {difference}.",
         "editability", "dte:12", "dte@alpha_blend=1:12", "level",
+    ),
+    Conclusion(
+        "Without an encoder, orthogonal updates of the offsets (Muon, not yet the default) are "
+        "ahead of AdamW's after 12 steps, {one} against {other}: {difference}.",
+        "optimizer", f"dte@encoder=zero-shot@{MUON}=0.06:12", "dte@encoder=zero-shot:12", "ahead",
+    ),
+    Conclusion(
+        "For DreamBooth LoRA they are, too ({one} against {other}): {difference}.",
+        "optimizer", "lora@optimizer=muon@lora_learning_rate=0.03:12", "lora:12", "ahead",
+    ),
+    Conclusion(
+        "From the encoder's prediction they are level with it, {one} against {other}: "
+        "{difference}.",
+        "optimizer", f"dte@{MUON}=0.03:12", "dte:12", "level",
+    ),
+    Conclusion(
+        "With them, 12 steps are level with 50 of the E4T-style encoder ({other}): {difference}.",
+        "optimizer", f"dte@{MUON}=0.03:12", "e4t@token_learning_rate=0.05:50", "level",
+    ),
+    Conclusion(
+        "At 50 steps of a constant rate they are behind, {one} against {other}: {difference}.",
+        "optimizer", f"dte@{MUON}=0.03:50", "dte:50", "behind",
     ),
 ]  # fmt: skip
 

@@ -170,7 +170,7 @@ class Methods:
             return self.pipe
         backbone = self.pipe.backbone
         path = spec.encoder or str(_e4t(backbone))
-        key = path if spec.name == "dte" else f"{spec.name} {path}"
+        key = path if spec.name == "dte" else " ".join(filter(None, (spec.name, spec.encoder)))
         if key not in self.others:
             try:
                 self.others[key] = DTEPipeline(backbone, start_of(spec.name, path, backbone))
