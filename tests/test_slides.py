@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -163,4 +165,15 @@ def test_another_folder_is_not_written_over(tmp_path):
     Path(tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(DTEError, match="no site"):
         slides.build(tmp_path)
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("tool", ["site", "slides"])
+def test_a_folder_of_somebody_else_is_refused_in_one_line(tool, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    command = [sys.executable, "-m", f"tools.{tool}", str(tmp_path)]
+    ended = subprocess.run(command, cwd=slides.ROOT, capture_output=True, text=True)
+    assert ended.returncode == 1 and ended.stdout == ""
+    [line] = ended.stderr.splitlines()
+    assert line == f"{tmp_path} holds something that is no site: choose another folder."
     assert (tmp_path / "mine.txt").read_text() == "mine"

@@ -35,6 +35,7 @@ from dte_lab.world.captions import scene_words
 from dte_lab.world.scenes import PLACES, render
 from dte_lab.world.sprites import unseen_things
 from dte_lab.world.wide import fetch_package
+from tools.command import run_command
 
 ROOT = Path(__file__).parents[1]
 SOURCES, SITE = ROOT / "playground", ROOT / "build" / "page"
@@ -239,4 +240,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

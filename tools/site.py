@@ -24,8 +24,9 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import docutils_namespace
 
 import dte_lab
-from dte_lab.common.errors import DTEError, sentence_of
+from dte_lab.common.errors import DTEError
 from dte_lab.common.files import naming, temporary_beside, write_atomically
+from tools.command import run_command
 from tools.notebooks import colab_link, repository
 
 ROOT = Path(__file__).parents[1]
@@ -258,7 +259,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DTEError, OSError) as error:
-        sys.exit(sentence_of(error))
+    run_command(main)

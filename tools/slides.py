@@ -22,6 +22,7 @@ import nbformat
 from nbformat import NotebookNode
 
 from dte_lab.common.files import write_atomically
+from tools.command import run_command
 from tools.site import LINK, ROOT, Staging, check_ours, put, run_sphinx, settings
 
 SLIDES = ROOT / "build" / "slides"
@@ -232,4 +233,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -261,12 +261,10 @@ def _idle_in_tuning(
             idle.setdefault(option, "the term has no weight")
     if not method.norm_weight:
         idle.setdefault("norm_free", "the term has no weight")
+    of_predictions = ("token_learning_rate", "offset_learning_rate", "optimizer")
     freely = spec.tuning.trainable == "predictions"
-    for option in TUNE_OPTIONS:
-        if option.endswith("_learning_rate") and (option == "encoder_learning_rate") == freely:
-            idle[option] = f"trainable={spec.tuning.trainable} does not read it"
-    if not freely:
-        idle["optimizer"] = f"trainable={spec.tuning.trainable} does not read it"
+    for option in ("encoder_learning_rate",) if freely else of_predictions:
+        idle[option] = f"trainable={spec.tuning.trainable} does not read it"
     if not any(spec.steps):
         idle |= dict.fromkeys((*TUNE_OPTIONS, *works_with), NO_STEPS)
         if "nearest" not in (before.regulariser, kind):  # which changes the prompt at once
