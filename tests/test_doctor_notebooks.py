@@ -53,6 +53,8 @@ def test_a_sound_kernel_answers_each_probe(kernels, tmp_path):
 @pytest.mark.parametrize(("code", "topic", "said"), [
     ("import no_such_library", "kernel", "No module named 'no_such_library'"),
     ("import time; time.sleep(60)", "kernel", "respond in 2 seconds"),
+    ("import sys, time; print('half way', file=sys.stderr, flush=True); time.sleep(60)",
+     "kernel", "respond in 2 seconds"),
     (f"import sys; sys.prefix = '/elsewhere'; {LAUNCH}", "kernel", "another environment"),
     (f"import psutil, os; psutil.virtual_memory = lambda: os._exit(3); {LAUNCH}",
      "kernel: memory", "died"),

@@ -58,7 +58,8 @@ def examine_kernel(
             text = f"no answer for {probe_seconds:g} s, so something hangs: {ANEW}"
             yield Finding(_topic(client), text, False)
         except (OSError, RuntimeError) as error:
-            reason = _last_words(said) if not client.nb.cells else None
+            ended = "died" in str(error)  # by itself; one that hangs is interrupted, and may say so
+            reason = _last_words(said) if ended and not client.nb.cells else None
             text = f"does not run ({reason or reason_of(error)}): {ANEW}"
             yield Finding(_topic(client), text, False)
 
