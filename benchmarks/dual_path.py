@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig
 
 from dte_lab.backbone import WEIGHTS
+from dte_lab.common.command import run_command
 from dte_lab.common.files import write_atomically
 from dte_lab.dual_path import dual_path
 from dte_lab.lora import projection_shapes
@@ -99,7 +100,7 @@ def measure(rounds: int, batch_size: int = 8, rank: int = 4, device: str = "cpu"
     }  # fmt: skip
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -116,3 +117,7 @@ if __name__ == "__main__":
         )
     if arguments.out:
         write_atomically(arguments.out, json.dumps(result, indent=1).encode())
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from dte_lab import Backbone, DTEPipeline, TuneConfig, TuningEncoder, load_backbone, tune
 from dte_lab.backbone import DTYPES
+from dte_lab.common.command import run_command
 from dte_lab.common.errors import DTEError, is_out_of_memory
 from dte_lab.common.files import write_atomically
 from dte_lab.config import EncoderConfig
@@ -191,4 +192,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from dte_lab.common.command import run_command
 from dte_lab.common.files import write_atomically
 from dte_lab.hardware.memory import Setting, predict
 from dte_lab.memory_needs import BATCHES, NEEDS, WORKLOADS
@@ -48,9 +49,13 @@ def write(path: Path, settings: Sequence[Setting], parts: tuple[str, ...]) -> No
     write_atomically(path, json.dumps(document, indent=1).encode())
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("results/sd15_memory.json"))
     out = parser.parse_args().out
     write(NEEDS, SHIPPED, WORKLOADS)
     write(out, CHOICES, ("tuning",))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -19,6 +19,7 @@ from PIL import Image
 
 from dte_lab import DTEPipeline
 from dte_lab.backbone import WEIGHTS, load_backbone
+from dte_lab.common.command import run_command
 from dte_lab.common.images import read_image, to_pil
 from dte_lab.common.plots import picture_grid, save_figure
 from dte_lab.evaluation.base_model import evaluation_items, generate
@@ -116,4 +117,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(lambda: main(sys.argv[1:]))

@@ -14,7 +14,7 @@ from typing import Annotated, NamedTuple
 
 import typer
 
-from dte_lab.common.errors import DTEError
+from dte_lab.common.command import run_command
 from dte_lab.hardware.memory import ACHIEVED
 from dte_lab.training.config import VALIDATION
 
@@ -99,7 +99,9 @@ def main(
     } | ({} if minutes is None else {"minutes": minutes})  # fmt: skip
     given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     command = [*(launch if processes > 1 else []), "-m", "dte_lab", "pretrain", *given]
-    subprocess.run([sys.executable, *command, *(["--stream"] if stream else [])], check=True)
+    command += ["--stream"] if stream else []
+    if code := subprocess.run([sys.executable, *command]).returncode:  # which has said why
+        raise typer.Exit(code)
     typer.echo(report(out, steps))
 
 
@@ -121,7 +123,4 @@ def report(out: Path, steps: int) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except DTEError as error:
-        sys.exit(f"error: {error}")
+    run_command(lambda: typer.run(main))

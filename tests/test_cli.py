@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from dte_lab import Concept, TuneConfig, cli
-from dte_lab.cli import evaluation
-from dte_lab.cli.app import distinct, main
+from dte_lab.cli import evaluation, main
+from dte_lab.cli.app import distinct
 from dte_lab.cli.drawings import contact_sheet, picture_names, picture_origins, save_pictures
 from dte_lab.common.errors import DTEError
 from dte_lab.common.images import read_image

@@ -24,7 +24,7 @@ from dte_lab.tuning import TuneConfig, draw_batch, tune
 
 ort = pytest.importorskip("onnxruntime", reason="needs pip install -e '.[page]'")
 pytest.importorskip("onnxscript", reason="needs pip install -e '.[page]'")
-from dte_lab.cli.app import main  # noqa: E402
+from dte_lab.cli import main  # noqa: E402
 from dte_lab.onnx_parts import export as export_module  # noqa: E402
 from dte_lab.onnx_parts.export import PART_NAMES, export_onnx  # noqa: E402
 from dte_lab.onnx_parts.parts import Layout  # noqa: E402

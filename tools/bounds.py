@@ -13,6 +13,8 @@ import venv
 from collections.abc import Sequence
 from pathlib import Path
 
+from dte_lab.common.command import run_command
+
 ROOT = Path(__file__).parents[1]
 VERSIONS = {
     "oldest": ("--constraint", str(ROOT / "constraints-oldest.txt")),
@@ -41,4 +43,4 @@ def passes(environment: Path, options: Sequence[str], arguments: Sequence[str]) 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(__doc__)
-    sys.exit(main(Path(sys.argv[1]).resolve(), sys.argv[2:] or ("tests",)))
+    run_command(lambda: main(Path(sys.argv[1]).resolve(), sys.argv[2:] or ("tests",)))

@@ -16,6 +16,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+from dte_lab.common.command import run_command
 from dte_lab.common.files import write_atomically
 
 OUT = Path(__file__).parents[1] / "dte_lab" / "clip_words.json"
@@ -50,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -43,6 +43,7 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from dte_lab.common.command import run_command
 from dte_lab.common.files import write_atomically
 from tools.expected_pictures import CHECK, Expected, expected_pictures
 from tools.first_cell import setup_cell
@@ -436,4 +437,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

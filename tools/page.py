@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image
 
 from dte_lab import DTEPipeline
+from dte_lab.common.command import run_command
 from dte_lab.common.errors import DTEError
 from dte_lab.common.files import write_atomically
 from dte_lab.common.images import save_png
@@ -35,7 +36,6 @@ from dte_lab.world.captions import scene_words
 from dte_lab.world.scenes import PLACES, render
 from dte_lab.world.sprites import unseen_things
 from dte_lab.world.wide import fetch_package
-from tools.command import run_command
 
 ROOT = Path(__file__).parents[1]
 SOURCES, SITE = ROOT / "playground", ROOT / "build" / "page"

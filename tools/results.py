@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from pathlib import Path
 
 from dte_lab.backbone import WEIGHTS
 from dte_lab.baselines import BaselineConfig
+from dte_lab.common.command import run_command
 from dte_lab.common.errors import DTEError
 from dte_lab.common.files import read_settings, write_atomically
 from dte_lab.common.processes import usable_cores
@@ -34,7 +34,6 @@ from dte_lab.evaluation.conclusions import CONCLUSIONS
 from dte_lab.recommended import SMALL_WORLD
 from dte_lab.tuning import TuneConfig
 from tools import results_tables
-from tools.command import run_command
 
 ROOT = Path(__file__).parents[1]
 RESULTS, RUNS = ROOT / "results", ROOT / "runs" / "results"
@@ -256,6 +255,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # one that is ended ends the command that it has started
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     run_command(main)

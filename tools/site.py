@@ -24,9 +24,9 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import docutils_namespace
 
 import dte_lab
+from dte_lab.common.command import run_command
 from dte_lab.common.errors import DTEError
 from dte_lab.common.files import naming, temporary_beside, write_atomically
-from tools.command import run_command
 from tools.notebooks import colab_link, repository
 
 ROOT = Path(__file__).parents[1]

@@ -21,8 +21,8 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
+from dte_lab.common.command import run_command
 from dte_lab.common.files import write_atomically
-from tools.command import run_command
 from tools.site import LINK, ROOT, Staging, check_ours, put, run_sphinx, settings
 
 SLIDES = ROOT / "build" / "slides"

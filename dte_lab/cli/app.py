@@ -6,13 +6,10 @@
     dte memory | dte doctor             what fits on this machine, and what would fail
     dte explore                         every switch of the method, in the browser
 
-Whatever the user can put right, a DTEError or an OSError, is answered by one line, `error: ...`,
-and exit status 2; any other exception is a fault of the program, and shows its traceback. Prompts,
-pictures and the output folder are checked before any slow work. DTE_DEBUG=1 shows all tracebacks.
+How it ends is in common/command.py. Prompts, pictures and the output folder are checked before any
+slow work.
 """
 
-import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -44,11 +41,11 @@ from dte_lab.cli.common import (
 from dte_lab.cli.drawings import DrawingOptions, contact_sheet, picture_origins, save_pictures
 from dte_lab.cli.explore import explore
 from dte_lab.cli.pretrain import pretrain
-from dte_lab.common.errors import DTEError, is_out_of_memory, one_line, sentence_of
+from dte_lab.common.errors import DTEError
 from dte_lab.common.files import keep_inputs
 from dte_lab.common.images import Picture, read_pictures, square
 from dte_lab.common.origin import check_free, origin_text, pictures_digest
-from dte_lab.common.quiet import close_bars, quiet_libraries, warnings_in_one_line
+from dte_lab.common.quiet import quiet_libraries, warnings_in_one_line
 from dte_lab.prompts import check_tuning
 
 if TYPE_CHECKING:
@@ -261,36 +258,16 @@ app.command()(evaluation.export)
 app.add_typer(training.world, name="world")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run `dte` and exit: 0, 2 after a mistake that the user can put right, 130 on Ctrl-C."""
-    if os.environ.get("DTE_DEBUG"):
-        app(arguments)
+def run(arguments: Sequence[str] | None = None) -> int | None:
+    """Run a command; returns its status. Raises DTEError for a wrong option, too."""
     try:
         with warnings_in_one_line():
-            code = app(arguments, prog_name="dte", standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort):
-        code = fail("interrupted.", 130)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        code = fail(
-            "the memory is used up: a smaller batch, --gradient-checkpointing or --offload, where "
-            "the command has them, take less; dte memory says how much."
-        )
-    except (DTEError, OSError) as error:
-        code = fail(sentence_of(error))
+            return app(arguments, prog_name="dte", standalone_mode=False)
+    except typer.Abort as error:
+        raise KeyboardInterrupt from error
     except Exception as error:
-        if not hasattr(error, "format_message"):  # a fault of the program: show where
+        if not hasattr(error, "format_message"):
             raise
-        code = fail(error.format_message())  # a wrong option
+        raise DTEError(error.format_message()) from error  # a wrong option
     finally:
         remove_empty()
-    sys.exit(code)
-
-
-def fail(message: object, code: int = 2) -> int:
-    """Say what was wrong in one line on stderr, below any bar; returns the exit status."""
-    close_bars()
-    if str(message):  # empty after a help text
-        typer.echo(one_line(f"error: {message}"), err=True)
-    return code

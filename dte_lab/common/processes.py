@@ -11,6 +11,8 @@ from typing import TypeVar
 
 import torch
 
+from dte_lab.common.command import patient_streams
+
 Given, Made = TypeVar("Given"), TypeVar("Made")
 
 
@@ -61,6 +63,7 @@ def _without_interrupts() -> Iterator[None]:
 def _begin(work: Callable, threads: int) -> None:
     global _work
     _work = work
+    patient_streams()
     torch.set_num_threads(threads)
     Thread(target=_follow, daemon=True).start()
 

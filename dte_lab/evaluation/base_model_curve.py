@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextModelWithProjection
 
 from dte_lab.backbone import Backbone, load_backbone
+from dte_lab.common.command import run_command
 from dte_lab.common.files import write_atomically
 from dte_lab.common.stats import interval
 from dte_lab.common.weights import load_weights
@@ -76,4 +77,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(lambda: typer.run(main))

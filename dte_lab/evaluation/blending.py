@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from dte_lab.common.command import run_command
 from dte_lab.common.images import to_pil
 from dte_lab.common.resume import as_json, check_settings
 from dte_lab.common.stats import interval
@@ -170,4 +171,4 @@ if __name__ == "__main__":
     from dte_lab.common.quiet import quiet_libraries
 
     quiet_libraries()
-    typer.run(main)
+    run_command(lambda: typer.run(main))

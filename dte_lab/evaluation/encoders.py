@@ -17,6 +17,7 @@ import numpy as np
 import typer
 
 from dte_lab.backbone import load_backbone
+from dte_lab.common.command import run_command
 from dte_lab.common.resume import LOG
 from dte_lab.common.stats import interval
 from dte_lab.config import EncoderConfig
@@ -144,4 +145,4 @@ if __name__ == "__main__":
     from dte_lab.common.quiet import quiet_libraries
 
     quiet_libraries()
-    typer.run(main)
+    run_command(lambda: typer.run(main))

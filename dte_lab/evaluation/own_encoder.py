@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tqdm.auto import tqdm
 
+from dte_lab.common.command import run_command
 from dte_lab.common.files import write_atomically
 from dte_lab.common.images import save_png
 from dte_lab.common.plots import picture_grid, save_figure
@@ -159,4 +160,4 @@ def stages_grid(things: Sequence[Image.Image], stages: dict[str, Stage], count: 
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(lambda: typer.run(main))

@@ -31,6 +31,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dte_lab.baselines import PROMPT
+from dte_lab.common.command import run_command
 from dte_lab.common.files import write_atomically
 from dte_lab.common.images import to_pil
 from dte_lab.common.resume import as_json, check_settings
@@ -294,4 +295,4 @@ if __name__ == "__main__":
     from dte_lab.common.quiet import quiet_libraries
 
     quiet_libraries()
-    typer.run(main)
+    run_command(lambda: typer.run(main))

@@ -18,6 +18,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from dte_lab.common.command import run_command
 from dte_lab.common.stats import interval
 from dte_lab.evaluation.measures import LOSSES
 from dte_lab.evaluation.records import Row
@@ -181,4 +182,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(lambda: typer.run(main))

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from dte_lab.common.command import run_command
 from dte_lab.common.files import write_atomically
 from dte_lab.common.images import to_pil
 from dte_lab.common.stats import bracketed, interval
@@ -88,4 +89,4 @@ if __name__ == "__main__":
     from dte_lab.common.quiet import quiet_libraries
 
     quiet_libraries()
-    typer.run(main)
+    run_command(lambda: typer.run(main))
