@@ -19,8 +19,9 @@ from dte_lab.panels import explorer_history as history
 from dte_lab.panels import explorer_runs
 from dte_lab.panels.explorer import explorer_panel
 from dte_lab.panels.explorer_expeditions import expeditions
-from dte_lab.panels.explorer_measures import scene_of, truth_of
-from dte_lab.panels.explorer_runs import Explorer, Question, Stopped, Subject, subjects
+from dte_lab.panels.explorer_lanes import Stopped
+from dte_lab.panels.explorer_measures import measured, scene_of, truth_of
+from dte_lab.panels.explorer_runs import Explorer, Question, Subject, subjects
 from dte_lab.panels.explorer_settings import (
     SWITCH_OF,
     ExplorerSetting,
@@ -158,15 +159,16 @@ def test_measures_are_what_they_say(explorer, setting):
     (found,) = explorer.compare(QUESTION, [replace(setting, steps=0)])
     measures, pipe = found.measures, explorer.pipe
     assert {"clip_input", "clip_prompt", "scene", "truth_error", "word_length"} <= set(measures)
-    assert explorer.measurer(
-        QUESTION.subject, ["S* at night"], [[render_image("bus", "fluent", "night")]]
-    )["truth_error"] == pytest.approx(0, abs=1e-6)
+    night = [[render_image("bus", "fluent", "night")]]
+    assert measured(pipe, QUESTION.subject, ["S* at night"], night)["truth_error"] == pytest.approx(
+        0, abs=1e-6
+    )
     true = [[render_image("bus", "fluent", scene)] for scene in ("night", "beach")]
-    assert explorer.measurer(QUESTION.subject, QUESTION.prompts, true)["scene"] == 1
-    assert explorer.measurer(QUESTION.subject, QUESTION.prompts, true[::-1])["scene"] == 0
+    assert measured(pipe, QUESTION.subject, QUESTION.prompts, true)["scene"] == 1
+    assert measured(pipe, QUESTION.subject, QUESTION.prompts, true[::-1])["scene"] == 0
     given = [[QUESTION.subject.picture.image]]
     own = Subject.of_upload(given[0][0])
-    of_own = explorer.measurer(own, ["S* dancing"], given)
+    of_own = measured(pipe, own, ["S* dancing"], given)
     assert set(of_own) == {"clip_input", "clip_prompt"}
     assert of_own["clip_input"] == pytest.approx(1, abs=1e-4)
     assert measures["word_length"] > 0 and pipe is explorer.pipe

@@ -15,14 +15,8 @@ from dte_lab.panels import explorer_history as history
 from dte_lab.panels.explorer_expeditions import ON_WHITE, Stop, expeditions
 from dte_lab.panels.explorer_history import Run
 from dte_lab.panels.explorer_knobs import Knobs
-from dte_lab.panels.explorer_runs import (
-    Explorer,
-    Outcome,
-    Question,
-    Stopped,
-    Subject,
-    subjects,
-)
+from dte_lab.panels.explorer_lanes import Stopped
+from dte_lab.panels.explorer_runs import Explorer, Outcome, Question, Subject, subjects
 from dte_lab.panels.explorer_settings import ExplorerSetting, change_in_words
 from dte_lab.panels.explorer_view import (
     described,

@@ -6,7 +6,7 @@ prompt is one of the world's captions, the true rendering is known.
 """
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from dte_lab import placeholder_token
+from dte_lab.backbone import Backbone
 from dte_lab.clip_words import clip_embeddings
 from dte_lab.evaluation.base_model import JUDGE_SIZE, classify_scene
 from dte_lab.evaluation.edits import object_mask, object_region
@@ -60,82 +61,82 @@ def truth_of(name: str, style: str | None, prompt: str) -> tuple[str, str] | Non
     return next(((s, scene) for s in styles), None)
 
 
-class Measurer:
-    """Measures pictures; the outside judge is loaded when it is first needed."""
+@cache
+def outside_judge() -> ImageJudge | None:
+    """Where it is installed; loaded when it is first needed."""
+    try:
+        return ImageJudge(size=JUDGE_SIZE)
+    except ImportError:  # the extra `evaluate`
+        return None
 
-    def __init__(self, pipe: DTEPipeline) -> None:
-        self.pipe, self.in_world = pipe, pipe.backbone.draws_small_world
 
-    @cached_property
-    def judge(self) -> ImageJudge | None:
-        try:
-            return ImageJudge(size=JUDGE_SIZE)
-        except ImportError:  # the extra `evaluate`
-            return None
+@torch.no_grad()
+def measured(
+    pipe: DTEPipeline,
+    subject: object,
+    prompts: Sequence[str],
+    pictures: Sequence[Sequence[Image.Image]],
+) -> dict[str, float]:
+    """{measure of NAMES: mean over the pictures}; what cannot be known is left out.
 
-    @torch.no_grad()
-    def __call__(
-        self, subject: object, prompts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]
-    ) -> dict[str, float]:
-        """{measure of NAMES: mean over the pictures}; what cannot be known is left out.
+    subject: an `explorer_runs.Subject`. pictures: a row per prompt.
+    """
+    drawn = torch.stack([pipe.pixels(row) for row in pictures])  # (P, S, 3, H, W)
+    given = pipe.pixels([subject.picture.image])  # (1, 3, H, W)
+    found = _by_clip(pipe.backbone, drawn, given, prompts)
+    if pipe.backbone.draws_small_world:
+        found |= _scene(drawn, prompts)
+        if subject.style is not None:
+            found |= _of_thing(drawn, given, subject, prompts)
+    return found
 
-        subject: an `explorer_runs.Subject`. pictures: a row per prompt.
-        """
-        drawn = torch.stack([self.pipe.pixels(row) for row in pictures])  # (P, S, 3, H, W)
-        given = self.pipe.pixels([subject.picture.image])  # (1, 3, H, W)
-        found = self._by_clip(drawn, given, prompts)
-        if self.in_world:
-            found |= self._scene(drawn, prompts)
-        if self.in_world and subject.style is not None:
-            found |= self._of_thing(drawn, given, subject, prompts)
-        return found
 
-    def _by_clip(
-        self,
-        drawn: Float[Tensor, "prompts seeds 3 height width"],
-        given: Float[Tensor, "1 3 height width"],
-        prompts: Sequence[str],
-    ) -> dict[str, float]:
-        backbone = self.pipe.backbone
-        embeds = image_features(backbone, torch.cat([given, drawn.flatten(0, 1)])).embeds
-        found = {"clip_input": (embeds[1:] @ embeds[0]).mean().item()}
-        if backbone.has_projection:
-            texts = [prompt.replace(placeholder_token, "a thing") for prompt in prompts]
-            said = clip_embeddings(backbone, texts).to(embeds)  # (P, p)
-            rows = embeds[1:].view(*drawn.shape[:2], -1)  # (P, S, p)
-            found["clip_prompt"] = (rows * said[:, None]).sum(-1).mean().item()
-        return found
+def _by_clip(
+    backbone: Backbone,
+    drawn: Float[Tensor, "prompts seeds 3 height width"],
+    given: Float[Tensor, "1 3 height width"],
+    prompts: Sequence[str],
+) -> dict[str, float]:
+    embeds = image_features(backbone, torch.cat([given, drawn.flatten(0, 1)])).embeds
+    found = {"clip_input": (embeds[1:] @ embeds[0]).mean().item()}
+    if backbone.has_projection:
+        texts = [prompt.replace(placeholder_token, "a thing") for prompt in prompts]
+        said = clip_embeddings(backbone, texts).to(embeds)  # (P, p)
+        rows = embeds[1:].view(*drawn.shape[:2], -1)  # (P, S, p)
+        found["clip_prompt"] = (rows * said[:, None]).sum(-1).mean().item()
+    return found
 
-    def _scene(
-        self, drawn: Float[Tensor, "prompts seeds 3 height width"], prompts: Sequence[str]
-    ) -> dict[str, float]:
-        asked = [scene_of(prompt) for prompt in prompts]
-        hits = [
-            hit
-            for row, scene in zip(drawn, asked, strict=True)
-            if scene is not None
-            for hit in classify_scene(row) == SCENES.index(scene)
-        ]
-        return {"scene": sum(hits) / len(hits)} if hits else {}
 
-    def _of_thing(
-        self,
-        drawn: Float[Tensor, "prompts seeds 3 height width"],
-        given: Float[Tensor, "1 3 height width"],
-        subject: object,
-        prompts: Sequence[str],
-    ) -> dict[str, float]:
-        found, own = {}, object_mask(subject.name, subject.style)
-        if self.judge is not None:
-            regions = object_region(torch.cat([given, drawn.flatten(0, 1)]), own)
-            features = F.normalize(self.judge.features(regions), dim=-1)  # (1 + P * S, 1280)
-            found["identity"] = (features[1:] @ features[0]).mean().item()
-        errors = []
-        for row, prompt in zip(drawn, prompts, strict=True):
-            if (shows := truth_of(subject.name, subject.style, prompt)) is None:
-                continue
-            mask = object_mask(subject.name, shows[0])
-            true = to_tensor(render(subject.name, *shows, 0)[None])
-            off = (row - true)[..., BOX, BOX][..., mask]  # (S, 3, n)
-            errors += (off.square().mean((1, 2)).sqrt() / 2).tolist()
-        return found | ({"truth_error": sum(errors) / len(errors)} if errors else {})
+def _scene(
+    drawn: Float[Tensor, "prompts seeds 3 height width"], prompts: Sequence[str]
+) -> dict[str, float]:
+    asked = [scene_of(prompt) for prompt in prompts]
+    hits = [
+        hit
+        for row, scene in zip(drawn, asked, strict=True)
+        if scene is not None
+        for hit in classify_scene(row) == SCENES.index(scene)
+    ]
+    return {"scene": sum(hits) / len(hits)} if hits else {}
+
+
+def _of_thing(
+    drawn: Float[Tensor, "prompts seeds 3 height width"],
+    given: Float[Tensor, "1 3 height width"],
+    subject: object,
+    prompts: Sequence[str],
+) -> dict[str, float]:
+    found, own, judge = {}, object_mask(subject.name, subject.style), outside_judge()
+    if judge is not None:
+        regions = object_region(torch.cat([given, drawn.flatten(0, 1)]), own)
+        features = F.normalize(judge.features(regions), dim=-1)  # (1 + P * S, 1280)
+        found["identity"] = (features[1:] @ features[0]).mean().item()
+    errors = []
+    for row, prompt in zip(drawn, prompts, strict=True):
+        if (shows := truth_of(subject.name, subject.style, prompt)) is None:
+            continue
+        mask = object_mask(subject.name, shows[0])
+        true = to_tensor(render(subject.name, *shows, 0)[None])
+        off = (row - true)[..., BOX, BOX][..., mask]  # (S, 3, n)
+        errors += (off.square().mean((1, 2)).sqrt() / 2).tolist()
+    return found | ({"truth_error": sum(errors) / len(errors)} if errors else {})

@@ -1,12 +1,14 @@
 """What the explorer computes, apart from its widgets: a picture under two settings.
 
 Tuning at a constant rate passes through the results of all smaller numbers of steps, so each
-run's states are kept: fewer steps, and all that matters in drawing alone, cost no tuning again.
+run's states are kept: fewer steps, and all that matters in drawing alone, cost no tuning again. A
+setting that has answered the same question is not asked again. The rest runs in two lanes.
 """
 
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,7 +21,8 @@ from dte_lab.concept import Concept
 from dte_lab.encoder import EncoderPrediction
 from dte_lab.evaluation.methods import Methods, at_step, predicted
 from dte_lab.evaluation.specifications import Specification
-from dte_lab.panels.explorer_measures import Measurer
+from dte_lab.panels.explorer_lanes import Progress, lanes_for, side_by_side, twin
+from dte_lab.panels.explorer_measures import measured
 from dte_lab.panels.explorer_settings import OWN, ExplorerSetting
 from dte_lab.pipeline import DTEPipeline
 from dte_lab.prompts import check_drawing
@@ -27,13 +30,10 @@ from dte_lab.world.scenes import render_image
 from dte_lab.world.sprites import UNSEEN_STYLE, concepts, unseen_names, unseen_things
 
 KEPT_RUNS = 4  # of tuning, with their states
+KEPT_ANSWERS = 8
 MOST_DRAWN = 16  # pictures of a setting
 COST = 4  # of a step of tuning, in steps of sampling
 KNOWN_THINGS = ("cat", "rocket", "banana")  # of the training
-
-
-class Stopped(Exception):
-    """The user has stopped the run."""
 
 
 @dataclass(frozen=True)
@@ -125,13 +125,20 @@ class Explorer:
 
     def __init__(self, pipe: DTEPipeline) -> None:
         self.pipe, self.methods = pipe, Methods(pipe)
-        self.measurer = Measurer(pipe)
         self.kept: OrderedDict[tuple, Trajectory] = OrderedDict()
+        self.answered: OrderedDict[tuple, Outcome] = OrderedDict()
+        self.twins: dict[tuple[str, int], DTEPipeline] = {}
 
-    def pipe_of(self, setting: ExplorerSetting) -> DTEPipeline:
+    def pipe_of(self, setting: ExplorerSetting, lane: int = 0) -> DTEPipeline:
         """The pipeline with the setting's encoder. Raises DTEError where there is none."""
         name = None if setting.encoder == OWN else setting.encoder
-        return self.methods.pipe_of(Specification(f"encoder {setting.encoder}", "dte", (), name))
+        pipe = self.methods.pipe_of(Specification(f"encoder {setting.encoder}", "dte", (), name))
+        if lane == 0:
+            return pipe
+        key = setting.encoder, lane
+        if key not in self.twins:
+            self.twins[key] = twin(pipe)
+        return self.twins[key]
 
     def idle(self, setting: ExplorerSetting) -> dict[str, str]:
         return setting.idle(self.pipe_of(setting))
@@ -144,91 +151,105 @@ class Explorer:
     ) -> list[Outcome | DTEError]:
         """Each setting's outcome, or what was wrong with it: the others are answered all the same.
 
-        tick: called with the fraction that is done; may raise `Stopped`, which ends it.
-        Raises DTEError for a wrong question, and what `tick` raises.
+        tick: called with the fraction that is done, by one lane at a time; may raise `Stopped`,
+        which ends it. Raises DTEError for a wrong question, and what `tick` raises.
         """
         question.check()
-        steps = {}  # those that learn alike learn once
-        for setting in settings:
-            key = setting.learning
-            steps[key] = max(steps.get(key, 0), setting.steps)
+        lanes, subject = lanes_for(self.pipe), question.subject
+        answers = {setting: self.answered.get((question, setting)) for setting in settings}
+        new = [setting for setting, known in answers.items() if known is None]
+        for setting in new:  # while the modules rest of which a twin may be made
+            with suppress(DTEError):  # it comes again below, as the setting's answer
+                self.pipe_of(setting, lanes - 1)
+        learners = self._learners(subject, new)
         drawings = -(-len(question.prompts) * len(question.seeds) // 8)
-        total = COST * sum(steps.values())
-        total += sum(drawings * setting.num_inference_steps for setting in settings)
-        done, answers = 0, []
+        costs = [COST * setting.steps for setting in learners]
+        costs += [drawings * setting.num_inference_steps for setting in new]
+        progress = Progress(sum(costs), tick)
 
-        def advance(cost: int) -> None:
-            nonlocal done
-            done += cost
-            tick(min(1.0, done / max(1, total)))
+        def learn(setting: ExplorerSetting, lane: int) -> None:
+            self.learn(subject, setting, lane, progress)
 
-        for setting in settings:
-            try:
-                answers.append(self._answer(question, setting, steps[setting.learning], advance))
-            except DTEError as error:
-                answers.append(error)
-        return answers
+        def answer(setting: ExplorerSetting, lane: int) -> Outcome:
+            return self._answer(question, setting, lane, progress)
 
-    def _answer(
-        self,
-        question: Question,
-        setting: ExplorerSetting,
-        steps: int,
-        advance: Callable[[int], None],
-    ) -> Outcome:
-        pipe = self.pipe_of(setting)
-        concept = self.learn(question.subject, setting, steps, advance)
-        words = concept.info["words_before"], concept.info["words_after"]
-        start = time.perf_counter()
-        pictures = pipe.generate(
-            self.methods.part_of(concept, None if setting.part == "both" else setting.part),
-            list(question.prompts), list(question.seeds), setting.guidance_scale,
-            setting.num_inference_steps, progress=False, callback=lambda: advance(1),
-        )  # fmt: skip
-        drawing_seconds = time.perf_counter() - start
-        measures = self.measurer(question.subject, question.prompts, pictures)
-        measures["word_length"] = concept.v_star.norm().item() / pipe.prompt_encoder.table.mean_norm
-        return Outcome(
-            setting, pictures, *words, measures, concept.seconds, drawing_seconds,
-            setting.idle(pipe),
-        )  # fmt: skip
+        side_by_side(learn, learners, lanes, progress)
+        answers |= zip(new, side_by_side(answer, new, lanes, progress), strict=True)
+        for setting, answer in answers.items():
+            if isinstance(answer, Outcome):
+                keep(self.answered, (question, setting), answer, KEPT_ANSWERS)
+        progress(progress.total - progress.done)  # what was known took no time
+        return [answers[setting] for setting in settings]
+
+    def _learners(
+        self, subject: Subject, settings: Sequence[ExplorerSetting]
+    ) -> list[ExplorerSetting]:
+        """Of the settings that learn alike the one of most steps, where no run is kept of it."""
+        longest = {}
+        for setting in sorted(settings, key=lambda setting: setting.steps):
+            longest[setting.learning] = setting
+        return [setting for setting in longest.values() if not self._kept(subject, setting)]
+
+    def _kept(self, subject: Subject, setting: ExplorerSetting) -> Trajectory | None:
+        known = self.kept.get((subject, setting.learning))
+        return known if known and len(known.states) > setting.steps else None
 
     def learn(
         self,
         subject: Subject,
         setting: ExplorerSetting,
-        steps: int | None = None,
-        advance: Callable[[int], None] = lambda cost: None,
+        lane: int = 0,
+        progress: Callable[[int], object] = lambda cost: None,
     ) -> Concept:
-        """The concept after the setting's steps; tuned for `steps` where nothing is kept yet."""
-        steps = max(setting.steps, steps or 0)
-        key = subject, setting.learning
-        known = self.kept.get(key)
-        if known is None or len(known.states) <= setting.steps:
-            known = self.kept[key] = self._tune(subject, setting, steps, advance)
-        else:
-            advance(0)
-        self.kept.move_to_end(key)
-        while len(self.kept) > KEPT_RUNS:
-            self.kept.popitem(last=False)
-        pipe, method = self.pipe_of(setting), setting.method
+        """The concept after the setting's steps; tuned where no run is kept of it."""
+        pipe, method = self.pipe_of(setting, lane), setting.method
+        known = self._kept(subject, setting) or self._tune(pipe, subject, setting, progress)
+        keep(self.kept, (subject, setting.learning), known, KEPT_RUNS)
         concept = at_step(pipe, known.concept, method, setting.steps, *known.states[setting.steps])
         pixels = to_bytes(pipe.pixels([subject.picture.image]))
         return replace(
             concept, config=method, pictures=pixels if method.prediction_interval else None
         )
 
+    def _answer(
+        self,
+        question: Question,
+        setting: ExplorerSetting,
+        lane: int,
+        progress: Callable[[int], object],
+    ) -> Outcome:
+        pipe, subject = self.pipe_of(setting, lane), question.subject
+        concept = self.learn(subject, setting, lane, progress)
+        words = concept.info["words_before"], concept.info["words_after"]
+        start = time.perf_counter()
+        pictures = pipe.generate(
+            Methods(pipe).part_of(concept, None if setting.part == "both" else setting.part),
+            list(question.prompts), list(question.seeds), setting.guidance_scale,
+            setting.num_inference_steps, progress=False, callback=lambda: progress(1),
+        )  # fmt: skip
+        drawing_seconds = time.perf_counter() - start
+        measures = measured(pipe, subject, question.prompts, pictures)
+        measures["word_length"] = concept.v_star.norm().item() / pipe.prompt_encoder.table.mean_norm
+        return Outcome(
+            setting, pictures, *words, measures, concept.seconds, drawing_seconds,
+            setting.idle(pipe),
+        )  # fmt: skip
+
     def _tune(
-        self, subject: Subject, setting: ExplorerSetting, steps: int, advance: Callable[[int], None]
+        self,
+        pipe: DTEPipeline,
+        subject: Subject,
+        setting: ExplorerSetting,
+        progress: Callable[[int], object],
     ) -> Trajectory:
-        pipe, start = self.pipe_of(setting), time.perf_counter()
-        prediction = self._predict(subject, setting)
+        start, steps = time.perf_counter(), setting.steps
+        prediction = predicted_with(pipe, subject, setting)
         states = [(prediction.v_star, prediction.offsets, time.perf_counter() - start)]
 
         def callback(state: dict) -> None:  # its v* and offsets are those before the step
             states[-1] = state["v_star"], state["offsets"], states[-1][-1]
             states.append((*states[-1][:2], time.perf_counter() - start))
-            advance(COST)
+            progress(COST)
 
         concept = pipe.personalize(
             [subject.picture], steps, setting.seed, callback, progress=False, config=setting.tuning,
@@ -238,11 +259,21 @@ class Explorer:
         states += states[-1:] * (steps + 1 - len(states))  # what stopped early stays as it was
         return Trajectory(concept, states)
 
-    def _predict(self, subject: Subject, setting: ExplorerSetting) -> EncoderPrediction:
-        """The encoder's prediction, cut to the setting's rank."""
-        pipe, rank = self.pipe_of(setting), setting.rank
-        known = pipe.encoder.settings.rank
-        if known != "full" and rank > known:
-            raise DTEError(f"A prediction of rank {known} can be cut to rank 1 to {known}.")
-        pixels = pipe.pixels([subject.picture.image])
-        return predicted(pipe, pixels, setting.seed, rank or None)
+
+def predicted_with(
+    pipe: DTEPipeline, subject: Subject, setting: ExplorerSetting
+) -> EncoderPrediction:
+    """The encoder's prediction, cut to the setting's rank. Raises DTEError for more than it has."""
+    known, rank = pipe.encoder.settings.rank, setting.rank
+    if known != "full" and rank > known:
+        raise DTEError(f"A prediction of rank {known} can be cut to rank 1 to {known}.")
+    pixels = pipe.pixels([subject.picture.image])
+    return predicted(pipe, pixels, setting.seed, rank or None)
+
+
+def keep(store: OrderedDict, key: object, value: object, most: int) -> None:
+    """Put the newest last, and forget the oldest."""
+    store.pop(key, None)
+    store[key] = value
+    while len(store) > most:
+        store.popitem(last=False)
