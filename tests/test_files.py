@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,6 +120,19 @@ def test_a_packed_file_on_a_full_disk_is_named(tmp_path, name):
         pack.copy(tmp_path / name, target)
     assert caught.value.filename == str(target) and target.read_bytes() == before
     assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_kept_picture_on_a_full_disk_is_named(tmp_path):
+    from dte_lab.evaluation import run
+
+    item = SimpleNamespace(name="a bus", picture=lambda: torch.rand(1, 3, 16, 16))
+    trial = SimpleNamespace(pictures=torch.rand(2, 1, 3, 16, 16), steps=3)
+    with disk_of(100), pytest.raises(OSError) as caught:
+        run.keep(tmp_path, item, "dte", trial)
+    assert caught.value.filename == str(tmp_path / "pictures" / "a-bus" / "input.png")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    run.keep(tmp_path, item, "dte", trial)
+    assert {path.name for path in tmp_path.rglob("*.png")} == {"input.png", "dte_3.png"}
 
 
 def test_a_log_on_a_full_disk_is_named(tmp_path):

@@ -544,7 +544,7 @@ def test_the_same_model_gives_the_same_bytes(site, random_pipe, tmp_path, monkey
 
 def test_what_the_page_cannot_do_is_refused(random_pipe, tmp_path):
     (tmp_path / "mine.txt").write_text("not to be lost")
-    with pytest.raises(DTEError, match="holds something that is no page"):
+    with pytest.raises(DTEError, match="not built here"):
         page_tool.build(tmp_path, random_pipe)
     assert (tmp_path / "mine.txt").is_file()
     scheduler = random_pipe.backbone.scheduler
@@ -552,3 +552,25 @@ def test_what_the_page_cannot_do_is_refused(random_pipe, tmp_path):
     other = SimpleNamespace(backbone=SimpleNamespace(scheduler=SimpleNamespace(config=config)))
     with pytest.raises(DTEError, match="timestep_spacing 'trailing' alone, not 'leading'"):
         page_tool.check_scheduler(other)
+
+
+def test_a_page_that_fails_leaves_the_former_one(random_pipe, tmp_path, monkeypatch):
+    def broken(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(page_tool, "model_files", broken)
+    (tmp_path / "site.json").write_text("{}")
+    with pytest.raises(OSError, match="No space"):
+        page_tool.build(tmp_path, random_pipe, exported=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["site.json"]
+
+
+def test_what_cannot_be_served_is_one_sentence(tmp_path):
+    with pytest.raises(DTEError, match="holds no page"):
+        page_tool.main(["serve", str(tmp_path)])
+    with pytest.raises(DTEError, match="port is a whole number from 0 to 65535"):
+        page_tool.serve(tmp_path, 70_000)
+    server = page_tool.serve(tmp_path)
+    with pytest.raises(DTEError, match="cannot be used .Address already in use"):
+        page_tool.serve(tmp_path, server.server_address[1])
+    server.shutdown()

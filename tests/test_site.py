@@ -13,6 +13,7 @@ from dte_lab.common.errors import DTEError
 
 site = pytest.importorskip("tools.site", reason="needs a checkout and pip install -e '.[site]'")
 notebooks = pytest.importorskip("tools.notebooks", reason="needs a checkout")
+built_folder = pytest.importorskip("tools.built", reason="needs a checkout")
 
 
 class Page(HTMLParser):
@@ -142,7 +143,7 @@ def test_launch_buttons_come_with_an_address(tmp_path, root):
 
 def test_another_folder_is_not_written_over(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(DTEError, match="no site"):
+    with pytest.raises(DTEError, match="not built here"):
         site.build(tmp_path)
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
@@ -157,10 +158,14 @@ def test_a_full_disk_leaves_the_former_site(tmp_path, monkeypatch):
         made.mkdir(parents=True)
         (made / ".buildinfo").write_text(text)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space") as caught:
-        patch.setattr(site.shutil, "copytree", full)
-        site.put(built, folder)
+        patch.setattr(built_folder.shutil, "copytree", full)
+        built_folder.put(built, folder)
     assert caught.value.filename == str(folder)
     assert [(p.name, p.read_text()) for p in folder.iterdir()] == [(".buildinfo", "old")]
     assert list(folder.parent.iterdir()) == [folder], "and nothing beside it"
-    site.put(built, folder)
+    built_folder.put(built, folder)
     assert (folder / ".buildinfo").read_text() == "new"
+    (built / ".buildinfo").write_text("newer")
+    (tmp_path / "link").symlink_to(folder)
+    built_folder.put(built, tmp_path / "link")
+    assert (folder / ".buildinfo").read_text() == "newer" and (tmp_path / "link").is_symlink()

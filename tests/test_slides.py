@@ -163,7 +163,7 @@ def test_long_lists_are_divided():
 
 def test_another_folder_is_not_written_over(tmp_path):
     Path(tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(DTEError, match="no site"):
+    with pytest.raises(DTEError, match="not built here"):
         slides.build(tmp_path)
     assert (tmp_path / "mine.txt").read_text() == "mine"
 

@@ -27,18 +27,21 @@ from PIL import Image
 
 from dte_lab import DTEPipeline
 from dte_lab.common.command import run_command
-from dte_lab.common.errors import DTEError
-from dte_lab.common.files import write_atomically
+from dte_lab.common.errors import DTEError, reason_of
+from dte_lab.common.files import naming, write_atomically
 from dte_lab.common.images import save_png
+from dte_lab.common.settings import check_whole
 from dte_lab.onnx_parts.export import ABOUT_FILE, export_onnx
 from dte_lab.onnx_parts.graphs import WEIGHT_FILE
 from dte_lab.world.captions import scene_words
 from dte_lab.world.scenes import PLACES, render
 from dte_lab.world.sprites import unseen_things
 from dte_lab.world.wide import fetch_package
+from tools.built import check_ours, put
 
 ROOT = Path(__file__).parents[1]
 SOURCES, SITE = ROOT / "playground", ROOT / "build" / "page"
+MARK = "site.json"  # what is built, with a version
 RUNTIME = "onnxruntime-web", "1.30.0", (
     "sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 )  # fmt: skip
@@ -57,28 +60,35 @@ HEADERS = {  # what lets WebAssembly use threads
 
 def build(
     folder: Path,
-    pipe: DTEPipeline | None = None,
+    pipe: DTEPipeline | str = "small",
     cache: Path | None = None,
     exported: Path | None = None,
 ) -> Path:
-    """Write the site to a folder, which is emptied first; returns it.
+    """Write the site to a folder, in the place of what was there; returns it.
 
-    cache: where packages from npm are kept. exported: what `export_onnx` wrote of the pipeline, if
-    it is there already. Raises DTEError where the scheduler is another than the
-    page's, and for a folder that holds something else; OSError without the network, the first time.
+    pipe: or the name of its backbone. cache: where packages from npm are kept. exported: what
+    `export_onnx` wrote of the pipeline, if it is there already. Raises DTEError where the scheduler
+    is another than the page's, and for a folder that holds something else; OSError without the
+    network, the first time.
     """
-    pipe = pipe or DTEPipeline.from_pretrained("small")
+    check_ours(folder, MARK)
+    if isinstance(pipe, str):
+        pipe = DTEPipeline.from_pretrained(pipe)
     check_scheduler(pipe)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "site.json").is_file():
-        raise DTEError(f"{folder} holds something that is no page: choose another folder.")
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(SOURCES, folder)
-    (folder / "model").mkdir()
-    with tempfile.TemporaryDirectory() as plain:
+    with tempfile.TemporaryDirectory() as temporary:
+        built, plain = Path(temporary, "page"), Path(temporary, "onnx")
+        with naming(built):
+            shutil.copytree(SOURCES, built)
         if exported is None:
             export_onnx(pipe, plain)
-        files = model_files(exported or Path(plain), folder)
-    files |= runtime_files(folder, cache or ROOT / "build" / "npm")
+        write_site(built, pipe, exported or plain, cache or ROOT / "build" / "npm")
+        put(built, folder)
+    return folder
+
+
+def write_site(folder: Path, pipe: DTEPipeline, exported: Path, cache: Path) -> None:
+    """What a page has besides its sources."""
+    files = model_files(exported, folder) | runtime_files(folder, cache)
     names = things(folder / "things.png", pipe.backbone.resolution)
     site = {
         "files": {name: size for name, size in files.items() if "/" not in name},
@@ -96,8 +106,7 @@ def build(
     texts += ["ONNX Runtime", *(path.read_text() for path in runtime_licences())]
     write_atomically(folder / "licences.txt", ("\n" + "=" * 80 + "\n").join(texts).encode())
     site["version"] = version_of(folder)
-    write_atomically(folder / "site.json", json.dumps(site, indent=1).encode())
-    return folder
+    write_atomically(folder / MARK, json.dumps(site, indent=1).encode())
 
 
 def check_scheduler(pipe: DTEPipeline) -> None:
@@ -187,9 +196,15 @@ def map_positions(pipe: DTEPipeline) -> list[list[float]]:
 def version_of(folder: Path) -> str:
     """Of all files, by their content: the browser keeps those of one version."""
     whole = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "site.json"):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MARK):
         whole.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     return whole.hexdigest()[:16]
+
+
+def check_page(folder: Path) -> None:
+    """Raise DTEError for a folder without what `build` writes."""
+    if not (folder / MARK).is_file():
+        raise DTEError(f"{folder} holds no page: python -m tools.page build")
 
 
 class Handler(SimpleHTTPRequestHandler):
@@ -210,8 +225,15 @@ class Handler(SimpleHTTPRequestHandler):
 
 
 def serve(folder: Path, port: int = 0) -> ThreadingHTTPServer:
-    """A server on loopback, running in a thread; `shutdown` ends it. port: 0 for a free one."""
-    server = ThreadingHTTPServer(("127.0.0.1", port), partial(Handler, directory=str(folder)))
+    """A server on loopback, running in a thread; `shutdown` ends it. port: 0 for a free one.
+
+    Raises DTEError for a port that cannot be used.
+    """
+    check_whole("port", port, 0, 65535)
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", port), partial(Handler, directory=str(folder)))
+    except OSError as error:
+        raise DTEError(f"port {port} cannot be used ({reason_of(error)}).") from error
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server
 
@@ -224,10 +246,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=8000)
     given = parser.parse_args(arguments)
     if given.action == "build":
-        build(given.folder, DTEPipeline.from_pretrained(given.backbone))
+        build(given.folder, given.backbone)
         size = sum(path.stat().st_size for path in given.folder.rglob("*") if path.is_file())
         print(f"wrote {size / 1e6:.1f} MB to {given.folder}; see it: python -m tools.page serve")
     elif given.action == "serve":
+        check_page(given.folder)
         server = serve(given.folder, given.port)
         print(f"http://127.0.0.1:{server.server_address[1]}/ (Ctrl-C ends it)")
         threading.Event().wait()

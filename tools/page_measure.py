@@ -11,7 +11,7 @@ import psutil
 from playwright.sync_api import Page, sync_playwright
 
 from dte_lab.common.errors import DTEError
-from tools.page import HEADERS, RUNTIME, Handler, serve
+from tools.page import HEADERS, MARK, RUNTIME, Handler, check_page, serve
 
 LAST = "playground.state.times"
 GOALS = {"download_mb": 45, "first_picture_s": 10, "picture_s": 3, "tuning_s": 10}
@@ -22,12 +22,11 @@ def measure(folder: Path, shots: Path | None = None) -> dict:
 
     Raises DTEError where there is no page, or no Chromium.
     """
-    if not (folder / "site.json").is_file():
-        raise DTEError(f"{folder} holds no page: python -m tools.page build")
+    check_page(folder)
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         raise DTEError("No Chromium is on the PATH: apt-get install chromium, or Google Chrome.")
-    site = json.loads((folder / "site.json").read_text())
+    site = json.loads((folder / MARK).read_text())
     files = [*site["files"].values(), *site["runtime"]["wasm_files"].values()]
     small = [p for p in folder.rglob("*") if p.suffix in (".js", ".html", ".css", ".json", ".png")]
     sizes = sum(f["bytes"] for f in files) + sum(p.stat().st_size for p in small)

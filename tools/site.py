@@ -26,11 +26,12 @@ from sphinx.util.docutils import docutils_namespace
 import dte_lab
 from dte_lab.common.command import run_command
 from dte_lab.common.errors import DTEError
-from dte_lab.common.files import naming, temporary_beside, write_atomically
+from dte_lab.common.files import write_atomically
+from tools.built import check_ours, put
 from tools.notebooks import colab_link, repository
 
 ROOT = Path(__file__).parents[1]
-SITE = ROOT / "build" / "site"
+SITE, MARK = ROOT / "build" / "site", ".buildinfo"  # which Sphinx writes
 PLAYGROUND = ROOT / "build" / "page"
 PAGES = (  # in the order of the navigation: (heading, globs of pages)
     ("Notebooks", ("notebooks/*.ipynb",)),
@@ -52,7 +53,7 @@ def build(folder: Path, root: Path = ROOT) -> Path:
 
     Raises DTEError for a folder that holds something else, and for what Sphinx warns of.
     """
-    check_ours(folder)
+    check_ours(folder, MARK)
     with tempfile.TemporaryDirectory() as temporary:
         source = Path(temporary) / "source"
         Staging(root, source).write()
@@ -61,12 +62,6 @@ def build(folder: Path, root: Path = ROOT) -> Path:
             shutil.copytree(PLAYGROUND, built / "playground")
         put(built, folder)
     return folder
-
-
-def check_ours(folder: Path) -> None:
-    """Raise DTEError for a folder that holds something that Sphinx did not build."""
-    if folder.exists() and any(folder.iterdir()) and not (folder / ".buildinfo").is_file():
-        raise DTEError(f"{folder} holds something that is no site: choose another folder.")
 
 
 def run_sphinx(source: Path, builder: str, configuration: dict) -> Path:
@@ -81,19 +76,6 @@ def run_sphinx(source: Path, builder: str, configuration: dict) -> Path:
         print(said, file=sys.stderr)
         raise DTEError(f"Sphinx warned {len(said.splitlines())} times, see above.")
     return built
-
-
-def put(built: Path, folder: Path) -> None:
-    """Copy what was built to a folder, in the place of what was there, which stays until then.
-
-    Raises OSError, which names the folder, where it cannot be written.
-    """
-    with naming(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with temporary_beside(folder) as whole:
-            shutil.copytree(built, whole)
-            shutil.rmtree(folder, ignore_errors=True)
-            whole.rename(folder)
 
 
 def settings() -> dict:
@@ -130,7 +112,7 @@ class Staging:
                 self.write_notebook(name)
             else:
                 self.write_page(name)
-        (self.source / "api.md").write_text(api_page())
+        write_atomically(self.source / "api.md", api_page().encode())
 
     def write_page(self, name: str) -> None:
         text = (self.root / name).read_text()

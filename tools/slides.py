@@ -23,7 +23,8 @@ from nbformat import NotebookNode
 
 from dte_lab.common.command import run_command
 from dte_lab.common.files import write_atomically
-from tools.site import LINK, ROOT, Staging, check_ours, put, run_sphinx, settings
+from tools.built import check_ours, put
+from tools.site import LINK, MARK, ROOT, Staging, run_sphinx, settings
 
 SLIDES = ROOT / "build" / "slides"
 WIDTH, HEIGHT = 1280, 720
@@ -65,7 +66,7 @@ def build(folder: Path = SLIDES, root: Path = ROOT) -> Path:
 
     Raises DTEError for a folder that holds something else, and for what Sphinx warns of.
     """
-    check_ours(folder)
+    check_ours(folder, MARK)
     with tempfile.TemporaryDirectory() as temporary:
         source = Path(temporary) / "source"
         staging = Staging(root, source)

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from dte_lab.baselines import BaselineConfig
 from dte_lab.common.errors import DTEError
 from dte_lab.common.files import prepare_folder, write_atomically
-from dte_lab.common.images import to_pil
+from dte_lab.common.images import save_png, to_pil
 from dte_lab.common.processes import in_processes
 from dte_lab.common.resume import as_json, check_settings
 from dte_lab.common.settings import check_number, check_one_of, check_whole
@@ -222,8 +222,7 @@ def keep(out_dir: Path, item: Item, label: str, trial: Trial) -> None:
     """pictures/CONCEPT/METHOD_STEPS.png, and the input beside it."""
     columns, seeds = trial.pictures.shape[:2]
     folder = out_dir / "pictures" / item.name.replace(" ", "-")
-    folder.mkdir(parents=True, exist_ok=True)
-    to_pil(item.picture())[0].save(folder / "input.png")
+    save_png(to_pil(item.picture())[0], folder / "input.png")
     name = f"{label}_{trial.steps}".replace("/", "-")
     pictures = to_pil(trial.pictures.transpose(0, 1).flatten(0, 1))  # seed by seed
-    make_image_grid(pictures, rows=seeds, cols=columns).save(folder / f"{name}.png")
+    save_png(make_image_grid(pictures, rows=seeds, cols=columns), folder / f"{name}.png")
