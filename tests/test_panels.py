@@ -163,6 +163,10 @@ def test_a_table_is_text_and_page(monkeypatch):
     assert page.count("<tr>") == 3 and "a &lt; b" in page and "<caption>n = 2</caption>" in page
     with pytest.raises(ValueError):
         panels.show_table([("cat",)], ["Thing", "Steps"])
+    assert shared.table_html([(1,)], ["<b>"], style="margin:0", cell_style="padding:0") == (
+        '<table style="margin:0"><thead><tr><th style="padding:0">&lt;b&gt;</th></tr></thead>'
+        '<tbody><tr><td style="padding:0">1</td></tr></tbody></table>'
+    )
 
 
 def test_differences_are_said_with_their_sign_and_verdict():

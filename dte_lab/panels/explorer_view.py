@@ -18,12 +18,13 @@ from dte_lab.panels.explorer_settings import (
     differences,
     in_words,
 )
-from dte_lab.panels.shared import alert
+from dte_lab.panels.shared import alert, table_html
 from dte_lab.world.scenes import render_image
 
 WORDS_SHOWN = 5
-TABLE_STYLE = 'style="border-collapse:collapse;line-height:1.35;font-size:13px"'
-CELL_STYLE = 'style="padding:1px 10px 1px 0;text-align:left;vertical-align:top"'
+SECONDS = "Seconds are those of a setting's first run, on two cores beside the other setting's."
+TABLE_STYLE = "border-collapse:collapse;line-height:1.35;font-size:13px"
+CELL_STYLE = "padding:1px 10px 1px 0;text-align:left;vertical-align:top"
 
 
 def run_figure(question: Question, outcomes: Sequence[Outcome | DTEError]) -> Figure:
@@ -59,17 +60,9 @@ def described(question: Question, outcomes: Sequence[Outcome | DTEError]) -> str
     return f"{question.subject.label}, then drawn under {' and '.join(shown)}: {prompts}."
 
 
-def table(rows: Sequence[Sequence[object]], heads: Sequence[str], caption: str = "") -> str:
-    """An HTML table; everything is escaped."""
-    top = "".join(f"<th {CELL_STYLE}>{html.escape(head)}</th>" for head in heads)
-    body = "".join(
-        "<tr>"
-        + "".join(f"<td {CELL_STYLE}>{html.escape(str(cell))}</td>" for cell in row)
-        + "</tr>"
-        for row in rows
-    )
-    said = f"<caption style='text-align:left'>{html.escape(caption)}</caption>" if caption else ""
-    return f"<table {TABLE_STYLE}>{said}<tr>{top}</tr>{body}</table>"
+def table(rows: Sequence[Sequence[object]], columns: Sequence[str]) -> str:
+    """An HTML table, denser than a page's."""
+    return table_html(rows, columns, style=TABLE_STYLE, cell_style=CELL_STYLE)
 
 
 def measure_rows(run: Run) -> list[list[str]]:
@@ -98,7 +91,7 @@ def run_html(run: Run, idle: Sequence[str] = ()) -> str:
         *errors,
     ]
     if rows := measure_rows(run):
-        parts.append(table(rows, ["", "A", "B"]))
+        parts.append(table(rows, ["", "A", "B"]) + f"<p>{SECONDS}</p>")
     if not errors:
         parts.append(f"<p>{html.escape(run.told)}</p>")
     return "".join(parts)

@@ -46,14 +46,7 @@ def show_table(rows: Sequence[Sequence[object]], columns: Sequence[str], caption
     from IPython.display import display
 
     rows = [[str(cell) for cell in row] for row in rows]
-
-    def line(cells: Sequence[str], tag: str) -> str:
-        cells = (f'<{tag} style="text-align: left">{html.escape(c)}</{tag}>' for c in cells)
-        return f"<tr>{''.join(cells)}</tr>"
-
-    title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    body = "".join(line(row, "td") for row in rows)
-    page = f"<table>{title}<thead>{line(columns, 'th')}</thead><tbody>{body}</tbody></table>"
+    page = table_html(rows, columns, caption)
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
     plain_rows = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -61,6 +54,25 @@ def show_table(rows: Sequence[Sequence[object]], columns: Sequence[str], caption
     ]
     text = "\n".join([caption] * bool(caption) + plain_rows)
     display({"text/html": page, "text/plain": text}, raw=True)
+
+
+def table_html(
+    rows: Sequence[Sequence[object]],
+    columns: Sequence[str],
+    caption: str = "",
+    style: str = "",
+    cell_style: str = "text-align: left",
+) -> str:
+    """Rows under the names of their columns as an HTML table; all texts are escaped."""
+
+    def line(cells: Sequence[object], tag: str) -> str:
+        said = (f'<{tag} style="{cell_style}">{html.escape(str(c))}</{tag}>' for c in cells)
+        return f"<tr>{''.join(said)}</tr>"
+
+    title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    head, body = line(columns, "th"), "".join(line(row, "td") for row in rows)
+    opened = f'<table style="{style}">' if style else "<table>"
+    return f"{opened}{title}<thead>{head}</thead><tbody>{body}</tbody></table>"
 
 
 def measured_with(versions: Mapping[str, str]) -> str:
