@@ -3,6 +3,7 @@
 import datetime
 import io
 import json
+import threading
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +16,9 @@ from PIL import Image
 
 from dte_lab.cli import explore
 from dte_lab.common.errors import DTEError
+from dte_lab.evaluation import base_model
 from dte_lab.panels import explorer_history as history
-from dte_lab.panels import explorer_runs
+from dte_lab.panels import explorer_measures, explorer_runs
 from dte_lab.panels.explorer import explorer_panel
 from dte_lab.panels.explorer_expeditions import expeditions
 from dte_lab.panels.explorer_lanes import Stopped
@@ -172,6 +174,18 @@ def test_measures_are_what_they_say(explorer, setting):
     assert set(of_own) == {"clip_input", "clip_prompt"}
     assert of_own["clip_input"] == pytest.approx(1, abs=1e-4)
     assert measures["word_length"] > 0 and pipe is explorer.pipe
+
+
+def test_the_panel_warms_up_while_one_looks(random_pipe, monkeypatch):
+    """What the first run would load is there when the thread has ended, and no run loads it."""
+    for kept in (explorer_measures.outside_judge, base_model._border_means):
+        kept.cache_clear()
+    before = set(threading.enumerate())
+    explorer_panel(random_pipe)
+    for thread in set(threading.enumerate()) - before:
+        thread.join()
+    for kept in (explorer_measures.outside_judge, base_model._border_means):
+        assert kept.cache_info().currsize == 1
 
 
 def test_prompts_of_the_world_have_a_truth():

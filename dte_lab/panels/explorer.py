@@ -16,6 +16,7 @@ from dte_lab.panels.explorer_expeditions import ON_WHITE, Stop, expeditions
 from dte_lab.panels.explorer_history import Run
 from dte_lab.panels.explorer_knobs import Knobs
 from dte_lab.panels.explorer_lanes import Stopped
+from dte_lab.panels.explorer_measures import warm_up
 from dte_lab.panels.explorer_runs import Explorer, Outcome, Question, Subject, subjects
 from dte_lab.panels.explorer_settings import ExplorerSetting, change_in_words
 from dte_lab.panels.explorer_view import (
@@ -37,6 +38,8 @@ def explorer_panel(pipe: DTEPipeline) -> "VBox":
     """The whole panel as a VBox; its attribute `control` is the `ExplorerPanel` behind it."""
     control = ExplorerPanel(Explorer(pipe))
     control.box.control = control
+    if pipe.backbone.draws_small_world:
+        threading.Thread(target=warm_up).start()  # while one reads and turns knobs
     return control.box
 
 

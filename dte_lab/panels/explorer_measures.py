@@ -24,7 +24,7 @@ from dte_lab.features import image_features
 from dte_lab.pipeline import DTEPipeline
 from dte_lab.world.captions import caption, scene_words
 from dte_lab.world.data import to_tensor
-from dte_lab.world.scenes import BOX, SCENES, render
+from dte_lab.world.scenes import BOX, SCENES, SIZE, render
 from dte_lab.world.sprites import STYLES
 
 NAMES = {  # measure: (what a person reads, digits)
@@ -68,6 +68,14 @@ def outside_judge() -> ImageJudge | None:
         return ImageJudge(size=JUDGE_SIZE)
     except ImportError:  # the extra `evaluate`
         return None
+
+
+def warm_up() -> None:
+    """Load and compute what is kept for all measures, so that no run waits for it."""
+    size = (3, SIZE, SIZE)
+    classify_scene(torch.zeros(1, *size))
+    if (judge := outside_judge()) is not None:
+        judge.features(torch.zeros(1, *size))
 
 
 @torch.no_grad()
