@@ -13,13 +13,14 @@ import shutil
 import textwrap
 from pathlib import Path
 
+import jupytext
 import nbformat
 import pytest
 import torch
 from nbformat.v4 import new_output
 
 from dte_lab import checks
-from tools import notebooks
+from tools import notebook_editions, notebook_faults, notebook_runs, notebooks
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "notebooks" / "src").glob("*.py"))
@@ -81,16 +82,16 @@ def built(tmp_path_factory):
     (root / "notebooks" / "src").mkdir(parents=True)
     (root / "notebooks" / "src" / "small.py").write_text(SMALL.lstrip())
     load = "from dte_lab.pipeline import peak_memory_mb"
-    assert load in notebooks.EPILOGUE
+    assert load in notebook_runs.EPILOGUE
     with pytest.MonkeyPatch.context() as quick:
-        epilogue = notebooks.EPILOGUE.replace(load, "peak_memory_mb = lambda device: 2048")
-        quick.setattr(notebooks, "EPILOGUE", epilogue)
+        epilogue = notebook_runs.EPILOGUE.replace(load, "peak_memory_mb = lambda device: 2048")
+        quick.setattr(notebook_runs, "EPILOGUE", epilogue)
         notebooks.build(root, run=True)
     return root
 
 
 def test_the_last_cell_tells_device_and_memory(capsys):
-    exec(notebooks.EPILOGUE, {"device": "cpu"})
+    exec(notebook_runs.EPILOGUE, {"device": "cpu"})
     told = json.loads(capsys.readouterr().out)
     assert told["device"] == "cpu" and 0.1 < told["peak_memory_gb"] < 100
 
@@ -288,7 +289,7 @@ def store_error(notebook):
 
 
 def store_widget(notebook):
-    data = {notebooks.WIDGET: {"model_id": "1"}}
+    data = {notebook_faults.WIDGET: {"model_id": "1"}}
     notebook.cells[2].outputs.append(new_output("display_data", data=data))
 
 
@@ -339,7 +340,7 @@ def test_bars_are_told_from_warnings(project):
         cell.outputs = [new_output("stream", name="stderr", text=text)]
         notebooks.tidy(notebook)
         assert cell.outputs[0].name == ("stdout" if text == bar else "stderr")
-    assert "0/3" not in bar.split("\r")[1] and not notebooks.is_bar(f"{bar}careful")
+    assert "0/3" not in bar.split("\r")[1] and not notebook_faults.is_bar(f"{bar}careful")
 
 
 @pytest.mark.parametrize(
@@ -392,7 +393,7 @@ def test_a_new_first_cell_keeps_outputs(project, monkeypatch):
     stored = solved(project)
     stored.cells[3].outputs = [new_output("stream", text="kept")]
     nbformat.write(stored, project / "notebooks" / "small.ipynb")
-    monkeypatch.setattr(notebooks, "setup_cell", lambda *_: "print('another')")
+    monkeypatch.setattr(notebook_editions, "setup_cell", lambda *_: "print('another')")
     assert notebooks.build(project) == []
     assert solved(project).cells[2].source == "print('another')"
     for edition in (solved, exercises):
@@ -406,7 +407,7 @@ def publishable(project, monkeypatch):
     """The project with a first cell, a version, and no address yet."""
     text = '[project]\nversion = "1.2"\n\n[tool.dte_lab]\nrepository = ""\n'
     (project / "pyproject.toml").write_text(text)
-    monkeypatch.setattr(notebooks, "ROOT", project)
+    monkeypatch.setattr(notebook_editions, "ROOT", project)
     notebooks.build(project)
     return project
 
@@ -446,10 +447,10 @@ def test_what_is_stale_is_not_published(publishable):
 
 
 def test_badge_appears_once_there_is_a_repository(monkeypatch, tmp_path):
-    monkeypatch.setattr(notebooks, "ROOT", tmp_path)
+    monkeypatch.setattr(notebook_editions, "ROOT", tmp_path)
     project = '[project]\nversion = "1.2"\n'
     (tmp_path / "pyproject.toml").write_text(project)
-    source = notebooks.jupytext.reads(SMALL.lstrip(), fmt="py:percent")
+    source = jupytext.reads(SMALL.lstrip(), fmt="py:percent")
     assert "colab" not in notebooks.solved_edition(source, "small", {}).cells[1].source
     tool = '[tool.dte_lab]\nrepository = "https://github.com/someone/thing"\n'
     (tmp_path / "pyproject.toml").write_text(project + tool)

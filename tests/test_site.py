@@ -12,7 +12,7 @@ import pytest
 from dte_lab.common.errors import DTEError
 
 site = pytest.importorskip("tools.site", reason="needs a checkout and pip install -e '.[site]'")
-notebooks = pytest.importorskip("tools.notebooks", reason="needs a checkout")
+editions = pytest.importorskip("tools.notebook_editions", reason="needs a checkout")
 built_folder = pytest.importorskip("tools.built", reason="needs a checkout")
 
 
@@ -127,7 +127,7 @@ def test_launch_buttons_come_with_an_address(tmp_path, root):
     published = tmp_path / "published"  # whose notebooks have badges of their own
     shutil.copytree(named, published)
     notebook = json.loads((published / name).read_text())
-    link = notebooks.colab_link("https://github.com/someone/dte_lab", "v0.1.0", name)
+    link = editions.colab_link("https://github.com/someone/dte_lab", "v0.1.0", name)
     picture = "![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)"
     notebook["cells"][1]["source"] = f"[{picture}]({link})\n\n" + "".join(
         notebook["cells"][1]["source"]

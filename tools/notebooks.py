@@ -11,228 +11,38 @@ A source is `notebooks/src/NAME.py`, a solved notebook in jupytext's percent for
     notebooks/exercises/NAME.ipynb   solutions replaced by skeletons and folded below them, with
                                      the picture that a right answer leads to, where there is one
 
-An exercise is a cell with the tag "exercise"; in it, nbgrader's comments `### BEGIN SOLUTION` and
-`### END SOLUTION` enclose what the reader writes. A cell that says how long the notebook takes is
-put after the title; its numbers are those of the stored run. A cell with the tag "setup" becomes
-the one that installs the package where it is missing (first_cell.py). `build` alone keeps stored
-outputs while no other code cell changed.
-
-The address of the repository is `repository` under [tool.dte_lab] in pyproject.toml; it goes into
-the notebooks' metadata. While it is empty there are no badges, so that no link is dead. `publish`
-sets it, keeps the outputs, and says which git commands make the links true. `reset` puts back what
-a reader changed, and keeps it beside (reset.py).
+How they are made of it is in notebook_editions.py. `build` alone keeps stored outputs while no
+code cell but the first changed. `publish` sets the address of the repository, keeps the outputs,
+and says which git commands make the links true. `reset` puts back what a reader changed, and keeps
+it beside (reset.py).
 """
 
 import argparse
-import copy
-import hashlib
-import json
-import os
 import re
 import sys
-import textwrap
-import time
-import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
 
-import jupytext
 import nbformat
-from nbclient import NotebookClient
 from nbformat import NotebookNode
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from dte_lab.common.command import run_command
 from dte_lab.common.files import write_atomically
-from tools.expected_pictures import CHECK, Expected, expected_pictures
-from tools.first_cell import setup_cell
 from tools.marks import between
-from tools.notebook_faults import WIDGET, faults, is_bar, prose_faults
+from tools.notebook_editions import (
+    ROOT,
+    exercise_edition,
+    read_source,
+    repository,
+    solved_edition,
+)
+from tools.notebook_faults import faults, prose_faults
+from tools.notebook_runs import execute, tidy
 from tools.reset import reset
 
-ROOT = Path(__file__).parents[1]
 MAX_BYTES = 1_000_000
 MARK = "<!-- table of notebooks: python -m tools.notebooks build -->"
-SOLUTION = re.compile(
-    r"^(?P<indent> *)### BEGIN SOLUTION\n(?P<body>.*?)^ *### END SOLUTION\n?", re.M | re.S
-)
-FOLDED = {"cellView": "form", "jupyter": {"source_hidden": True}}  # in Colab, and in JupyterLab
 REPOSITORY = re.compile(r'^repository = ".*"$', re.M)
-# Plain bars, since the state of widgets is not stored; readers still get the widget.
-PRELUDE = "import tqdm, tqdm.auto; tqdm.auto.tqdm = tqdm.tqdm"
-EPILOGUE = """
-import json
-from dte_lab.pipeline import peak_memory_mb
-print(json.dumps({"device": device, "peak_memory_gb": round(peak_memory_mb(device) / 1024, 1)}))
-"""
-
-
-def read_source(path: Path) -> NotebookNode:
-    """The source as a notebook; its `dte_lab` metadata are what the opening needs."""
-    return jupytext.read(path, fmt="py:percent")
-
-
-def solved_edition(source: NotebookNode, name: str, measured: dict) -> NotebookNode:
-    """The complete notebook, not executed. measured: what `execute` returned, or {}."""
-    return _edition(source, name, measured, solved=True)
-
-
-def exercise_edition(
-    source: NotebookNode, name: str, measured: dict, solved: NotebookNode | None = None
-) -> NotebookNode:
-    """The notebook with a skeleton and a folded solution for every exercise.
-
-    solved: the executed edition, of which it shows what an exercise leads to.
-
-    Exercise cells carry the tag "raises-exception", with which Jupyter, nbclient and nbmake go on
-    after the NotImplementedError of the skeleton.
-    """
-    return _edition(source, name, measured, False, expected_pictures(solved))
-
-
-def repository(root: Path | None = None) -> tuple[str, str]:
-    """(address of the repository or "", the tag of this version)."""
-    settings = tomllib.loads(((root or ROOT) / "pyproject.toml").read_text())
-    address = settings.get("tool", {}).get("dte_lab", {}).get("repository", "")
-    return address.rstrip("/"), f"v{settings['project']['version']}"
-
-
-def colab_link(address: str, tag: str, page: str) -> str:
-    """Where Colab opens a notebook of the repository."""
-    path = address.removeprefix("https://github.com/")
-    return f"https://colab.research.google.com/github/{path}/blob/{tag}/{page}"
-
-
-def _edition(
-    source: NotebookNode,
-    name: str,
-    measured: dict,
-    solved: bool,
-    pictures: Mapping[str, Expected] = MappingProxyType({}),
-) -> NotebookNode:
-    address, tag = repository()
-    opening = new_markdown_cell(_opening(source.metadata["dte_lab"], name, measured, solved))
-    cells = [source.cells[0], opening]
-    for cell in source.cells[1:]:
-        if "setup" in cell.metadata.get("tags", []):
-            text = setup_cell(address, tag)
-            tags = {"tags": ["setup", "hide-input"]}
-            cells.append(new_code_cell(text, metadata=tags | FOLDED))
-        elif "exercise" not in cell.metadata.get("tags", []):
-            cells.append(cell)
-        elif solved:
-            text = SOLUTION.sub(lambda match: match["body"], cell.source)
-            cells.append(new_code_cell(text, metadata={"tags": ["exercise"]}))
-        else:
-            text = SOLUTION.sub(_skeleton, cell.source)
-            tags = {"tags": ["exercise", "raises-exception"]}
-            cells.append(new_code_cell(text, metadata=tags))
-            (exercise,) = CHECK.findall(cell.source) or ("",)
-            if exercise in pictures:
-                cells.append(pictures[exercise].cell(exercise))
-            cells.append(new_markdown_cell(_folded(cell.source)))
-    notebook = new_notebook(
-        cells=[copy.deepcopy(cell) for cell in cells],
-        metadata={
-            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-            "language_info": {"name": "python"},
-            "dte_lab": {
-                **source.metadata["dte_lab"],
-                "repository": address,
-                "measured": measured,
-            },  # fmt: skip
-        },
-    )
-    seen = {}
-    for cell in notebook.cells:  # ids that depend on the content alone, so that diffs stay small
-        digest = hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()[:8]
-        seen[digest] = seen.get(digest, 0) + 1
-        cell.id = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
-        cell.metadata = {k: v for k, v in cell.metadata.items() if k in ("tags", *FOLDED)}
-    return notebook
-
-
-def _skeleton(match: re.Match) -> str:
-    return f'{match["indent"]}raise NotImplementedError("Write this part, then run the cell.")\n'
-
-
-def _folded(text: str) -> str:
-    bodies = [textwrap.dedent(match["body"]).rstrip() for match in SOLUTION.finditer(text)]
-    code = "\n\n".join(bodies)
-    return f"<details>\n<summary>Solution</summary>\n\n```python\n{code}\n```\n\n</details>"
-
-
-def _opening(metadata: dict, name: str, measured: dict, solved: bool) -> str:
-    """The cell below the title: badges, times, memory, and where the other edition is."""
-    rows = []
-    address, tag = repository()
-    if address:
-        folder = "notebooks" if solved else "notebooks/exercises"
-        badge = "https://colab.research.google.com/assets/colab-badge.svg"
-        link = colab_link(address, tag, f"{folder}/{name}.ipynb")
-        rows.append(f"[![Open in Colab]({badge})]({link})")
-    seconds, cores = measured.get("seconds"), measured.get("cores")
-    ran = f"{seconds} s on {cores} CPU cores, as stored here" if seconds else "not measured yet"
-    memory = f"{measured['peak_memory_gb']} GB" if measured else "not measured yet"
-    rows.append(
-        "| Running it: laptop CPU | T4 GPU | peak memory | Reading it, with exercises |\n"
-        "|---|---|---|---|\n"
-        f"| {ran} | not measured yet | {memory} | {metadata['minutes']} minutes |"
-    )
-    rows.append(
-        f"This is the solved edition. To do the exercises, open "
-        f"[exercises/{name}.ipynb](exercises/{name}.ipynb)."
-        if solved
-        else f"This is the exercise edition. The solved one, with all outputs, is "
-        f"[../{name}.ipynb](../{name}.ipynb)."
-    )
-    return "\n\n".join(rows)
-
-
-def execute(notebook: NotebookNode, folder: Path) -> dict:
-    """Run the notebook in place, in `folder`, offline. Returns {seconds, cores, ...} of the run.
-
-    Raises nbclient.exceptions.CellExecutionError when a cell fails.
-    """
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    start = time.perf_counter()
-    notebook.cells = [new_code_cell(PRELUDE), *notebook.cells, new_code_cell(EPILOGUE)]
-    resources = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, timeout=900, record_timing=False, resources=resources).execute()
-    seconds = time.perf_counter() - start
-    del notebook.cells[0]
-    tidy(notebook)
-    said = {output.name: output.text for output in notebook.cells.pop().outputs}
-    measured = json.loads(said["stdout"])
-    return {"seconds": round(seconds), "cores": os.cpu_count(), **measured}
-
-
-def tidy(notebook: NotebookNode) -> None:
-    """Leave of the outputs what a page can show: no widgets, bars in their last state.
-
-    Bars become ordinary text: a page shows what went to stderr in red.
-    """
-    notebook.metadata.pop("widgets", None)
-    codes = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    for count, cell in enumerate(codes, start=1):
-        cell.execution_count = count
-        kept = []
-        for output in cell.outputs:
-            if WIDGET in output.get("data", {}):
-                continue
-            if output.output_type == "execute_result":
-                output.execution_count = count
-            if output.output_type == "stream" and is_bar(output.text):
-                output.name = "stdout"
-            if kept and output.output_type == "stream" and kept[-1].get("name") == output.name:
-                kept[-1].text += output.text
-            else:
-                kept.append(output)
-        for output in kept:
-            if output.output_type == "stream":
-                output.text = re.sub(r"[^\n]*\r(?=[^\n])", "", output.text)
-        cell.outputs = kept
 
 
 def build(root: Path, names: Sequence[str] = (), run: bool = False) -> list[str]:

@@ -28,7 +28,7 @@ from dte_lab.common.command import run_command
 from dte_lab.common.errors import DTEError
 from dte_lab.common.files import write_atomically
 from tools.built import check_ours, put
-from tools.notebooks import colab_link, repository
+from tools.notebook_editions import colab_link, repository
 
 ROOT = Path(__file__).parents[1]
 SITE, MARK = ROOT / "build" / "site", ".buildinfo"  # which Sphinx writes
