@@ -21,6 +21,7 @@ from dte_lab.common.stats import interval
 from dte_lab.evaluation import run
 from dte_lab.evaluation.base_model import classify_scene
 from dte_lab.evaluation.edits import Item, edits, items, object_mask, object_region, truth
+from dte_lab.evaluation.figures import tradeoff
 from dte_lab.evaluation.measures import PICTURE_MEASURES, TIMES
 from dte_lab.evaluation.methods import Methods
 from dte_lab.evaluation.records import COLUMNS, NUMBERS, Row, read_csv, to_csv
@@ -445,6 +446,28 @@ def test_report_writes_table_and_figures(tmp_path, capsys):
     assert "tuning encoder" in (tmp_path / "table.md").read_text()
     for name in ("tradeoff.png", "steps.png"):
         assert np.asarray(Image.open(tmp_path / name).convert("L")).std() > 5, "not empty"
+
+
+def test_where_every_scene_is_right_the_figure_is_of_identity_alone():
+    def line(method, steps, scene, identity):
+        values = {"scene": scene, "identity_scaled": identity, "identity": 0.5}
+        spread = {
+            k: {"mean": v, "low": v - 0.1, "high": v + 0.1, "n": 7} for k, v in values.items()
+        }
+        return {"method": method, "steps": steps} | spread
+
+    lines = [line("dte", 12, 1.0, 0.6), line("dte", 0, 1.0, 0.3), line("lora", 12, 1.0, 0.5)]
+    (axes,) = tradeoff([*lines, line("oracle", 0, 0.2, 1.0)]).axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == [
+        "tuning encoder, 0 steps",
+        "tuning encoder, 12 steps",
+        "DreamBooth LoRA, 12 steps",
+    ]
+    drawn = [bars.lines[0].get_xydata()[0].tolist() for bars in axes.containers]
+    assert drawn == [[0.3, 0], [0.6, 1], [0.5, 2]]
+    (axes,) = tradeoff([*lines, line("ti", 12, 0.98, 0.2)]).axes
+    assert axes.get_xlabel().startswith("prompt fidelity") and len(axes.containers) == 3
 
 
 def test_export_from_the_command_line(tiny_backbone, tiny_offsets, tmp_path, capsys):

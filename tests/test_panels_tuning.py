@@ -104,9 +104,13 @@ def test_memory_figures_do_without_measurements():
 
     (ax,) = tuning.card_figure(["a", "b"], [9.0, 16.0], [None, None], 15).axes
     assert [bar.get_width() for bar in ax.patches] == [9.0, 16.0]
-    assert ax.get_legend() is None and ax.get_xlim()[1] > 16
+    assert not ax.figure.legends and ax.get_xlim()[1] > 16
     (ax,) = tuning.card_figure(["a", "b"], [9.0, 16.0], [None, 15.5], 15).axes
     assert list(ax.get_lines()[0].get_xdata()) == [15.5]
+    ax.figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in ax.texts]
+    (legend,) = ax.figure.legends
+    assert len(boxes) == 2 and not any(legend.get_window_extent().overlaps(b) for b in boxes)
 
 
 def test_timestep_figure_draws_the_bins():

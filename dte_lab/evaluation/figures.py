@@ -14,6 +14,8 @@ from dte_lab.evaluation.records import read_run
 from dte_lab.evaluation.report import HEADINGS, name_of
 from dte_lab.evaluation.specifications import ANCHORS
 
+IDENTITY = "identity: 0 like any concept, 1 the true rendering"
+
 
 def picture_sheet(run_dir: Path, summary: Sequence[Mapping], count: int = 2) -> Figure:
     """The first `count` edits of every concept whose pictures the run kept: one row each, and one
@@ -40,11 +42,15 @@ def picture_sheet(run_dir: Path, summary: Sequence[Mapping], count: int = 2) -> 
 def tradeoff(summary: Sequence[Mapping]) -> Figure:
     """Figure: scaled identity against right scenes, with 95 % intervals over concepts.
 
-    A method has one colour and marker; the number of steps stands beside each of its points.
+    A method has one colour and marker; the number of steps stands beside each of its points. Where
+    every scene is right, identity alone is left to tell.
     """
+    named = by_name(summary)
+    if all(round(point["scene"]["mean"], 2) == 1 for points in named.values() for point in points):
+        return identities(named)
     figure = Figure(figsize=(6.4, 6.4), layout="constrained")
     axes = figure.subplots()
-    for i, (name, points) in enumerate(by_name(summary).items()):
+    for i, (name, points) in enumerate(named.items()):
         colour = f"C{i % 10}"
         x, xerr = mean_and_error(point["scene"] for point in points)
         y, yerr = mean_and_error(point["identity_scaled"] for point in points)
@@ -60,11 +66,37 @@ def tradeoff(summary: Sequence[Mapping]) -> Figure:
     n = summary[0]["identity"]["n"]
     axes.set(
         xlabel="prompt fidelity: share of right scenes",
-        ylabel="identity: 0 like any concept, 1 the true rendering",
+        ylabel=IDENTITY,
         title=f"{n} held-out concepts, 95 % intervals; numbers: steps of tuning",
     )
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
+    return figure
+
+
+def identities(named: Mapping[str, Sequence[Mapping]]) -> Figure:
+    """Figure: scaled identity of methods as `by_name` has them, with 95 % intervals over concepts.
+
+    A row per method and number of steps, fewest steps first, with a colour per number of steps.
+    """
+    rows = [(point["steps"], name, point) for name, points in named.items() for point in points]
+    rows.sort(key=lambda row: row[0])
+    steps = list(dict.fromkeys(row[0] for row in rows))
+    labels = [fill(f"{name}, {count} steps", 46) for count, name, _ in rows]
+    lines = sum(label.count("\n") + 1 for label in labels)
+    figure = Figure(figsize=(7.6, 1.2 + 0.12 * len(rows) + 0.17 * lines), layout="constrained")
+    axes = figure.subplots()
+    for y, (count, _, point) in enumerate(rows):
+        x, xerr = mean_and_error([point["identity_scaled"]])
+        style = "osD^vP*X"[steps.index(count) % 8]
+        axes.errorbar(x, y, None, xerr, fmt=style, color=f"C{steps.index(count) % 10}", capsize=2)
+    axes.set_yticks(range(len(rows)), labels, fontsize="small")
+    axes.invert_yaxis()
+    axes.set_xlabel(IDENTITY)
+    n = rows[0][2]["identity"]["n"]
+    title = f"{n} held-out concepts, 95 % intervals; every scene is the one asked for"
+    figure.suptitle(title, fontsize="medium")  # above the names as well
+    axes.grid(alpha=0.3, axis="x")
     return figure
 
 

@@ -229,8 +229,8 @@ def card_figure(
     ax.invert_yaxis()
     ax.set_xlabel("peak memory of tuning, GB (bars: predicted)")
     ax.set_xlim(0, 1.3 * most)
-    if known:
-        ax.legend(frameon=False, loc="lower right")
+    if known:  # below the axes: inside, every row may end in a number
+        figure.legend(frameon=False, loc="outside lower right")
     plain(ax)
     return figure
 
