@@ -212,7 +212,7 @@ def add_noise(
 
 def checked_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """One of DTYPES, or what is called so. Raises DTEError for any other."""
-    if dtype in DTYPES.values():
+    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
         return dtype
     check_one_of("dtype", dtype, tuple(DTYPES))
     return DTYPES[dtype]

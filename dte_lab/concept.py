@@ -71,6 +71,7 @@ class Concept:
 
     def save(self, path: Path | str) -> None:
         """Write a safetensors file, atomically. Raises OSError when the folder is not writable."""
+        check_path("the concept file", path)
         tensors = {"v_star": self.v_star}
         for key, (a, b) in self.offsets.items():
             tensors |= {f"offsets.{key}.A": a, f"offsets.{key}.B": b}

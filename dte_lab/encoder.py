@@ -276,6 +276,7 @@ def load_encoder(
 
     Raises DTEError as `TuningEncoder.from_pretrained` does.
     """
+    check_path("the encoder", name_or_path)
     path = encoder_folder(name_or_path)
     check_path("the encoder", path / "config.json")
     if not (path / "config.json").exists():

@@ -23,8 +23,9 @@ from transformers import CLIPTextModel
 from dte_lab import placeholder_token
 from dte_lab.backbone import load_backbone, stock_pipeline
 from dte_lab.common.errors import DTEError
-from dte_lab.common.files import write_atomically
+from dte_lab.common.files import check_path, prepare_folder, write_atomically
 from dte_lab.common.origin import origin_text
+from dte_lab.common.settings import check_kind, check_text
 from dte_lab.concept import Concept
 from dte_lab.lora import Offsets
 from dte_lab.recommended import SMALL_WORLD, STABLE_DIFFUSION
@@ -47,6 +48,8 @@ def export(
     Raises DTEError when the offsets belong to the hard path (`offsets_on="hard"`), or for a name or
     a token that can be none; OSError when the folder cannot be written.
     """
+    check_kind("the concept", concept, Concept)
+    check_text("the token", token)
     if concept.config.offsets_on == "hard" and concept.offsets:
         raise DTEError(
             'With offsets_on="hard" the hard path has the offsets, but an exported LoRA works on '
@@ -55,6 +58,7 @@ def export(
     if not token or re.search(r"\s", token) or not token.isprintable():
         raise DTEError(f"The token {token!r} is no single word: use for example <my-thing>.")
     embedding, lora, kohya = export_paths(concept, out_dir, name)
+    prepare_folder(out_dir)
     origin = origin_text(export_origin(concept, token))
     files = {embedding: save({token: _plain(concept.v_star[0])}, origin)}
     if concept.offsets:
@@ -79,7 +83,9 @@ def export_paths(concept: Concept, out_dir: Path | str, name: str | None = None)
     Raises DTEError for a name that no file can have.
     """
     names = [EMBEDDING, LORA, KOHYA]
+    check_path("the output folder", out_dir)
     if name is not None:
+        check_text("the name", name)
         if not re.fullmatch(r"\w[\w.-]{0,99}", name):
             raise DTEError(f"The name {name!r} has to be letters, digits, '-', '_' and '.' alone.")
         names = [f"{name}{end}.safetensors" for end in ("", "_lora", "_kohya")]

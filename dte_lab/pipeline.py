@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from dte_lab.backbone import DTYPES, Backbone, checked_dtype, load_backbone, new_scheduler
 from dte_lab.common.device import checked_device
+from dte_lab.common.files import check_path
 from dte_lab.common.images import (
     Picture,
     read_image,
@@ -32,7 +33,7 @@ from dte_lab.common.images import (
 )
 from dte_lab.common.origin import pictures_digest
 from dte_lab.common.random import stream
-from dte_lab.common.settings import check_whole
+from dte_lab.common.settings import check_kind, check_whole
 from dte_lab.common.sources import PictureSource
 from dte_lab.concept import Concept
 from dte_lab.config import MethodConfig
@@ -72,12 +73,14 @@ class DTEPipeline:
         Raises DTEError when one is missing or they do not fit together, and when a GPU is too small
         for Stable Diffusion 1.5 to draw a single picture.
         """
+        check_path("the backbone", backbone)
         device, dtype = checked_device(device), dtype if dtype is None else checked_dtype(dtype)
         if backbone == "sd15":
             name = next((n for n, d in DTYPES.items() if d == dtype), "fp16")
             asked = Setting(batch=1, dtype=name, offload=options.get("offload", False))
             check_room(asked, "sampling", device)
-        folder = encoder or ("small" if backbone == "small" else Path(backbone) / "encoder")
+        own = "small" if backbone == "small" else Path(backbone) / "encoder"
+        folder = own if encoder is None else encoder
         backbone = load_backbone(backbone, device, dtype, **options)
         if encoder is None and folder != "small" and not folder.is_dir():
             return cls(backbone, ZeroShotStart(backbone))
@@ -127,7 +130,7 @@ class DTEPipeline:
         Raises DTEError for what cannot be read or means nothing, and when the memory is used up.
         """
         start = time.perf_counter()
-        check_whole("seed", seed)
+        check_learning(seed, config, method, prediction)
         pictures = read_pictures(image, mask, fit)
         images = [picture.image for picture in pictures]
         pixels = self.pixels(images, fit)
@@ -191,6 +194,7 @@ class DTEPipeline:
             prompts, seeds, guidance_scale, num_inference_steps, negative_prompt, alpha_blend,
             batch_size,
         )  # fmt: skip
+        check_kind("the concept", concept, Concept)
         concept.check(backbone)
         config = changed(concept.config, alpha_blend, prediction_interval)
         concept = replace(concept, config=config)
@@ -202,10 +206,9 @@ class DTEPipeline:
         scheduler, T, images = new_scheduler(backbone.scheduler), len(backbone.alphas_cumprod), []
         jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
         batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
-        steps = len(batches) * num_inference_steps
         with (
             out_of_memory_advised(backbone, "sampling", batch_size),
-            tqdm(total=steps, desc="sampling", disable=not progress) as bar,
+            tqdm(None, "sampling", len(batches) * num_inference_steps, disable=not progress) as bar,
             dual_path(
                 backbone.unet, {}, offsets_on=config.offsets_on, granularity=config.granularity
             ) as path,
@@ -250,6 +253,19 @@ class DTEPipeline:
         """[[word, cosine similarity], ...] of the k nearest words."""
         _, words, similarities = self.prompt_encoder.table.nearest(v_star, k)
         return [[w, s] for w, s in zip(words[0], similarities[0].tolist(), strict=True)]
+
+
+def check_learning(
+    seed: int,
+    config: TuneConfig | None,
+    method: MethodConfig | None,
+    prediction: EncoderPrediction | None,
+) -> None:
+    """Raise DTEError for arguments of `DTEPipeline.personalize` that are of another kind."""
+    check_whole("seed", seed)
+    check_kind("config", config, TuneConfig, optional=True)
+    check_kind("method", method, MethodConfig, optional=True)
+    check_kind("prediction", prediction, EncoderPrediction, optional=True)
 
 
 def as_list(value: object) -> list:

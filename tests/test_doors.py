@@ -13,13 +13,22 @@ import pytest
 import torch
 from PIL import Image
 
-from dte_lab import Concept, DTEPipeline, EncoderConfig, MethodConfig, TuneConfig, load_backbone
+from dte_lab import (
+    Concept,
+    DTEPipeline,
+    EncoderConfig,
+    MethodConfig,
+    TuneConfig,
+    load_backbone,
+    load_encoder,
+)
 from dte_lab.cli import main
 from dte_lab.cli.app import app
 from dte_lab.common.errors import DTEError
 from dte_lab.common.images import read_pictures
 from dte_lab.evaluation import base_model
 from dte_lab.evaluation.methods import Methods
+from dte_lab.evaluation.report import finished
 from dte_lab.evaluation.run import EvaluationConfig, measure_methods
 from dte_lab.export import export
 from dte_lab.hardware.memory import advise, needs
@@ -27,9 +36,11 @@ from dte_lab.memory_needs import Setting
 from dte_lab.objective import weighted_error
 from dte_lab.prompts import check_prompts
 from dte_lab.training import small_world
+from dte_lab.training.cache import CachedPictures
 from dte_lab.training.config import PretrainConfig
-from dte_lab.training.pictures import ClassPictures
+from dte_lab.training.pictures import ClassPictures, load_pictures
 from dte_lab.training.streams import StreamedPictures
+from dte_lab.world import wide
 from dte_lab.world.data import write_drawings
 from dte_lab.world.options import PartOptions
 
@@ -238,6 +249,47 @@ def test_a_gpu_that_is_missing_leaves_no_folder(command, start, tmp_path, monkey
             main([*command.split(), *arguments])
         assert ended.value.code == 2 and "torch finds no CUDA device" in capsys.readouterr().err
     assert [x.name for x in tmp_path.rglob("*")] == ["mine"]  # the user's own stays
+
+
+NOT_PATHS = (None, 3, b"x", ["a", "b"], float("nan"), torch.zeros(2))
+PATHS = {  # what takes a path in Python
+    "the backbone": load_backbone,
+    "the backbone of a pipeline": DTEPipeline.from_pretrained,
+    "the encoder": lambda v: load_encoder(v, None),
+    "the concept file": Concept.load,
+    "a new concept file": CONCEPT.save,
+    "the output folder": lambda v: export(CONCEPT, v),
+    "the pictures": lambda v: load_pictures(v, 16),
+    "the cache": CachedPictures,
+    "the run": finished,
+    "the wide world": wide.load,
+}
+
+
+@pytest.mark.parametrize("value", NOT_PATHS, ids=repr)
+@pytest.mark.parametrize("what", PATHS)
+def test_what_is_no_path_is_one_sentence(what, value):
+    with pytest.raises(DTEError, match="is a path, not"):
+        PATHS[what](value)
+
+
+@pytest.mark.parametrize("value", [3, "concept.safetensors", {"num_steps": 3}, torch.zeros(2)])
+def test_a_setting_of_another_kind_is_one_sentence(value):
+    pipe = DTEPipeline.__new__(DTEPipeline)
+    pipe.backbone = pipe.prompt_encoder = SimpleNamespace()
+    for call, kind in (
+        (lambda: pipe.generate(value, ["S*"]), "Concept"),
+        (lambda: export(value, "x"), "Concept"),
+        (lambda: pipe.personalize(PHOTO, config=value), "TuneConfig"),
+        (lambda: pipe.personalize(PHOTO, method=value), "MethodConfig"),
+        (lambda: pipe.personalize(PHOTO, prediction=value), "EncoderPrediction"),
+    ):
+        with pytest.raises(DTEError, match=f" is a {kind}, not"):
+            call()
+    if not isinstance(value, str):
+        for name in ("name", "token"):
+            with pytest.raises(DTEError, match=f"the {name} is a text, not"):
+                export(CONCEPT, "x", **{name: value})
 
 
 def options_of(app, above=""):

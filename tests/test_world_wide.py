@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from dte_lab.common.errors import DTEError
 from dte_lab.world import wide
 from dte_lab.world.sprites import split_names
 from dte_lab.world.wide_names import Emoji, HeldOut, icon_name, singular, squashed
@@ -162,3 +163,14 @@ def test_the_committed_list_holds_nothing_that_is_held_out():
             held = set(split_names("val") + split_names("test"))
             assert {i[2] for i in package["icons"]} <= held
     assert total > 14_000 and "openmoji" not in json.dumps([vars(s) for s in wide.SOURCES])
+
+
+@pytest.mark.parametrize("name", ["wide.json", "wide.safetensors"])
+@pytest.mark.parametrize("data", [b"", b"\xff\xfe{", bytes(range(99)), None])
+def test_a_damaged_cache_is_one_sentence(name, data, wide_cache, tmp_path):
+    for path in wide_cache.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes()[:-9] if data is None else data)
+    with pytest.raises(DTEError, match="build it anew"):
+        wide.load(tmp_path)

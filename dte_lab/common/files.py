@@ -16,18 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from dte_lab.common.errors import DTEError, reason_of
-from dte_lab.common.settings import check_text
+from dte_lab.common.settings import check_text, cited
 
 COPY_AGAIN = "it is damaged or of another model, so copy it again"
 LONGEST = 200  # letters of a name that a temporary name takes over; most systems allow 255 bytes
 
 
 def check_path(what: str, path: Path | str) -> None:
-    """Raise DTEError where the system cannot say whether anything is at `path`.
+    """Raise DTEError where the system cannot say whether anything is at `path`, or it is no path.
 
     That is: a name that is too long or no UTF-8, a folder without rights, links in a circle.
     """
-    check_text(what, str(path))
+    if not isinstance(path, str | os.PathLike):
+        raise DTEError(f"{what} is a path, not {cited(path)}.")
+    check_text(what, os.fspath(path))
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -137,8 +139,8 @@ def prepare_folder(out: Path | str) -> None:
 
     Raises DTEError when it cannot be made or written.
     """
-    out = Path(out)
     check_path("the output folder", out)  # safetensors opens no file in one that is no UTF-8
+    out = Path(out)
     if out.exists() and not out.is_dir():
         raise DTEError(f"{out} is a file: results need a folder.")
     try:

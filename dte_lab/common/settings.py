@@ -51,6 +51,12 @@ def check_one_of(name: str, value: object, known: Sequence[str]) -> None:
         raise DTEError(f"{name} is one of {', '.join(known)}, not {cited(value)}.")
 
 
+def check_kind(name: str, value: object, kind: type, optional: bool = False) -> None:
+    """`value` must be a `kind`, or None where it is optional."""
+    if not isinstance(value, kind) and not (optional and value is None):
+        raise DTEError(f"{name} is a {kind.__name__}, not {cited(value)}.")
+
+
 def check_text(name: str, text: object) -> None:
     """`text` must be a string that can be written as UTF-8."""
     if not isinstance(text, str):

@@ -96,6 +96,8 @@ def finished(run: Path) -> tuple[list[dict], list[Row]]:
 
     Raises DTEError for a run that is not there, not finished or damaged.
     """
+    check_path("the run", run)
+    run = Path(run)
     check_path("the run", run / "run.json")
     if not (run / "run.json").exists():
         raise DTEError(f"{run} holds no run.json: give the --out of dte evaluate.")

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from dte_lab.backbone import Backbone
 from dte_lab.common.errors import DTEError
-from dte_lab.common.files import read_settings, write_atomically
+from dte_lab.common.files import check_path, read_settings, write_atomically
 from dte_lab.common.resume import check_settings
 from dte_lab.common.settings import check_whole
 from dte_lab.common.weights import is_finite
@@ -85,7 +85,8 @@ class CachedPictures(Dataset):
 
 def read_head(folder: Path) -> tuple[dict, bool]:
     """Settings of the cache in a folder, and whether it is whole. Raises DTEError for damage."""
-    path = folder / CACHE
+    check_path("the cache", folder)
+    path = Path(folder) / CACHE
     if not path.exists():
         return {}, False
     head = read_settings(path, WRITE_AGAIN)

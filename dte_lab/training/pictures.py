@@ -235,8 +235,8 @@ def load_pictures(source: str | Path, resolution: int, crops: int = 0) -> ClassP
     A folder with a CSV file of OpenImages' boxes is read with those: see `boxes_of`.
     Raises DTEError when a folder has no such pictures, and see `HubExamples`.
     """
+    check_path("the pictures", source)
     root = Path(source)
-    check_path("the pictures", root)
     if not root.is_dir():
         return ClassPictures(HubExamples(str(source)), resolution, crops, str(source))
     if tables := sorted(root.glob("*.csv")):

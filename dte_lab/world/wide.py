@@ -21,13 +21,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dte_lab.common.errors import DTEError
-from dte_lab.common.files import write_atomically
+from dte_lab.common.errors import DTEError, reason_of
+from dte_lab.common.files import check_path, write_atomically
 from dte_lab.world.build import read_member, write_atlas
 from dte_lab.world.scenes import COLOURS, SPRITE_PX
 from dte_lab.world.sprites import ASSETS, ATLAS_COLUMNS, UNSEEN_SIZE, UNSEEN_STYLE
@@ -198,15 +198,19 @@ def sha256(text: str) -> str:
 
 
 def load(cache: Path) -> Wide:
-    """What `main` wrote. Raises DTEError when it is not there, or the files are of two builds."""
+    """What `main` wrote. Raises DTEError when it is not there, damaged, or parts of two builds."""
+    check_path("the wide world", cache)
     listed, pixels = Path(cache) / "wide.json", Path(cache) / "wide.safetensors"
     if not (listed.is_file() and pixels.is_file()):
         raise DTEError(f"{cache} holds no wide world: dte world build --wide {cache} makes it.")
-    text = listed.read_text()
-    with safe_open(pixels, "pt") as file:
-        if file.metadata()["json"] != sha256(text):
-            raise DTEError(f"{cache} holds parts of two builds: build it anew.")
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    try:
+        text = listed.read_text(encoding="utf-8")
+        with safe_open(pixels, "pt") as file:
+            if file.metadata()["json"] != sha256(text):
+                raise DTEError(f"{cache} holds parts of two builds: build it anew.")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError, UnicodeError, LookupError, TypeError) as error:
+        raise DTEError(f"{cache} is damaged ({reason_of(error)}): build it anew.") from error
     parts = {key: [Drawing(**d) for d in value] for key, value in json.loads(text).items()}
     return Wide(parts["drawings"], tensors["drawings"], parts["held_out"], tensors["held_out"])
 
