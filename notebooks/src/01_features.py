@@ -111,7 +111,8 @@ print("embeds: ", tuple(clip.embeds.shape), "(pictures, channels)")
 # raw, as the network made them.
 #
 # Look for three things. Does the thing stand out from its background? Does a background have the
-# same colour in two pictures? And is the thing's colour about *what it is*, or about its paint?
+# same colour in two pictures? And is the thing's colour about *what it is*, or about its paint? A
+# picture of colours cannot settle the last; the probes of section 5 can.
 
 # %%
 from PIL import Image
@@ -268,8 +269,10 @@ checks.map_to_grid(map_to_grid)
 #
 # Read each row from left to right. Up to which `t` can you still find the thing, or its outline?
 # Does the whole row change its colour with `t`? A layer that knows the time can change everywhere
-# at once, even where the picture did not change. And compare the rows: does a deeper layer lose the
-# picture sooner, or later, than the first one, which sees the noise directly?
+# at once, even where the picture did not change. And a pattern may stay up to the last step, where
+# no picture is left: it then belongs to the places of the grid, whatever picture is there, and the
+# number below leaves it out. And compare the rows: does a deeper layer lose the picture sooner, or
+# later, than the first one, which sees the noise directly?
 
 # %%
 small = latents[examples]
@@ -409,8 +412,9 @@ print(f"CLIP embedding {clip_embeds.shape[1]}")
 #
 # The left map compares the UNet's features at two noise levels. The diagonal is 1, since a space is
 # compared with itself. Where the values fall off quickly beside the diagonal, a head that reads
-# these features must know `t` to understand them. The right side compares them with CLIP, which
-# sees no noise and is the same at every `t`.
+# these features must know `t` to understand them. CKA does not see a shift that all pictures share,
+# nor a rotation; a head would have to know of these, too. The right side compares them with CLIP,
+# which sees no noise and is the same at every `t`.
 
 # %%
 from dte_lab.panels.features import linear_cka, similarity_figure
@@ -451,7 +455,8 @@ saw(
 #
 # UMAP draws a space of a hundred dimensions on paper, and tries to keep neighbours together. Here
 # are CLIP's embedding and the UNet's features at two noise levels; the pictures are the same in
-# both rows, coloured and marked first by group, then by drawing style.
+# both rows, coloured and marked first by group, then by drawing style. Where the clumps fit
+# neither, the lines below the figure ask what else holds them together.
 #
 # Trust UMAP with *who is near whom*. Do not read distances between far clumps, nor the size of a
 # clump. And since an eye finds patterns in anything, under each map is a number from the full
@@ -528,10 +533,10 @@ saw("What decides most, measured in multiples of chance:",
 #   could learn by heart that a certain thing is food.
 #
 # To be fair to spaces of different size, every space is first brought to the same number of
-# dimensions, its first principal components. For comparison we probe the picture's own pixels,
-# 8 × 8 of them, and the noisy latents: what the UNet's maps know beyond those is the UNet's own
-# work. The bars are one standard deviation over the splits, and *guessing* always says the most
-# frequent label.
+# dimensions, its first principal components. For comparison we probe the picture's own pixels, 8 ×
+# 8 of them, and the noisy latents: what the UNet's maps know beyond those is the UNet's own work,
+# but for what the mean over quarters of a picture takes from either. The bars are one standard
+# deviation over the splits, and *guessing* always says the most frequent label.
 
 # %%
 from sklearn.decomposition import PCA
@@ -690,8 +695,8 @@ def fuse(patches, unet, whole, w_clip, w_unet, w_whole):
 checks.fuse(fuse)
 
 # %% [markdown]
-# The module adds an embedding of `t` to the picture's vector. We have seen why: the same picture
-# has other features at another `t`. After the sum come residual blocks of 3 × 3 convolutions, in
+# The module adds an embedding of `t` to the picture's vector. Section 3 says how far the same
+# picture's features depend on `t`. After the sum come residual blocks of 3 × 3 convolutions, in
 # which neighbours talk to each other, and a learned vector for each position. The head of the word
 # reads the tokens *in their places* beside their mean, since a mean no longer knows what is where
 # (`TokenHead` in `dte_lab/hypernetwork.py`). Here are the two maps that go in, and the tokens of
@@ -824,10 +829,10 @@ saw(*seen)
 
 # %% [markdown]
 # The grey stripes mark the `feature_timesteps` of this encoder. Where *other noise* is as high as
-# *UNet maps of another picture*, the prediction cannot tell another picture from other noise, and a
-# mean over several `t`, or several noises, is the better choice. Where both are low, the encoder
-# hardly listens to the UNet there; whether it should is a question for a trained comparison, with
-# the UNet's features switched off, and not one that probes can answer.
+# *UNet maps of another picture*, the UNet's maps tell the prediction no more of the picture than
+# noise would, and a mean over several `t`, or several noises, is the better choice. Where both are
+# low, the encoder hardly listens to the UNet there; whether it should is a question for a trained
+# comparison, with the UNet's features switched off, and not one that probes can answer.
 #
 # And how different are the predictions at two `t`?
 
@@ -853,7 +858,9 @@ saw(
 # %% [markdown]
 # If the cosines are near 1 and the nearest word stays the same, a static prediction loses little,
 # and one exported LoRA file can stand for all of sampling. If they fall at large `t`, leave large
-# `t` out of `feature_timesteps`, or let `prediction_interval` predict anew as the picture clears.
+# `t` out of `feature_timesteps`, or let `prediction_interval` predict anew as the picture clears. A
+# nearest word may change even where the cosine is near 1: several words can be about equally near,
+# and the hard path (notebook 04) reads whichever comes first.
 
 # %% [markdown]
 # ## To take along
@@ -862,8 +869,8 @@ saw(
 # - Maps as colours show where, CKA and UMAP show who is like whom, and probes show what can be
 #   read. Each can mislead alone.
 # - Split by what must be new. A probe that has met the thing before tells you little.
-# - The UNet's features change with `t`, so the fusion is told `t`; at the last step they hold
-#   nothing of the picture, and `feature_timesteps` should stay well below it.
+# - The UNet's features depend on `t`, so the fusion is told `t`; at the last step they hold nothing
+#   of the picture, and `feature_timesteps` should stay well below it.
 #
 # The code is short: `dte_lab/features.py` has both views and `FeatureFusion`, the fusion;
 # `static_features` in `dte_lab/encoder.py` has the choice of `t`.

@@ -15,10 +15,10 @@
 #
 # *Why a predicted word should stay among real words, and what holds it there.*
 #
-# The encoder turns a picture into a word embedding `v*`. It may choose any vector. Most vectors are
-# no word at all, and a text encoder that has only ever read words need not cope with them. So the
-# method adds a term to the loss that pulls `v*` towards its nearest words and away from other
-# things. This notebook takes that term apart.
+# The encoder turns a picture into a word embedding `v*`, which stands in a prompt as `S*`. It may
+# choose any vector. Most vectors are no word at all, and a text encoder that has only ever read
+# words need not cope with them. So the method adds a term to the loss that pulls `v*` towards its
+# nearest words and away from other things. This notebook takes that term apart.
 #
 # After this notebook you can
 #
@@ -75,8 +75,8 @@ results = next(p / "results" for p in Path.cwd().parents if (p / "results").is_d
 # For each word of the list the cell prints its nearest other words by cosine. Are they alike in
 # meaning, alike in looks, or neither? This model has seen pictures of things, so looks count for
 # more than they would in a language model. Its words began as pictures, too: the word of a thing
-# started at what its drawings look like on white (`dte_lab/world/word_space.py`). Words that only
-# appear in captions' small print have neighbours that mean little.
+# started at what its drawings look like on white (`dte_lab/world/word_space.py`). Words that stand
+# in few captions have neighbours that mean little.
 
 # %%
 n, d = table.embeddings.shape
@@ -170,13 +170,13 @@ saw(f"For {closer} of {len(pictures)} things v* is nearer to the word of the pic
     "word is.")  # fmt: skip
 
 # %% [markdown]
-# Is a cosine of 0.7 near? Only a comparison can say. The histogram shows how near real words are to
-# each other: each word and its nearest other word, and pairs taken at random. The marks below the
-# axis are our predictions. A mark within the right-hand hill is as near to a word as words are to
-# each other; a mark further right is nearly that word itself; a mark in the left-hand hill is as
-# far from every word as two words that have nothing to do with each other. A peak close to 1, where
-# there is one, is made of *twins*: words that training only ever saw side by side, such as the two
-# parts of a name, so that nothing told them apart.
+# Are cosines like those above near? Only a comparison can say. The histogram shows how near real
+# words are to each other: each word and its nearest other word, and pairs taken at random. The
+# marks below the axis are our predictions. A mark within the right-hand hill is as near to a word
+# as words are to each other; a mark further right is nearly that word itself; a mark in the
+# left-hand hill is as far from every word as two words that have nothing to do with each other. A
+# peak close to 1, where there is one, is made of *twins*: words that training only ever saw side by
+# side, such as the two parts of a name, so that nothing told them apart.
 
 # %%
 from dte_lab.panels.contrastive import nearness_figure
@@ -224,7 +224,7 @@ saw(
 # scatter around a mean. How far from that mean does our vector take them? Call it **influence**,
 # with 1 for a real word: above 1 it shouts the others down, below 1 it says less than a word does.
 # And does the picture obey? The background of the small world can be read exactly from the pixels,
-# so the share of right settings needs no judge. At last, how far is the drawing from that of the
+# so the share of right settings needs no judge. And last, how far is the drawing from that of the
 # prediction itself, pixel by pixel?
 
 # %%
@@ -309,16 +309,16 @@ saw(f"Louder than all {len(some)} real words: {', '.join(loud) or 'none'}; quiet
 
 # %% [markdown]
 # A vector can fail in two ways. If its influence lies beyond that of every real word, it pushes the
-# other tokens where the model was never trained, and settings are lost. If its influence falls
+# other tokens where the model was never trained, and settings can be lost. If its influence falls
 # below that of real words, nobody is shouted down, but `S*` has stopped saying anything: the
-# settings are right and the *thing* dissolves. Which of the two do you see, and in which rows?
-# Settings fill the whole background of this world and are about the easiest thing that a prompt can
-# ask for, so do not expect them to break first.
+# settings are right and the *thing* dissolves. Which of the two do you see, and in which rows? The
+# answer above names them. Settings fill the whole background of this world and are about the
+# easiest thing that a prompt can ask for, so do not expect them to break first.
 #
-# Length matters less than one may think, because the text encoder normalises its inputs in every
-# layer (CLIP in Stable Diffusion does so too). What length does is to drown the position code that
-# is added to every token. Four settings with one seed are few: take the direction from this table,
-# not the number.
+# What length does is to drown the position code that is added to every token. Once it is drowned,
+# still more length changes little, because the text encoder normalises its inputs in every layer
+# (CLIP in Stable Diffusion does so too). Four settings with one seed are few: take the direction
+# from this table, not the number.
 #
 # ## The loss
 #
@@ -401,7 +401,8 @@ checks.negatives_mask(negatives_mask)
 # %% [markdown]
 # The package's own function does the same for a whole batch. Here yours, if it is right, is put to
 # our predictions, each with its nearest words as positives and the encoder's bank of training
-# concepts as negatives. The last column shows a random direction for comparison.
+# concepts as negatives. The last line is a random direction for comparison. With all cosines equal
+# the term would be the logarithm of 1 + M / N.
 
 # %%
 from dte_lab import contrastive
@@ -675,7 +676,8 @@ show(
 # and `v*` replaced by its nearest word. `python -m dte_lab.evaluation.encoders` trains one encoder
 # of each kind, alike but for this. Two come with the package: the one that you have used so far,
 # with the contrastive term, and `small/none`. Here is what they predict. Whose words are nearer to
-# `v*`, and whose fit the thing better?
+# `v*`, and whose fit the thing better? The cell says the first; the second is the last column of
+# the last table below, by the outside judge.
 
 # %%
 from dte_lab.encoder import load_encoder
@@ -754,12 +756,15 @@ for path, label in {"dual path": "dte", "soft path alone": "dte@alpha_blend=1"}.
 # How to read it. Look at the scale of the second column first. Where a measure stands at its
 # ceiling, as right scenes may with the dual path, the term has nothing to give, and what holds `v*`
 # beside the words leaves it less free to be this one thing. The term can show what it is for where
-# tuning costs scenes: with the soft path alone, if anywhere. Does the difference in the table lie
-# above zero? Then the term and the dual path protect the same thing.
+# tuning costs scenes: with the soft path alone, if anywhere. If right scenes stand at the ceiling
+# there as well, these settings are too easily kept for the term to have anything to save. Does the
+# difference in the table lie above zero? Then the term and the dual path protect the same thing.
 #
-# And the other two? The same differences from the encoder without a term, dual path, for all that
-# the paper compares. The last number is the outside judge's: how much nearer the words near `v*`
-# come to the thing's name. First: how many different words stand nearest to the predictions?
+# And the other two? The tables below have the same differences from the encoder without a term,
+# dual path, for each kind that has been trained for the present model; where L2 and nearest word
+# are missing, that is still to be done. The last number is the outside judge's: how much nearer the
+# words near `v*` come to the thing's name. First: how many different words stand nearest to the
+# predictions?
 
 # %%
 labels = {"contrastive": "dte", "none": "dte@encoder=small/none"}
@@ -791,8 +796,8 @@ show_table(lines, ["Trained with", "Steps", *measured.values()], "Minus the enco
 
 # %% [markdown]
 # The first table shows what became of the words: an encoder that says few different ones leaves the
-# thing to the offsets. An interval that lies on one side of 0 is a difference; most of what the
-# paper compares may well not be told apart here.
+# thing to the offsets. An interval that lies on one side of 0 is a difference; most may well not be
+# told apart here.
 #
 # ### On the map
 #
@@ -884,9 +889,10 @@ show(
 # %% [markdown]
 # Each path begins at the open mark and ends at the filled one. Solid lines are tuning; dotted ones,
 # where they were stored for this encoder, are pre-training, in which its prediction for these
-# held-out pictures moves. How far does tuning move a word on the whole map? Named
-# are the words that are truly nearest to the ends of the paths; they are where the map put them,
-# and that need not be beside the mark. From close by, tuning alone, with more words:
+# held-out pictures moves. How far does tuning move a word on the whole map? (In cosines, which mean
+# more than distances on a map, it is said below.) Named are the words that are truly nearest to the
+# ends of the paths; they are where the map put them, and that need not be beside the mark. From
+# close by, tuning alone, with more words:
 
 # %%
 show(
@@ -1001,7 +1007,7 @@ panel = sliders_panel(
 display(with_live(panel, draw, "a picture of S* at night", pictures[0]))
 
 # %% [markdown]
-# The same for a page without sliders: all settings, and the three measures as numbers.
+# The same for a page without sliders: two of the measures as maps, and how far all three range.
 
 # %%
 from dte_lab.panels.regularisation import sweep_grid
@@ -1032,9 +1038,10 @@ saw(f"{measured_with(experiment['versions']).capitalize()}. Nearest to a word:",
 # - **Wrong neighbours.** The term trusts the nearest words. Where the prediction lies beside words
 #   for other things, it holds `v*` there, and more firmly the larger the weight.
 # - **No word near.** Even a vocabulary of thousands may have nothing near a new thing. Look at the
-#   marks under the histogram: those on the left have no neighbour worth the name.
-# - **A weight that hides in the optimiser.** AdamW divides every gradient by its own size. A term
-#   that is small beside the diffusion loss stays small; one that is the only one acts in full.
+#   marks under the histogram: one on the left would have no neighbour worth the name.
+# - **A weight that hides in the optimiser.** AdamW, which moves `v*`, divides every gradient by its
+#   own size. A term that is small beside the diffusion loss stays small; one that is the only one
+#   acts in full.
 # - **One encoder of each kind.** Others, trained from another seed, would differ from these by
 #   chance, and the intervals, over concepts, do not know of it. `dte evaluate --experiment
 #   regulariser` draws edits with every regulariser of `dte_lab/contrastive.py`, all from the same

@@ -590,9 +590,10 @@ print(f"sharing the scene against sharing nothing: {trace['mean']:+.2f}, 95 % in
 print(f"[{trace['low']:+.2f}, {trace['high']:+.2f}], so there is {said} of the scene in the change")
 
 # %% [markdown]
-# A trace of the scene in the change is not what one wants: it will be drawn again under a prompt
-# that asks for another scene. The encoder sees one picture and cannot be certain what belongs to
-# the thing.
+# The scene in the change is not what one wants: it may be drawn again under a prompt that asks for
+# another scene. (Notebook 04 counts how often.) The encoder sees one picture and cannot be certain
+# what belongs to the thing. And where the word says the thing, the change need not: part 6 draws
+# the word alone.
 
 # %% [markdown]
 # #### Exercise 3: how alike are two changes?
@@ -754,6 +755,7 @@ show(
 # `python -m dte_lab.evaluation.encoders` pre-trains encoders that differ in one thing: one per
 # rank, one for whole matrices, some that see fewer drawings. Their error is the diffusion loss on
 # pairs of `val` things, which none of them has seen; things, pairs and noise are the same for all.
+# The encoder that the others are compared with has rank 4; yours has the rank that part 3 printed.
 # It was done twice: with more time on a GPU, every encoder once (`results/encoders.json`), and with
 # less time on a CPU, some of them from three seeds each (`results/encoders_seeds.json`). A seed
 # changes the first weights, and all that training draws.
@@ -837,10 +839,11 @@ show(
 
 # %% [markdown]
 # Read both panels with the budget in mind. A higher rank costs numbers, and the table says how
-# many; whole matrices cost the most, in numbers and in seconds per step.
-# Is the order the same in every seed, and with both budgets? And which is worth more: another rank,
-# or more to learn from? (The pairs also mix halves of things, mirror and recolour them, so that few
-# are more than they seem.)
+# many; whole matrices cost the most, in numbers and in seconds per step. An empty cell was not
+# measured: with whole matrices the time was over before the last step of the others. Is the order
+# the same in every seed, and with both budgets? And which is worth more: another rank, or more to
+# learn from? (The pairs also mix halves of things, mirror and recolour them, so that few are more
+# than they seem.)
 #
 # A lower loss should show in pictures. The same encoders draw held-out `test` things, from the
 # prediction alone and after 12 steps of tuning (`results/encoders`; how, is in its `run.json`).
@@ -985,7 +988,7 @@ show(
 # %% [markdown]
 # The third and fourth pictures are the same. The last one differs: the blend with the hard path
 # runs every attention layer twice, and no LoRA file can say that. Whoever uses the exported files
-# draws with the soft path alone, and gets its likeness together with its lack of freedom.
+# draws with the soft path alone, with its likeness and with its freedom; notebook 04 measures both.
 
 # %% [markdown]
 # ## When it misleads

@@ -17,8 +17,8 @@
 #
 # A text-to-image model knows a lot about the world: what a beach looks like, where light falls at
 # night. That knowledge is its *prior*. When we fit a word and weights to a single picture, the
-# prior suffers. The model learns the thing, and with it the exact pose, and whatever else of the
-# picture the prompt of tuning does not say, and then draws that under any prompt.
+# prior may suffer. The model learns the thing, and with it the exact pose, and whatever else of the
+# picture the prompt of tuning does not say, and may then draw that under any prompt.
 #
 # The remedy of [Arar et al. 2023](https://arxiv.org/abs/2307.06925) is to run each attention branch
 # twice: once with what was learned (the *soft* path), once with the nearest real word and untouched
@@ -79,9 +79,11 @@ print(f"learned in {concept.seconds:.0f} s; the real word nearest to S* is {hard
 # %% [markdown]
 # ## 1. Why one path is not enough
 #
-# Each row below uses the same seeds and the same prompts. Only the blend differs. Ask two questions
-# of every picture: is it *this* thing, and is it the setting that was asked for? We expect the top
-# row to be best at the first question and the bottom row at the second. Is it so?
+# Each row below uses the same seeds and the same prompts. Only the blend differs: α, in code
+# `alpha_blend`, is the share of the soft path. Ask two questions of every picture: is it *this*
+# thing, and is it the setting that was asked for? We expect the top row to be best at the first
+# question and the bottom row at the second. Is it so? The cell after the pictures counts settings;
+# likeness is measured in section 9.
 
 # %%
 settings = ["S* on the beach", "S* at night", "S* in the snow"]
@@ -126,7 +128,7 @@ saw("; ".join(f"{label}: {n} of {len(asked)} settings right"
 # the model's own weights; `weights_alone(word)` keeps the weights and puts another word in the
 # place of `v*`, here the empty word *thing*. Both are drawn with the soft path alone. Below are the
 # two parts together, and the hard path, which has neither. First as the encoder predicts them, then
-# tuned. Which part has the outline, which the colours, and which of them does tuning change? (One
+# tuned. Which part alone is nearer to the input, and how does tuning change each of them? (One
 # thing is an example. `dte evaluate` asks the same of many: its methods `dte@part=word` and
 # `dte@part=weights`.)
 
@@ -387,7 +389,8 @@ checks.dual_output(dual_output)
 # %% [markdown]
 # ### Two readings
 #
-# The paper can be read in two ways in two places, and the package has all four.
+# The paper can be read in two ways in two places, and the package has all four. The first row of
+# each table is the default.
 #
 # | `offsets_on` | soft path | hard path |
 # |---|---|---|
@@ -564,8 +567,9 @@ print({f"{r.shares['soft'].shape[1]} positions" for r in recorders}, f"on a grid
 # to the concept when it is high in *both*.
 #
 # Two groups deserve a look. The *end tokens*, with which every prompt is filled up, come after
-# `S*`, so they have read it. And the *start token* says the same in every prompt; where its bar is
-# high, the heads park attention there that they have no use for.
+# `S*`, so they have read it. And the *start token* says the same in every prompt. Where a token
+# that is changed little is looked at much, the heads may park attention there that they have no use
+# for.
 
 # %%
 from dte_lab.panels.dual_path import tokens_figure
@@ -605,10 +609,10 @@ show(
 # colour scale, since some tokens get far more attention than others. The maps are coarse, because
 # the model works on a coarse grid of latents.
 #
-# The fourth row is one of the end tokens: the one with the largest product of the two bars above.
-# If a token is looked at from the thing's place, its map is brightest in the middle. Does the word
-# of the setting light up around it, as its meaning suggests? Where the differences within a map are
-# small against its scale, do not read shapes into them.
+# The fourth row of maps is one of the end tokens: the one with the largest product of the two bars
+# above. If a token is looked at from the thing's place, its map is brightest in the middle. Does
+# the word of the setting light up around it, as its meaning suggests? Where the differences within
+# a map are small against its scale, do not read shapes into them.
 
 # %%
 from dte_lab.panels import to_pil
@@ -863,12 +867,12 @@ show(
 )
 
 # %% [markdown]
-# Before the first step both paths have the same weights, and words that are close: a mixture of
+# Before the first step both paths have the same weights, and differ in the word alone: a mixture of
 # words, and the real word nearest to it. The first number above is all that α can change there.
 # Tuning starts near the prior, and what it learns can then be turned up and down with α. An
 # encoder's prediction is away from the prior before the first step.
 #
-# ## 9. Experiment 2: what does the blend buy?
+# ## 9. Experiment: what does the blend buy?
 #
 # Single pictures convince nobody. `python -m dte_lab.evaluation.blending` draws all settings on
 # many concepts that no training has seen. Each concept is tuned once, so that the settings differ
@@ -929,7 +933,8 @@ show(
 # we plot identity over prompt fidelity; up and to the right is better. The numbers beside the marks
 # are α. Each mean has a 95 % confidence *ellipse* (Hotelling's), since both measures come from the
 # same concepts and may rise and fall together: a tilted ellipse shows that they do. If two ellipses
-# overlap widely, the figure does not tell the settings apart.
+# overlap widely, the figure does not tell the settings apart. Where one measure is the same for all
+# concepts, as right scenes are at their ceiling, there are no ellipses, and the plane is a line.
 
 # %%
 from dte_lab.panels.dual_path import plane_figure
@@ -1006,9 +1011,11 @@ show_table(lines, heads, f"n = {count}; {measured_with(document['versions'])}")
 #   how long you tuned. Look at the prompt of tuning (`dte_lab/setting.py`), then lower α before you
 #   tune less.
 # - **A blend that does nothing.** Then both paths are nearly the same: the offsets are small and
-#   `v*` lies near a word. Section 8 shows that.
+#   `v*` lies near a word. Section 8 starts without offsets, and says what the word alone still
+#   changes.
 # - **A saturated measure.** When nearly every scene is right, its share cannot tell settings apart;
-#   look at the other one.
+#   look at the other one. Where the soft path alone gets every setting right, there is no prior to
+#   save, and the hard path can only cost likeness.
 #
 # ## To take along
 #

@@ -123,10 +123,10 @@ def visit(stop):
 # %% [markdown]
 # ### 1. Breadth: what lies outside the training?
 #
-# "How does the performance change when trained on larger, more diverse data?" The authors had no
-# means to say. Here the other side of the question can be asked: how much worse does *one* encoder
-# do, the further a thing lies from what it was trained on? A is the prediction alone, B has twelve
-# steps.
+# How does the method do when it is trained on larger, more diverse data? The authors ask it, and
+# had no means to say. Here the other side of the question can be asked: how much worse does *one*
+# encoder do, the further a thing lies from what it was trained on? A is the prediction alone, B has
+# twelve steps.
 
 # %% [markdown]
 # #### Exercise 1: predict, then run
@@ -141,7 +141,8 @@ def visit(stop):
 # <summary>Hint</summary>
 #
 # Two things count: how far off the prediction is, since only that can be taken away; and how much
-# of it twelve steps reach. The first grows with the distance from the training. Does the second?
+# of it twelve steps reach. The first should grow with the distance from the training, but for how
+# hard each thing is. Does the second?
 #
 # </details>
 
@@ -193,8 +194,10 @@ saw(*said, "Notebook 05 asks the same of many things, and of 500 steps.")
 # ### 3. Regularisation: is the contrastive term better than others?
 #
 # The paper compares its contrastive term with an L2 term and with the nearest word. What of other
-# ways? The terms act in tuning only, and their usual weight is a hundredth of the diffusion
-# loss's: A has all of it. (The middle stop is an exercise.)
+# ways? In the panel they act in tuning only; the encoder stays. The usual weight is a hundredth of
+# the diffusion loss's; A has a weight of 1, so that there is something to see. In the last stop two
+# switches differ, since a term of another kind has a weight of its own. (The middle stop is an
+# exercise.)
 
 # %%
 found = [visit(stop) for stop in (regularisation.stops[0], regularisation.stops[2])]
@@ -211,8 +214,8 @@ for run in found:
 saw(*dict.fromkeys(said), "Notebook 02 compares seven regularisers over many things.")
 
 # %% [markdown]
-# The middle stop asks for the temperature: does a word that is drawn firmly to its nearest words
-# (0.03) draw otherwise than one that is drawn to all N alike (1)?
+# The middle stop asks for the temperature: does a word that is pulled mostly to the nearest of its
+# N words (0.03) draw otherwise than one that is pulled to all N alike (1)?
 #
 # #### Exercise 2: find the mistake
 #
@@ -268,8 +271,8 @@ saw(f"The temperature alone changes the error by {errors[1] - errors[0]:+.3f}, a
 #
 # Difficulty 2 of 5 · 5 minutes
 #
-# You run A, with the contrastive term, and B, without it and with all else equal. On this thing,
-# with this seed, B is nearer to the true rendering by 0.02. Which of these may you say?
+# You run A, with the contrastive term, and B, without it and with all else equal. Say that on this
+# thing, with this seed, B is nearer to the true rendering. Which of these may you say?
 #
 # - **a** On this thing, with this seed, the picture without the term is nearer to the truth.
 # - **b** The method does better without the term.

@@ -90,8 +90,8 @@ print(f"to judge by: {len(unseen)} things that no folder has, such as {', '.join
 # ## 2. A pair to learn from
 #
 # The paper's encoder reconstructs the picture that it looks at. Then nothing tells the thing from
-# what is behind it, and the background becomes a part of `S*`. Our folder has no backgrounds, and
-# so we can do better (this is ours, not the paper's): the encoder looks at the thing in *one*
+# what is behind it, and the background can become a part of `S*`. Our folder has no backgrounds,
+# and so we can do better (this is ours, not the paper's): the encoder looks at the thing in *one*
 # scene, and the model has to draw it in *another*, which the prompt names.
 #
 # #### Exercise 1: find the mistake
@@ -140,7 +140,7 @@ checks.training_pair(training_pair)
 # </details>
 #
 # Each drawing stands for many things more: mirrored, turned, with its colours exchanged, or with
-# half of another drawing beside half of it. So a hundred drawings are never seen twice. A quarter
+# half of another drawing beside half of it. So the same picture hardly ever comes twice. A quarter
 # of the pairs ask for the input itself, with "a picture of S*".
 
 # %% tags=["expected:training_pair"]
@@ -168,7 +168,7 @@ show(
 # Then, in seconds and without a step: in this base model the *word of a picture* is known. It is
 # linear in the latents of the thing on white (`dte_lab/world/word_space.py`). A ridge regression
 # from what CLIP sees of the thing, in any scene, to that word sets the token head at once
-# (`fit_first_words`). Which properties of a thing are there after it, and which are not?
+# (`fit_first_words`). Compare outline, colours and details with the input's.
 
 # %%
 from dte_lab.evaluation.own_encoder import draw_unseen, fresh_encoder, unexplained
@@ -219,7 +219,7 @@ saw("The distance is the root mean square between the input and what is drawn of
 # words from 10 and 30 of the things, as many pictures as the one above had of all, and asks the
 # three for the words of things that are in none of the folders. It draws the share of the variance
 # of these words that stays unexplained: 0 is the very word of the picture, 1 as good as one mean
-# word for all.
+# word for all, and above 1 worse than that.
 #
 # Guess before you run it: by which *factor* does that share change from 10 to 100 drawings?
 #
@@ -344,8 +344,8 @@ saw(f"After {STEPS} steps the loss of unseen things has changed by",
 # ## 5. Ten minutes
 #
 # The same with more steps; `python -m dte_lab.evaluation.own_encoder` made what follows, on one
-# core, with the same folder. The last rows are the encoder that comes with the package, which saw
-# some seventeen thousand drawings. How far is yours from it, and in what?
+# core, with the same folder. The last row of each is the encoder that comes with the package, which
+# saw some seventeen thousand drawings. How far is yours from it, and in what?
 
 # %%
 from dte_lab.panels import interval
@@ -393,8 +393,8 @@ saw("From the nearest to the farthest, on white:", ", ".join(order) + ".",
 # ## 6. Use it
 #
 # The run has left a folder that every command takes: `--encoder FOLDER`. Tuning starts from your
-# prediction as it does from the shipped one. Twelve steps close some of the gap between the two:
-# how much of it?
+# prediction as it does from the shipped one. What do twelve steps leave of the gap between the two?
+# Compare the second row of pictures with the fourth.
 
 # %%
 mine = DTEPipeline.from_pretrained("small", encoder=work / "run" / "encoder", device=device)
@@ -454,7 +454,7 @@ saw(f"A step of 16 is spared about {16 * writing / len(cached):.1f} s, and spend
 #
 # Nobody has released an encoder for Stable Diffusion. `recipes/sd15.md` has one script for making
 # one. What would it cost? The arithmetic of a step was counted by running it on tensors without
-# numbers; how fast a card gets through it is *assumed*, and so are these hours.
+# numbers; how fast a card gets through it is *assumed*, and so these hours are, too.
 #
 # #### Exercise 4: hours
 #
