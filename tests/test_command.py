@@ -73,8 +73,8 @@ def test_a_command_that_failed_keeps_its_own_status(tmp_path):
 
 
 def test_every_program_ends_in_the_same_way():
-    """But for those that run where dte_lab is not there, or stands in two places."""
-    alone = {"tools/install.py", "tools/mutate.py"}
+    """But for the one that runs where dte_lab is not there."""
+    alone = {"tools/install.py"}
     folders = ("dte_lab", "tools", "recipes", "figures", "benchmarks")
     programs = {
         path.relative_to(ROOT).as_posix(): text

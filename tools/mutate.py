@@ -154,6 +154,8 @@ def _run_tests(root: Path, folder: Path, tests: list[str], log: Path) -> NoRetur
     os.chdir(folder)
     own = {"", str(root), str(Path(__file__).parent), str(ROOT)}
     sys.path[:] = [str(folder), *(entry for entry in sys.path if entry not in own)]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "dte_lab"]:
+        del sys.modules[name]  # how this command ends, of the tree that has no mutation
     os.environ["PYTHONPATH"] = str(folder)  # for the processes that tests start
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # it takes a second
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -240,4 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.path.insert(0, str(ROOT))
+    from dte_lab.common.command import run_command
+
+    run_command(main)
