@@ -465,6 +465,15 @@ show(
 # #### Try it: N, temperature and the norm term
 #
 # The sliders redraw the map. Find a setting in which `v*` would be pushed away from all words.
+#
+# <details>
+# <summary>One answer</summary>
+#
+# N 5, τ 1 and norm weight 0.5: among the words every arrow points inwards, to the origin, where no
+# word lies. A warm term hardly turns `v*`, and the norm term does the rest. Such a `v*` ends by
+# saying nothing.
+#
+# </details>
 
 # %%
 from IPython.display import HTML, display
@@ -667,8 +676,9 @@ show(
 # How to read it. The term acts on the two measures in the middle, so a difference there says only
 # that it does what it is told. Whether words near `v*` *mean* more is the first measure, and the
 # term may well not reach it: it pulls towards whatever words are nearest, be they right or wrong.
-# The last measure tells whether there is a price: a larger diffusion loss with the term would be a
-# worse fit. The tables above have the verdicts.
+# The last measure may show a price, but mind its prompt: it is "a picture of S*", without the
+# scene, which the prompt of tuning names. So a larger diffusion loss with the term can mean a worse
+# fit of the thing, or an `S*` that carries less of the scene. The tables above have the verdicts.
 #
 # ### Four encoders
 #
@@ -958,10 +968,11 @@ display(HTML(hover_view(positions, words, paths, notes)))
 # ## N, temperature and weight, for real
 #
 # The toy had no picture to fit. Here are real tunings, each with another N, temperature and weight
-# of the contrastive term, from the same predictions; the script measured them all beforehand. Each
-# dot is one setting, a mean over a few concepts. To the right, `v*` is nearer to a word; further
-# down, it fits the picture better. The circle marks the setting of the sliders. On the right *run
-# it live*: it tunes a thing with that setting and draws it under a prompt of your own.
+# of the contrastive term, from the same predictions, of things on white; the script measured them
+# all beforehand. Each dot is one setting, a mean over a few concepts. To the right, `v*` is nearer
+# to a word; further down, it fits the picture better. The circle marks the setting of the sliders.
+# On the right *run it live*: it tunes a thing with that setting and draws it under a prompt of your
+# own.
 #
 # With N = 1 the term pulls at the nearest word and nothing else. With a large N and a large
 # temperature all N words pull alike, and their mean need not be nearer to any one of them: the

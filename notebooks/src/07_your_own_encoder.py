@@ -333,6 +333,16 @@ def why_jumpy():
 
 checks.why_jumpy(why_jumpy)
 
+# %% [markdown]
+# <details>
+# <summary>Why</summary>
+#
+# Without new drawings and new noise levels in each step the dotted line would be smooth. Too high a
+# rate would make the solid line jump as well, or rise. That the two lines are of other things is
+# true, and can put them at different heights; it makes neither of them jump.
+#
+# </details>
+
 # %%
 show(stages_figure("beach"), f"Unseen things on the beach, drawn by the {len(stages)} stages.")
 stages_table()
