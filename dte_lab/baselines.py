@@ -21,7 +21,6 @@ from torch import Tensor
 
 from dte_lab import placeholder_token
 from dte_lab.common.errors import DTEError
-from dte_lab.common.muon import OPTIMIZERS
 from dte_lab.common.random import stream
 from dte_lab.common.settings import check_number, check_one_of, check_whole
 from dte_lab.concept import Concept
@@ -31,6 +30,7 @@ from dte_lab.encoder import EncoderPrediction
 from dte_lab.lora import Offsets, projection_shapes
 from dte_lab.objective import Batch, objective
 from dte_lab.pipeline import DTEPipeline
+from dte_lab.recommended import OPTIMIZERS
 from dte_lab.setting import picture_prompts
 from dte_lab.tuning import Parameters, draw_batch
 

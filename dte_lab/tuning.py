@@ -1,7 +1,8 @@
 """Tuning a prediction on the concept's own pictures: 12 optimisation steps, or any other number.
 
-(paper: "up to 12 optimization steps"; what is optimised and how is not known. Ours: AdamW on v*, A
-and B themselves, or on the weights that predict them, with the pre-training objective.)
+(paper: "up to 12 optimization steps"; what is optimised and how is not known. Ours: AdamW on v*,
+Muon on A and B themselves, or AdamW on the weights that predict them, with the pre-training
+objective.)
 """
 
 import copy
@@ -18,7 +19,7 @@ from tqdm.auto import tqdm
 
 from dte_lab.backbone import Backbone
 from dte_lab.common.errors import DTEError
-from dte_lab.common.muon import OPTIMIZERS, MuonAdamW
+from dte_lab.common.muon import MuonAdamW
 from dte_lab.common.random import stream
 from dte_lab.common.settings import check_number, check_one_of, check_whole
 from dte_lab.config import MethodConfig
@@ -33,14 +34,16 @@ from dte_lab.encoder import (
 from dte_lab.features import ImageFeatures
 from dte_lab.lora import is_whole
 from dte_lab.objective import Batch, objective
-from dte_lab.recommended import Recommended
+from dte_lab.recommended import OPTIMIZERS, Recommended
 from dte_lab.setting import picture_prompts
 from dte_lab.tokens import PromptEncoder
 
 TRAINABLE = ("predictions", "heads", "encoder")
 LOSS_SCALE = 2.0**16  # in fp16, where small gradients vanish; halved where large ones overflow
 
-SHARED = ("batch_size", "token_learning_rate", "offset_learning_rate", "constant_steps")
+SHARED = (
+    "optimizer", "batch_size", "token_learning_rate", "offset_learning_rate", "constant_steps",
+)  # fmt: skip
 
 
 @dataclass
@@ -51,20 +54,20 @@ class TuneConfig:
     `optimizer` of A and B; v* and the encoder's weights are AdamW's. `batch_size` noise levels per
     step, spread evenly over the timesteps. `token_learning_rate` is in units of a word's typical
     embedding entry, `encoder_learning_rate` is that of heads and encoder. After `constant_steps`
-    the rates fall linearly, to reach zero at `num_steps`; None keeps them, so that a run passes
-    through the results of all shorter ones. `prompts` are taken in turn; None for "a picture of S*"
+    the rates fall as one over the step, so that a run passes through the results of all shorter
+    ones. `prompts` are taken in turn; None for "a picture of S*"
     with what else each picture shows, see setting.py.
     Raises DTEError for a value that means nothing.
     """
 
     num_steps: int = 12
     trainable: str = "predictions"
-    optimizer: str = "adamw"
+    optimizer: str = "muon"
     batch_size: int = 8
     token_learning_rate: float = 0.1
-    offset_learning_rate: float = 6e-3
+    offset_learning_rate: float = 0.06
     encoder_learning_rate: float = 1e-3
-    constant_steps: int | None = None
+    constant_steps: int = 6
     prompts: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -75,8 +78,7 @@ class TuneConfig:
         for name in ("token", "offset", "encoder"):
             name += "_learning_rate"
             check_number(name, getattr(self, name), 0)
-        if self.constant_steps is not None:
-            check_whole("constant_steps", self.constant_steps, 0)
+        check_whole("constant_steps", self.constant_steps, 1)
         if isinstance(self.prompts, list):  # JSON knows lists only
             self.prompts = tuple(self.prompts)
         texts = isinstance(self.prompts, tuple) and all(isinstance(p, str) for p in self.prompts)
@@ -95,9 +97,7 @@ class TuneConfig:
 
     def rate_at(self, step: int) -> float:
         """The factor of the rates at a step from 0."""
-        if self.constant_steps is None or step < self.constant_steps:
-            return 1.0
-        return (self.num_steps - step) / (self.num_steps - self.constant_steps)
+        return min(1.0, self.constant_steps / (step + 1))
 
 
 @dataclass

@@ -19,6 +19,7 @@ from dte_lab import Concept, DTEPipeline, EncoderConfig, TuningEncoder
 from dte_lab.backbone import new_scheduler
 from dte_lab.common.errors import DTEError
 from dte_lab.common.images import to_pil, to_square_tensor
+from dte_lab.common.muon import MuonAdamW
 from dte_lab.common.random import stream
 from dte_lab.tuning import TuneConfig, draw_batch, tune
 
@@ -188,7 +189,7 @@ def test_offsets_and_blend_matter_in_the_graph(pipe, graphs, predicted):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_twelve_steps_of_tuning_end_at_the_same_concept(pipe, graphs, picture, predicted, masked):
-    """Gradients of the graph with torch's optimiser, against `tune`."""
+    """Gradients of the graph with the optimiser in Python, against `tune`."""
     backbone, layout = pipe.backbone, Layout.of(pipe.encoder)
     masks = torch.zeros(1, 1, *picture.shape[2:])
     masks[..., :40, 16:] = 1
@@ -201,9 +202,10 @@ def test_twelve_steps_of_tuning_end_at_the_same_concept(pipe, graphs, picture, p
 
     about = graphs.about["tuning"]
     v, packed = predicted.v_star.clone(), layout.pack(predicted.offsets)
+    matrices = [m for pair in layout.unpack(packed).values() for m in pair]  # views of `packed`
     groups = [{"params": [v], "lr": about["token_learning_rate"]},
-              {"params": [packed], "lr": about["offset_learning_rate"]}]  # fmt: skip
-    optimizer = torch.optim.AdamW(groups, betas=about["betas"], weight_decay=0.0)
+              {"params": matrices, "lr": about["offset_learning_rate"], "muon": True}]  # fmt: skip
+    optimizer = MuonAdamW(groups, betas=about["betas"], weight_decay=0.0)
     latents = graphs("encode", picture=picture)["latents"]
     ids, slots = (x.int() for x in pipe.prompt_encoder.tokenize([about["prompt"]]))
     generator, losses = stream(2, "tuning"), []
@@ -218,7 +220,9 @@ def test_twelve_steps_of_tuning_end_at_the_same_concept(pipe, graphs, picture, p
             slots=slots, timesteps=batch.timesteps.int(), weights=weights,
         )  # fmt: skip
         losses.append(found["terms"][0].item())
-        v.grad, packed.grad = found["v_star_gradient"], found["offsets_gradient"]
+        v.grad, gradients = found["v_star_gradient"], layout.unpack(found["offsets_gradient"])
+        for m, gradient in zip(matrices, sum(gradients.values(), ()), strict=True):
+            m.grad = gradient
         optimizer.step()
     close(torch.tensor(losses), torch.tensor([step["loss"] for step in result.losses]))
     close(v, result.prediction.v_star)

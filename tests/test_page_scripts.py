@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from dte_lab.common.images import to_square_tensor
+from dte_lab.common.muon import MuonAdamW
 from dte_lab.common.random import stream
 from dte_lab.tuning import TuneConfig, draw_batch
 
@@ -24,8 +25,8 @@ pytestmark = pytest.mark.skipif(
 def run(code, **data):
     """What `return` gives in JavaScript; data: JSON, by name. All modules are there by name."""
     modules = [p.stem for p in SOURCES.glob("*.js") if "postMessage" not in p.read_text()]
-    modules = [name for name in modules if name in ("random", "tokenizer", "scheduler", "adam",
-                                                    "resample", "weights")]  # fmt: skip
+    modules = [name for name in modules if name in ("random", "tokenizer", "scheduler", "resample",
+                                                    "optimizers", "weights")]  # fmt: skip
     lines = [f'import * as {name} from "{SOURCES.as_uri()}/{name}.js";' for name in modules]
     lines += [
         'import fs from "node:fs";',
@@ -68,7 +69,7 @@ def test_a_step_of_tuning_draws_the_same_batch(tiny_backbone):
     batches = [draw_batch(tiny_backbone, latents, prompts, s, 8, generator) for s in range(3)]
     found = run(
         """const g = random.stream(3, "tuning");
-        return [0, 1, 2].map(() => adam.drawBatch(g, 8, size, 1000))""",
+        return [0, 1, 2].map(() => optimizers.drawBatch(g, 8, size, 1000))""",
         size=latents.numel(),
     )
     for batch, other in zip(batches, found, strict=True):
@@ -162,13 +163,40 @@ def test_adam_moves_as_torch_does():
         x.grad = gradient
         optimizer.step()
     found = run(
-        """const x = Float32Array.from(start), a = new adam.Adam(20, 0.03);
-        gradients.forEach((g, i) => a.step(x, g, adam.rateAt(i, 12, 5)));
+        """const x = Float32Array.from(start), a = new optimizers.Adam(20, 0.03);
+        gradients.forEach((g, i) => a.step(x, g, optimizers.rateAt(i, 5)));
         return x""",
         start=start.tolist(), gradients=gradients.tolist(),
     )  # fmt: skip
     np.testing.assert_allclose(found, x.detach(), atol=1e-6)
-    assert run("return adam.rateAt(11, 12, null)") == 1
+
+
+def test_muon_moves_as_ours_does():
+    """A tall, a wide and a square matrix in one vector, with momentum, at a rate that falls."""
+    g, shapes = torch.Generator().manual_seed(2), [(7, 3), (3, 5), (4, 4)]
+    start = [torch.randn(shape, generator=g) for shape in shapes]
+    gradients = [[torch.randn(shape, generator=g) for shape in shapes] for _ in range(4)]
+    x = [m.clone().requires_grad_() for m in start]
+    optimizer = MuonAdamW([{"params": x, "muon": True}], lr=0.03, weight_decay=0.0)
+    config = TuneConfig(num_steps=4, constant_steps=2)
+    for step, of_step in enumerate(gradients):
+        optimizer.param_groups[0]["lr"] = 0.03 * config.rate_at(step)
+        for m, gradient in zip(x, of_step, strict=True):
+            m.grad = gradient
+        optimizer.step()
+
+    def packed(matrices):
+        return torch.cat([m.detach().flatten() for m in matrices])
+
+    found = run(
+        """const x = Float32Array.from(start), a = new optimizers.Muon(shapes, 0.03);
+        gradients.forEach((g, i) => a.step(x, Float32Array.from(g), optimizers.rateAt(i, 2)));
+        return x""",
+        start=packed(start).tolist(), shapes=shapes,
+        gradients=[packed(of_step).tolist() for of_step in gradients],
+    )  # fmt: skip
+    np.testing.assert_allclose(found, packed(x), atol=1e-5)
+    assert (packed(x) - packed(start)).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("size", [(64, 64), (300, 200), (131, 257), (40, 48)])

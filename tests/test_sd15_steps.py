@@ -9,6 +9,7 @@ from PIL import Image
 from dte_lab.common.errors import DTEError
 from dte_lab.evaluation import sd15_steps
 from dte_lab.memory_needs import Setting
+from dte_lab.recommended import STABLE_DIFFUSION
 
 
 def test_the_largest_setting_that_fits_is_chosen():
@@ -31,7 +32,9 @@ class State:
 def test_each_number_of_steps_draws_from_its_own_state(monkeypatch):
     class Pipe:
         backbone = SimpleNamespace(
-            resolution=64, unet=SimpleNamespace(register_to_config=lambda **options: None)
+            resolution=64,
+            recommended=STABLE_DIFFUSION,
+            unet=SimpleNamespace(register_to_config=lambda **options: None),
         )
 
         def personalize(self, picture, num_steps, callback, config):

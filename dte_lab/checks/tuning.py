@@ -121,7 +121,7 @@ def steps_needed(answer: Callable[..., object]) -> None:
 
 @exercise
 def tuning_bytes(answer: Callable[..., object]) -> None:
-    """05, exercise 3: (trained, frozen, frozen_bytes) -> bytes of weights, gradients and AdamW."""
+    """05, exercise 3: (trained, frozen, frozen_bytes) -> bytes, with gradients and averages."""
     for trained, frozen, each in ((300, 5000, 2), (300, 5000, 4), (1000, 0, 2)):
         got = call(answer, trained, frozen, each)
         if isinstance(got, float) and got.is_integer():
@@ -129,25 +129,25 @@ def tuning_bytes(answer: Callable[..., object]) -> None:
         value, rest = 4 * trained, each * frozen
         compare(
             got,
-            4 * value + rest,
+            3 * value + rest,
             {
-                "Three numbers per trained one: there are its value, its gradient, and both of "
-                "AdamW's averages.": 3 * value + rest,
-                "Two numbers are missing, or they are not in fp32: value, gradient and AdamW's two "
-                "averages have 4 bytes each, whatever the frozen weights have.": 2 * value + rest,
-                "Only the values are counted: a trained number has a gradient and two averages as "
+                "Four numbers per trained one, as AdamW has them: Muon keeps no average of the "
+                "gradient's square.": 4 * value + rest,
+                "A number is missing, or they are not in fp32: value, gradient and Muon's average "
+                "have 4 bytes each, whatever the frozen weights have.": 2 * value + rest,
+                "Only the values are counted: a trained number has a gradient and an average as "
                 "well.": value + rest,
-                "The frozen weights are missing: they need no gradient, but they are there.": 4
+                "The frozen weights are missing: they need no gradient, but they are there.": 3
                 * value,
-                "A frozen weight has no gradient and no averages: it counts once.": 4 * value
-                + 4 * rest,
-                "This is how many numbers there are: each has 4 bytes, or frozen_bytes.": 4
+                "A frozen weight has no gradient and no average: it counts once.": 3 * value
+                + 3 * rest,
+                "This is how many numbers there are: each has 4 bytes, or frozen_bytes.": 3
                 * trained
                 + frozen,
-                "Bytes are asked for, not megabytes or gigabytes.": (4 * value + rest) / 1e9,
+                "Bytes are asked for, not megabytes or gigabytes.": (3 * value + rest) / 1e9,
             },
             f"With {trained} trained and {frozen} frozen weights of {each} bytes it should be "
-            f"{4 * value + rest}: 4 numbers of 4 bytes per trained one, {each} bytes per frozen "
+            f"{3 * value + rest}: 3 numbers of 4 bytes per trained one, {each} bytes per frozen "
             "one.",
         )
     print("tuning_bytes: right. What is frozen costs its own size and no more.")

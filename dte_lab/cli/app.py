@@ -80,7 +80,7 @@ TuningSteps = Annotated[
 TuningRate = Annotated[
     float | None,
     typer.Option(
-        "--learning-rate", parser=number, help="Of the offsets; 0.006. Falls after 25 steps."
+        "--learning-rate", parser=number, help="Of the offsets; 0.06. Falls after 6 steps."
     ),
 ]
 Guidance = Annotated[

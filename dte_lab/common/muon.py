@@ -15,7 +15,6 @@ from torch import Tensor, nn
 # Coefficients and number of the Newton-Schulz iterations, and momentum: as in torch.optim.Muon.
 COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 MOMENTUM = 0.95
-OPTIMIZERS = ("adamw", "muon")  # of matrices, by the names of settings
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:

@@ -50,7 +50,7 @@ def over_steps(
         if state["step"] in steps:
             kept[state["step"]] = state["v_star"], state["offsets"]
 
-    config = TuneConfig(batch_size=choice.batch)  # its rate is constant: all states of one run
+    config = TuneConfig.of(pipe.backbone.recommended, batch_size=choice.batch)
     last = pipe.personalize(picture, steps[-1], callback=keep_some, config=config)
     states = {n: replace(last, v_star=v, offsets=offsets) for n, (v, offsets) in kept.items()}
     states[len(last.info["losses"])] = last  # fewer steps where tuning had to stop

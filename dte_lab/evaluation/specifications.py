@@ -28,10 +28,7 @@ from dte_lab.dual_path import GRANULARITIES, OFFSETS_ON
 from dte_lab.tuning import TuneConfig
 
 METHOD_OPTIONS = tuple(f.name for f in fields(MethodConfig))
-# All numbers of steps come from one run, so its rate cannot fall towards the last of them.
-TUNE_OPTIONS = tuple(
-    f.name for f in fields(TuneConfig) if f.name not in ("num_steps", "constant_steps")
-)
+TUNE_OPTIONS = tuple(f.name for f in fields(TuneConfig) if f.name != "num_steps")
 BASELINE_OPTIONS = {  # the fields of BaselineConfig that each baseline reads
     "ti": ("batch_size", "token_learning_rate"),
     "lora": ("batch_size", "optimizer", "lora_learning_rate"),
@@ -48,6 +45,7 @@ OPTIONS = {
     **dict.fromkeys(ANCHORS, ()),
 }
 
+ADAMW = "optimizer=adamw@offset_learning_rate=0.006@constant_steps=50"  # a rate that stays
 STEP_GRID = "0,1,2,4,8,12,25,50,100,500"
 EXPERIMENTS = {  # the rates of all methods: the best of "rates" on val
     "table": [
@@ -57,6 +55,7 @@ EXPERIMENTS = {  # the rates of all methods: the best of "rates" on val
         'dte@prompts=["a picture of S*"]:12',
         "ti@token_learning_rate=0.2:12",
         "lora:12",
+        "lora@optimizer=muon@lora_learning_rate=0.03:12",
         "lora-prior:12",
         "e4t@token_learning_rate=0.05:12",
     ],
@@ -70,7 +69,7 @@ EXPERIMENTS = {  # the rates of all methods: the best of "rates" on val
     "rates": [  # one step of a factor of two around each that is used; chosen on val
         "dte:12,50",
         *(f"dte@token_learning_rate={rate}:12,50" for rate in (0.05, 0.2)),
-        *(f"dte@offset_learning_rate={rate}:12,50" for rate in (0.003, 0.012)),
+        *(f"dte@offset_learning_rate={rate}:12,50" for rate in (0.03, 0.12)),
         *(f"ti@token_learning_rate={rate}:12" for rate in (0.05, 0.1, 0.2)),
         *(f"ti@batch_size=4@token_learning_rate={rate}:500" for rate in (0.05, 0.1)),
         *(f"lora@lora_learning_rate={rate}:12" for rate in (0.008, 0.016, 0.032)),
@@ -80,27 +79,24 @@ EXPERIMENTS = {  # the rates of all methods: the best of "rates" on val
         *(f"e4t@multiplicative_learning_rate={rate}:12,50" for rate in (0.003, 0.006, 0.012)),
         *(f"e4t@token_learning_rate={rate}:12,50" for rate in (0.05, 0.2)),
     ],
-    "optimizer": [  # each at the rate chosen for AdamW, and at three for Muon; on val
+    "optimizer": [  # what moves the matrices: Muon or AdamW, each at its best rate; on val
         "dte:12,50",
-        *(f"dte@optimizer=muon@offset_learning_rate={r}:12,50" for r in (0.015, 0.03, 0.06)),
-        "dte@encoder=zero-shot:12",
-        *(
-            f"dte@encoder=zero-shot@optimizer=muon@offset_learning_rate={r}:12"
-            for r in (0.03, 0.06, 0.12)
-        ),
+        "dte@offset_learning_rate=0.03:12,50",
+        "dte@offset_learning_rate=0.03@constant_steps=50:12,50",
+        f"dte@{ADAMW}:12,50",
+        "dte@encoder=zero-shot:12,25",
+        "dte@encoder=zero-shot@offset_learning_rate=0.03:12,25",
+        f"dte@encoder=zero-shot@{ADAMW}:12,25",
         "lora:12",
-        "lora@lora_learning_rate=0.006:12,120",
-        *(f"lora@optimizer=muon@lora_learning_rate={r}:12,120" for r in (0.015, 0.03, 0.06, 0.12)),
+        "lora@lora_learning_rate=0.006:120",
+        "lora@optimizer=muon@lora_learning_rate=0.03:12",
         "e4t@token_learning_rate=0.05:12,50",
-        *(
-            f"e4t@token_learning_rate=0.05@optimizer=muon@multiplicative_learning_rate={r}:12,50"
-            for r in (0.015, 0.03, 0.06)
-        ),
+        "e4t@token_learning_rate=0.05@optimizer=muon@multiplicative_learning_rate=0.015:12",
     ],
     "quick": ["dte:0,2", "ti:2", "lora:2", "lora-prior:2", "e4t:2"],
     "steps": [
         *(f"{name}:{STEP_GRID}" for name in ("dte", "ti", "lora", "lora-prior", "e4t")),
-        "dte@offset_learning_rate=0.002:12,25,50,100",  # the shipped rate was chosen at 12 steps
+        "dte@offset_learning_rate=0.03:12,25,50,100",  # the shipped rate was chosen at 12 steps
     ],
     "blend": [
         f"dte@alpha_blend={alpha}@offsets_on={offsets_on}@granularity={granularity}:12"
@@ -265,6 +261,8 @@ def _idle_in_tuning(
     freely = spec.tuning.trainable == "predictions"
     for option in ("encoder_learning_rate",) if freely else of_predictions:
         idle[option] = f"trainable={spec.tuning.trainable} does not read it"
+    if max(spec.steps, default=0) <= min(spec.tuning.constant_steps, TuneConfig.constant_steps):
+        idle["constant_steps"] = "the rates fall after the last of the steps"
     if not any(spec.steps):
         idle |= dict.fromkeys((*TUNE_OPTIONS, *works_with), NO_STEPS)
         if "nearest" not in (before.regulariser, kind):  # which changes the prompt at once

@@ -22,7 +22,7 @@ from dte_lab.panels.explorer_runs import Outcome, Question, Subject
 from dte_lab.panels.explorer_settings import ExplorerSetting
 from dte_lab.world.sprites import sprite
 
-HISTORY_FORMAT = "dte-explorer-1"
+HISTORY_FORMAT = "dte-explorer-2"
 MOST_BYTES, MOST_RUNS = 5_000_000, 1000
 MOST = 1e9  # of a measure
 

@@ -17,6 +17,7 @@ from dte_lab.evaluation.methods import idle_with
 from dte_lab.evaluation.specifications import METHOD_OPTIONS, Specification
 from dte_lab.pipeline import DTEPipeline
 from dte_lab.prompts import check_drawing
+from dte_lab.recommended import OPTIMIZERS
 from dte_lab.tuning import TRAINABLE, TuneConfig
 
 OWN = "own"  # the backbone's own encoder
@@ -46,6 +47,7 @@ SWITCHES = {
     ),
     "Tuning": (
         Switch("steps", "steps", low=0, high=MOST_STEPS),
+        Switch("optimizer", "optimizer of the weights", OPTIMIZERS),
         Switch("token_learning_rate", "rate of the word", low=0.0, high=10.0),
         Switch("offset_learning_rate", "rate of the weights", low=0.0, high=1.0),
         Switch("batch_size", "noise levels per step", low=1, high=64),
@@ -96,6 +98,7 @@ class ExplorerSetting:
     seed: int = 0
     trainable: str = TuneConfig.trainable
     batch_size: int = TuneConfig.batch_size
+    optimizer: str = TuneConfig.optimizer
     token_learning_rate: float = TuneConfig.token_learning_rate
     offset_learning_rate: float = TuneConfig.offset_learning_rate
     encoder_learning_rate: float = TuneConfig.encoder_learning_rate
@@ -135,7 +138,7 @@ class ExplorerSetting:
         start, end = alpha if isinstance(alpha, tuple) else (alpha, alpha)
         tuning = TuneConfig.of(recommended)
         values = {name: getattr(method, name) for name in METHOD_OPTIONS if name != "alpha_blend"}
-        values |= {name: getattr(tuning, name) for name in ("batch_size", *RATES)}
+        values |= {name: getattr(tuning, name) for name in ("batch_size", "optimizer", *RATES)}
         values |= {"alpha_start": start, "alpha_end": end, "steps": pipe.recommended_steps}
         values |= {"guidance_scale": recommended.guidance_scale}
         return cls(**values | changes)
@@ -162,8 +165,8 @@ class ExplorerSetting:
 
     @property
     def tuning(self) -> TuneConfig:
-        """Rates that stay, so that a run passes through the results of all shorter ones."""
-        values = {name: getattr(self, name) for name in ("trainable", "batch_size", *RATES)}
+        names = ("trainable", "batch_size", "optimizer", *RATES)
+        values = {name: getattr(self, name) for name in names}
         return TuneConfig(num_steps=self.steps, **values)
 
     @property

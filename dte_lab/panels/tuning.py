@@ -32,7 +32,7 @@ METHOD_LOOKS = {  # colour, marker, line of each method
     "lora": (GREEN, "^", "-."),
     "lora-prior": (VERMILION, "v", (0, (3, 1, 1, 1, 1, 1))),
     "e4t": (PINK, "D", ":"),
-    "dte@offset_learning_rate=0.002": (SKY, "P", "-"),
+    "dte@offset_learning_rate=0.03": (SKY, "P", "-"),
 }
 PAPER_STEPS = 12
 

@@ -361,7 +361,7 @@ show(
 # %%
 highest = max(range(len(fixed)), key=fixed.__getitem__)
 hurt = fixed[highest] > 1.05 * fixed[0]
-why = " The first steps hurt: AdamW's are large while it knows little." if hurt else ""
+why = " The first steps hurt: they are as long as the later ones, and know less." if hurt else ""
 saw(f"On fixed noise the loss is highest after {highest} steps ({fixed[highest]:.3f}), and ends",
     f"{'below' if fixed[-1] < fixed[0] else 'above'} where it began.{why}")  # fmt: skip
 

@@ -132,9 +132,11 @@ show(
 )
 
 # %% [markdown]
-# Compare the losses, then the seconds, then the pictures: do they tell the same story? The
-# optimiser is AdamW without weight decay. `v*` and the matrices have learning rates of their own,
-# since their entries differ in size; these are our choices, in one place, `TuneConfig`.
+# Compare the losses, then the seconds, then the pictures: do they tell the same story? AdamW moves
+# `v*` and the weights of the encoder, without weight decay. `A` and `B` are moved by
+# [Muon](https://kellerjordan.github.io/posts/muon/), which makes every update orthogonal: all its
+# directions are equally long, so that none waits for many steps to count. Each has a learning rate
+# of its own; these are our choices, in one place, `TuneConfig`.
 #
 # The prompt of tuning says what else the picture shows, in words that CLIP finds (`picture_prompts`
 # in `dte_lab/setting.py`; ours, not the paper's). We measure the loss under the same prompt, for
@@ -633,17 +635,18 @@ show(
 # %% [markdown]
 # ## 6. What it costs: memory
 #
-# Four things fill a card: the frozen weights, what AdamW keeps for each tuned number, the
+# Four things fill a card: the frozen weights, what the optimiser keeps for each tuned number, the
 # activations that the backward pass needs, and scratch space. The first two are arithmetic.
 
 # %% [markdown]
-# #### Exercise 3: weights, gradients, AdamW
+# #### Exercise 3: weights, gradients, averages
 #
 # Difficulty 1 of 5 · 10 minutes
 #
-# How many bytes do all weights take, together with the gradients and what AdamW remembers? Tuned
-# numbers are in fp32, 4 bytes each; so are their gradients, and AdamW's running averages of the
-# gradient and of its square. A frozen weight has `frozen_bytes`: 2 in half precision.
+# How many bytes do all weights take, together with the gradients and what Muon remembers? Tuned
+# numbers are in fp32, 4 bytes each; so are their gradients, and Muon's running average of the
+# gradient. (AdamW has a second one, of the gradient's square.) A frozen weight has `frozen_bytes`:
+# 2 in half precision.
 #
 # <details>
 # <summary>Hint</summary>
@@ -656,10 +659,10 @@ show(
 
 # %% tags=["exercise"]
 def tuning_bytes(trained, frozen, frozen_bytes=2):
-    """Numbers tuned and frozen -> bytes of weights, gradients and AdamW's averages."""
+    """Numbers tuned and frozen -> bytes of weights, gradients and Muon's averages."""
     ### BEGIN SOLUTION
-    value = gradient = mean = square = 4
-    return (value + gradient + mean + square) * trained + frozen_bytes * frozen
+    value = gradient = average = 4
+    return (value + gradient + average) * trained + frozen_bytes * frozen
     ### END SOLUTION
 
 
@@ -712,7 +715,7 @@ expected = [predicted_mb(batch) for batch in batches]
 measured = [measured_mb(batch) for batch in batches]
 measured = None if None in measured else measured
 
-count_bytes = checks.yours("tuning_bytes", otherwise=lambda tuned, frozen: 16 * tuned)
+count_bytes = checks.yours("tuning_bytes", otherwise=lambda tuned, frozen: 12 * tuned)
 by_hand = count_bytes(trained["predictions"], 0) / 2**20
 print(f"tuned numbers, gradients and averages, by hand: {by_hand:.1f} MB")
 print(f"{'noise levels':>14}{'predicted MB':>15}{'measured MB':>15}")
@@ -902,8 +905,8 @@ saw(when, "Harmonic mean before any tuning:",
 # - The loss of one step is mostly noise, and even without noise it only says how well the *input
 #   picture* is learned. Look at pictures in other scenes, with a prompt that asks for something.
 # - Stop at the least steps that satisfy, and say for how many concepts you have checked it.
-# - AdamW costs 16 bytes per tuned number. Low-rank offsets are few, so it is checkpointing, half
-#   precision and the size of the batch that decide whether it fits.
+# - Muon costs 12 bytes per tuned number, AdamW 16. Low-rank offsets are few, so it is
+#   checkpointing, half precision and the size of the batch that decide whether it fits.
 # - Compare methods by the clock, and say what the clock leaves out.
 #
 # Everything here is in short files: `dte_lab/tuning.py` has the steps, `dte_lab/objective.py` the

@@ -1,6 +1,6 @@
 // The method of dte_lab on ONNX Runtime: predict, tune, draw, as DTEPipeline does them in torch.
 
-import { Adam, drawBatch, rateAt } from "./adam.js";
+import { Adam, Muon, drawBatch, rateAt } from "./optimizers.js";
 import { stream } from "./random.js";
 import { guided, Scheduler } from "./scheduler.js";
 import { Tokenizer } from "./tokenizer.js";
@@ -83,7 +83,7 @@ export class Method {
   }
 
   /**
-   * Tune {v, offsets} on a picture: num_steps of Adam; returns a new one.
+   * Tune {v, offsets} on a picture: num_steps of Adam on v, of Muon on the offsets; returns a new one.
    * weights: (h, w), where in the latent the thing is. onStep: called after each step with
    * {step, terms, v, offsets}; when it returns false, tuning ends.
    */
@@ -94,7 +94,8 @@ export class Method {
     const { ids, slots } = this.tokenizer.prompt(about.prompt);
     const generator = stream(seed, "tuning");
     const ofV = new Adam(v.length, about.token_learning_rate, about.betas, about.eps);
-    const ofOffsets = new Adam(offsets.length, about.offset_learning_rate, about.betas, about.eps);
+    const matrices = this.about.offsets.flatMap(([, dIn, rank, dOut]) => [[dIn, rank], [rank, dOut]]);
+    const ofOffsets = new Muon(matrices, about.offset_learning_rate);
     for (let step = 0; step < numSteps; step++) {
       const T = this.about.alphas_cumprod.length;
       const { timesteps, noise } = drawBatch(generator, about.batch_size, this.latentSize, T);
@@ -105,7 +106,7 @@ export class Method {
       if (!found.terms.every(Number.isFinite)) {
         throw new Error("Tuning stopped: the loss is no longer finite. Take another picture.");
       }
-      const factor = rateAt(step, numSteps, about.constant_steps);
+      const factor = rateAt(step, about.constant_steps);
       ofV.step(v, found.v_star_gradient, factor);
       ofOffsets.step(offsets, found.offsets_gradient, factor);
       const state = { step, terms: Array.from(found.terms), v: v.slice(), offsets: offsets.slice() };

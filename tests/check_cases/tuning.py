@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
+from dte_lab.common.muon import MuonAdamW
 from dte_lab.evaluation.steps import steps_needed
 from dte_lab.objective import diffusion_target
 
@@ -15,9 +16,9 @@ def package_velocity_target(latents, noise, alpha_bar):
 
 def counted_tuning_bytes(trained, frozen, frozen_bytes):
     """What torch really keeps after a step of the optimizer that tuning uses."""
-    free = torch.nn.Parameter(torch.zeros(trained))
+    free = torch.nn.Parameter(torch.zeros(trained // 10, 10))
     still = torch.zeros(frozen, dtype={2: torch.float16, 4: torch.float32}[frozen_bytes])
-    optimizer = torch.optim.AdamW([free])
+    optimizer = MuonAdamW([{"params": [free], "muon": True}])
     free.sum().backward()
     optimizer.step()
     averages = [v for v in optimizer.state[free].values() if v.shape == free.shape]
@@ -60,7 +61,7 @@ OTHER_RIGHT = {
         torch.einsum("b,bchw->bchw", a**0.5, e) - torch.einsum("b,bchw->bchw", (1 - a) ** 0.5, x)
     ),
     "steps_needed": scan,
-    "tuning_bytes": lambda trained, frozen, each: 16.0 * trained + frozen * each,
+    "tuning_bytes": lambda trained, frozen, each: 12.0 * trained + frozen * each,
 }
 WRONG = {
     "velocity_target": [
@@ -100,15 +101,15 @@ WRONG = {
         ("TypeError", lambda c, level, p: c > level),
     ],
     "tuning_bytes": [
-        ("Three numbers", lambda trained, frozen, each: 12 * trained + frozen * each),
-        ("averages have 4 bytes each", lambda trained, frozen, each: 8 * trained + frozen * each),
+        ("Four numbers", lambda trained, frozen, each: 16 * trained + frozen * each),
+        ("average have 4 bytes each", lambda trained, frozen, each: 8 * trained + frozen * each),
         ("Only the values", lambda trained, frozen, each: 4 * trained + frozen * each),
-        ("frozen weights are missing", lambda trained, frozen, each: 16 * trained),
-        ("counts once", lambda trained, frozen, each: 16 * trained + 4 * frozen * each),
-        ("not in fp32", lambda trained, frozen, each: 4 * each * trained + frozen * each),
-        ("4 bytes", lambda trained, frozen, each: 4 * trained + frozen),
-        ("not megabytes", lambda t, frozen, each: (16 * t + frozen * each) / 1e9),
-        ("not right yet", lambda trained, frozen, each: 16 * trained + 2 * frozen),
+        ("frozen weights are missing", lambda trained, frozen, each: 12 * trained),
+        ("counts once", lambda trained, frozen, each: 12 * trained + 3 * frozen * each),
+        ("not in fp32", lambda trained, frozen, each: each * 4 * trained + frozen * each),
+        ("each has 4 bytes", lambda trained, frozen, each: 3 * trained + frozen),
+        ("not megabytes", lambda t, frozen, each: (12 * t + frozen * each) / 1e9),
+        ("not right yet", lambda trained, frozen, each: 12 * trained + 2 * frozen),
         ("not right yet", lambda trained, frozen, each: None),
     ],
 }
