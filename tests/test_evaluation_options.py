@@ -4,6 +4,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from PIL import Image
 
 from dte_lab import DTEPipeline, EncoderConfig, MethodConfig, TuningEncoder
 from dte_lab.baselines import BaselineConfig
@@ -63,7 +64,8 @@ def test_named_experiments_are_read_and_have_no_label_twice():
         ("dte@alpha_blend=3:1", "alpha_blend is a number from 0 to 1"),
         ("dte@rank=0:1", "rank is a whole number from 1"), ("dte@rank=full:1", "rank is a whole"),
         ("dte@prediction_interval=often:1", "prediction_interval is a whole number"),
-        ("dte@batch_size=0:1", "batch_size"), ("dte@offset_learning_rate=fast:1", "learning_rate"),
+        ("dte@batch_size=0:1", "batch_size"), ("dte@masked=1:1", "masked is true"),
+        ("dte@offset_learning_rate=fast:1", "learning_rate"),
         ("dte@prompts=[]:1", "prompts"), ("dte@prompts=a thing:1", "prompts"),
         ("ti@batch_size=0:1", "batch_size"), ("lora-prior@prior_pictures=0:1", "prior_pictures"),
         ("lora@lora_learning_rate=-1:1", "lora_learning_rate"),
@@ -106,7 +108,7 @@ def methods(tiny_backbone, encoder, tmp_path_factory):
 # Beside what each option acts: the rest of the specification, and the value to try.
 ACTS = {
     "dte": {
-        "encoder": ("", "other"), "rank": ("", 1), "part": ("", "word"),
+        "encoder": ("", "other"), "rank": ("", 1), "part": ("", "word"), "masked": ("", "true"),
         "alpha_blend": ("", 0.3), "offsets_on": ("", "hard"), "granularity": ("", "block"),
         "regulariser": ("", "l2"), "num_positives": ("", 2), "temperature": ("", 1),
         "contrastive_weight": ("", 1), "norm_weight": ("", 1), "norm_free": ("", 0),
@@ -135,13 +137,15 @@ ACTS = {
 def made(methods, tiny_pixels):
     """made(text): what a specification makes in two steps, v*, offsets and pictures; each once."""
     seen, pixels = {}, (tiny_pixels[:1] * 127).round() / 127.5
+    corner = Image.new("L", pixels.shape[-2:], 0)
+    corner.paste(255, (0, 0, *(n // 2 for n in corner.size)))
     asked = edits(Item("cat", "noto", "white"), ("beach",))[:1]
 
     def make(text):
         if text not in seen:
             spec = parse(text)
             methods.check(spec)
-            concept = methods.concepts(spec, pixels, seed=1)[2]
+            concept = methods.concepts(spec, pixels, 1, corner)[2]
             drawn = draw_concept(methods.pipe_of(spec), concept, asked, Sampling(1, 2, 2.0))
             matrices = [m for pair in concept.offsets.values() for m in pair]
             seen[text] = [concept.v_star, *matrices, drawn]
@@ -174,7 +178,7 @@ def test_no_encoder_starts_from_the_words_that_clip_finds(methods, tiny_backbone
 
 def test_the_fields_of_the_settings_are_options_or_not_read_by_the_method():
     known = {f.name for c in (MethodConfig, TuneConfig) for f in fields(c)}
-    assert set(OPTIONS["dte"]) == known - {"num_steps"} | {"encoder", "rank", "part"}
+    assert set(OPTIONS["dte"]) == known - {"num_steps"} | {"encoder", "rank", "part", "masked"}
     assert set().union(*BASELINE_OPTIONS.values()) == {f.name for f in fields(BaselineConfig)}
     assert ACTS.keys() == OPTIONS.keys() - {"oracle", "other"}
     assert all(set(ACTS[name]) == set(OPTIONS[name]) for name in ACTS)
@@ -269,6 +273,7 @@ def test_a_prediction_is_cut_once_before_it_is_tuned(methods, encoder, tiny_pixe
     [
         ("dte@rank=3:1", "rank 2 can be cut to rank 1 to 2"),
         ("dte@rank=1@trainable=heads:1", "trainable=predictions and prediction_interval=0"),
+        ("dte@rank=1@masked=true:1", "without masked"),
         ("dte@rank=1@trainable=encoder:1", "trainable=predictions"),
         ("dte@rank=1@prediction_interval=2:0", "prediction_interval=0"),
         ("e4t@encoder=nowhere:1", "no E4TEncoder at nowhere"),

@@ -127,7 +127,7 @@ def test_the_change_is_told_in_words(setting):
     other = replace(setting, part="word", steps=0)
     assert differences(setting, other) == [("part", "both", "word"), ("steps", 2, 0)]
     assert change_in_words(setting, other, ["steps"]) == (
-        "B differs from A in 2 of 25 switches: what draws the word alone in place of word and "
+        "B differs from A in 2 of 26 switches: what draws the word alone in place of word and "
         "weights; steps 0 in place of 2 (which changes nothing here)."
     )
     assert change_in_words(setting, setting) == "A and B are the same setting."

@@ -106,8 +106,9 @@ MEASURES = "dte_lab.evaluation"
 CHOOSING = ("--split", "val", "--concepts", "12")
 RESULT = {
     "rates": evaluation("--experiment", "rates", *CHOOSING, *SCENES, reads=ALL),
-    "optimizer": evaluation(  # without a figure, which 17 methods would crowd
-        *("--experiment", "optimizer", *CHOOSING, *SCENES), reads=ALL, keeps=TABLE
+    "optimizer": evaluation("--experiment", "optimizer", *CHOOSING, *SCENES, reads=ALL),
+    "mask": evaluation(
+        *methods("dte:0,12", "dte@masked=true:0,12"), "--split", "val", "--concepts", "24", *SCENES
     ),
     "table": evaluation("--experiment", "table", *SCENES, reads=ALL),
     "unseen_style": evaluation(

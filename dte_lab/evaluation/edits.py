@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from PIL import Image
 from torch import Tensor
 
 from dte_lab.common.errors import DTEError
@@ -50,6 +52,12 @@ class Item:
     def picture(self) -> Float[Tensor, "1 3 height width"]:
         """In [-1, 1], 64 pixels wide."""
         return to_tensor(render(self.name, self.style, self.scene, self.seed)[None])
+
+    def mask(self) -> Image.Image:
+        """Where in the picture the thing is, in white."""
+        mask = np.zeros((SIZE, SIZE), np.uint8)
+        mask[BOX, BOX] = 255 * object_mask(self.name, self.style).numpy()
+        return Image.fromarray(mask)
 
 
 @dataclass(frozen=True)

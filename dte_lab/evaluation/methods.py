@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from jaxtyping import Float
+from PIL.Image import Image
 from torch import Tensor
 
 from dte_lab.backbone import Backbone, backbone_folder
@@ -121,16 +122,20 @@ class Methods:
                 f"{spec.label}: a prediction of rank {known} can be cut to rank 1 to {known}; "
                 "train an encoder for more."
             )
-        if spec.tuning.trainable != "predictions" or method.prediction_interval:
+        if spec.tuning.trainable != "predictions" or method.prediction_interval or spec.masked:
             raise DTEError(
-                f"{spec.label}: rank cuts the one prediction that is tuned, so it goes with "
-                "trainable=predictions and prediction_interval=0 only."
+                f"{spec.label}: rank cuts the one prediction of the picture as it is, so it goes "
+                "with trainable=predictions and prediction_interval=0, without masked, only."
             )
 
     def concepts(
-        self, spec: Specification, pixels: Float[Tensor, "pictures 3 height width"], seed: int
-    ) -> dict[int, Concept]:
-        """{steps: Concept} from pictures in [-1, 1], for a method that is no anchor."""
+        self, spec: Specification, pixels: Float[Tensor, "pictures 3 height width"], seed: int,
+        mask: Image | None = None,
+    ) -> dict[int, Concept]:  # fmt: skip
+        """{steps: Concept} from pictures in [-1, 1], for a method that is no anchor.
+
+        mask: where the thing is in the one picture, for a method that is told.
+        """
         pipe = self.pipe_of(spec)
         if spec.name != "dte":
             return BASELINES[spec.name](pipe, pixels, spec.steps, seed, spec.baseline)
@@ -146,7 +151,7 @@ class Methods:
             prediction = predicted(pipe, pixels, seed, spec.rank)
         last = pipe.personalize(
             to_pil(pixels), spec.steps[-1], seed, callback, progress=False, config=spec.tuning,
-            method=method, prediction=prediction,
+            method=method, prediction=prediction, mask=mask if spec.masked else None,
         )  # fmt: skip
         concepts = dict.fromkeys(spec.steps, last)  # what stopped early stays as it was
         for steps, (v_star, offsets, seconds) in states.items():

@@ -6,6 +6,7 @@ dte@prediction_interval=5:12    v* and the offsets predicted anew at every 5th s
 dte@offsets_on=hard:12          the offsets on the hard path, as the paper's text can be read
 dte@rank=1:12                   the prediction cut to a lower rank before tuning (SVD)
 dte@part=word:12                what v* alone draws; part=weights: the offsets, with "thing" as v*
+dte@masked=true:12              told where the thing is in its picture, as by --mask
 dte@encoder=small/none:12       another encoder, by name or folder; this one had no regulariser
 dte@encoder=zero-shot:12        no encoder: from the words that CLIP finds, see zero_shot.py
 ti:12,500   lora:12   lora-prior:12   e4t:12       baselines, with the fields of BaselineConfig that
@@ -39,7 +40,7 @@ ANCHORS = ("oracle", "other")
 PARTS = ("word", "weights")
 ZERO_SHOT = "zero-shot"  # in an encoder's place
 OPTIONS = {
-    "dte": ("encoder", "rank", "part", *METHOD_OPTIONS, *TUNE_OPTIONS),
+    "dte": ("encoder", "rank", "part", "masked", *METHOD_OPTIONS, *TUNE_OPTIONS),
     **BASELINE_OPTIONS,
     "e4t": ("encoder", *BASELINE_OPTIONS["e4t"]),
     **dict.fromkeys(ANCHORS, ()),
@@ -81,16 +82,13 @@ EXPERIMENTS = {  # the rates of all methods: the best of "rates" on val
     ],
     "optimizer": [  # what moves the matrices: Muon or AdamW, each at its best rate; on val
         "dte:12,50",
-        "dte@offset_learning_rate=0.03:12,50",
-        "dte@offset_learning_rate=0.03@constant_steps=50:12,50",
+        "dte@constant_steps=50:12,50",
         f"dte@{ADAMW}:12,50",
         "dte@encoder=zero-shot:12,25",
-        "dte@encoder=zero-shot@offset_learning_rate=0.03:12,25",
         f"dte@encoder=zero-shot@{ADAMW}:12,25",
         "lora:12",
-        "lora@lora_learning_rate=0.006:120",
         "lora@optimizer=muon@lora_learning_rate=0.03:12",
-        "e4t@token_learning_rate=0.05:12,50",
+        "e4t@token_learning_rate=0.05:12",
         "e4t@token_learning_rate=0.05@optimizer=muon@multiplicative_learning_rate=0.015:12",
     ],
     "quick": ["dte:0,2", "ti:2", "lora:2", "lora-prior:2", "e4t:2"],
@@ -123,7 +121,8 @@ class Specification:
     """A method to compare; `label` is its specification without the steps.
 
     encoder: name or folder, None for the pipeline's own (of e4t: the backbone's). rank: to which
-    the prediction is cut. part: of PARTS, what alone is drawn. method: what differs from the
+    the prediction is cut. part: of PARTS, what alone is drawn. masked: whether it is told where in
+    its picture the thing is. method: what differs from the
     encoder's MethodConfig. given: the names of all options.
     """
 
@@ -137,6 +136,7 @@ class Specification:
     tuning: TuneConfig = field(default_factory=TuneConfig)
     baseline: BaselineConfig = field(default_factory=BaselineConfig)
     given: tuple[str, ...] = ()
+    masked: bool = False
 
     @property
     def text(self) -> str:
@@ -176,9 +176,8 @@ def parse(spec: str) -> Specification:
             raise DTEError(f"{spec!r}: write {option}=VALUE, once.")
         values[option] = value if option == "encoder" else _value(value)
     method = {key: v for key, v in values.items() if key in METHOD_OPTIONS}
-    others = {
-        key: v for key, v in values.items() if key not in ("encoder", "rank", "part", *method)
-    }
+    own = ("encoder", "rank", "part", "masked", *method)
+    others = {key: v for key, v in values.items() if key not in own}
     try:
         MethodConfig(**method)
         tuning = TuneConfig(**(others if name == "dte" else {}))
@@ -187,11 +186,13 @@ def parse(spec: str) -> Specification:
             check_whole("rank", values["rank"], 1)
         if "part" in values:
             check_one_of("part", values["part"], PARTS)
+        if values.get("masked", True) is not True:
+            raise DTEError(f"masked is true or left out, not {values['masked']!r}.")
     except (ValueError, TypeError) as error:
         raise DTEError(f"{spec!r}: {error}") from error
     return Specification(
-        label, name, steps, values.get("encoder"), values.get("rank"), values.get("part"), method,
-        tuning, baseline, tuple(values),
+        label, name, steps, values.get("encoder"), values.get("rank"), values.get("part"),
+        method, tuning, baseline, tuple(values), "masked" in values,
     )  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def trials(
     """
     pipe = methods.pipe_of(spec)  # its encoder predicts again at every `prediction_interval`
     memory = PeakMemory(pipe.backbone.device)
-    concepts = methods.concepts(spec, item.picture(), seed)
+    concepts = methods.concepts(spec, item.picture(), seed, item.mask())
     peak = memory.read()
     for steps, concept in concepts.items():
         start = time.perf_counter()
