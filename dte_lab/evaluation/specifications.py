@@ -94,7 +94,7 @@ EXPERIMENTS = {  # the rates of all methods: the best of "rates" on val
     "quick": ["dte:0,2", "ti:2", "lora:2", "lora-prior:2", "e4t:2"],
     "steps": [
         *(f"{name}:{STEP_GRID}" for name in ("dte", "ti", "lora", "lora-prior", "e4t")),
-        "dte@offset_learning_rate=0.03:12,25,50,100",  # the shipped rate was chosen at 12 steps
+        "dte@offset_learning_rate=0.02:12,25,50,100",  # the shipped rate was chosen at 12 steps
     ],
     "blend": [
         f"dte@alpha_blend={alpha}@offsets_on={offsets_on}@granularity={granularity}:12"

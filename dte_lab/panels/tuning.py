@@ -32,8 +32,8 @@ METHOD_LOOKS = {  # colour, marker, line of each method
     "lora": (GREEN, "^", "-."),
     "lora-prior": (VERMILION, "v", (0, (3, 1, 1, 1, 1, 1))),
     "e4t": (PINK, "D", ":"),
-    "dte@offset_learning_rate=0.03": (SKY, "P", "-"),
 }
+VARIANT_LOOKS = SKY, "P", "-"  # of a method with options
 PAPER_STEPS = 12
 
 
@@ -95,7 +95,7 @@ def quality_figure(
         figure.subplots(1, len(measures), squeeze=False)[0], measures.items(), strict=True
     ):
         for method, of_method in curves.items():
-            colour, marker, line = METHOD_LOOKS[method]
+            colour, marker, line = METHOD_LOOKS.get(method, VARIANT_LOOKS)
             points = of_method[measure]
             x = [p["steps"] for p in points]
             if over == "seconds":
@@ -163,7 +163,7 @@ def least_figure(least: Mapping[str, dict], names: Mapping[str, str]) -> Figure:
     for row, group in enumerate(least.values()):
         count = len(group["methods"])
         for i, (method, found) in enumerate(group["methods"].items()):
-            colour, marker, line = METHOD_LOOKS[method]
+            colour, marker, line = METHOD_LOOKS.get(method, VARIANT_LOOKS)
             y = row + (i - (count - 1) / 2) * 0.8 / count
             at, low, high = (
                 never if found[k] is None else found[k] for k in ("steps", "low", "high")
@@ -183,7 +183,7 @@ def least_figure(least: Mapping[str, dict], names: Mapping[str, str]) -> Figure:
     ax.set_xlabel("least steps that satisfy")
     methods = list(dict.fromkeys(m for group in least.values() for m in group["methods"]))
     for method in methods:
-        colour, marker, line = METHOD_LOOKS[method]
+        colour, marker, line = METHOD_LOOKS.get(method, VARIANT_LOOKS)
         ax.plot([], [], color=colour, marker=marker, linestyle=line, label=names[method])
     figure.legend(loc="outside lower center", ncols=min(2, len(methods)), frameon=False)
     plain(ax)
