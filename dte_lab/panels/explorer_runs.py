@@ -1,6 +1,6 @@
 """What the explorer computes, apart from its widgets: a picture under two settings.
 
-Tuning at a constant rate passes through the results of all smaller numbers of steps, so each
+Tuning passes through the results of all smaller numbers of steps (see `TuneConfig`), so each
 run's states are kept: fewer steps, and all that matters in drawing alone, cost no tuning again. A
 setting that has answered the same question is not asked again. The rest runs in two lanes.
 """
