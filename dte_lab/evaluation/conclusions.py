@@ -101,14 +101,13 @@ CONCLUSIONS = [
         "table", "dte:12", "lora-prior:12", "ahead",
     ),
     Conclusion(
-        "The E4T-style encoder at 12 steps ({other}) is level with it, against the paper: "
-        "{difference}.",
-        "table", "dte:12", "e4t@token_learning_rate=0.05:12", "level",
+        "It is ahead of the E4T-style encoder at 12 steps ({other}), as in the paper: {difference}.",
+        "table", "dte:12", "e4t@token_learning_rate=0.05:12", "ahead",
     ),
     Conclusion(
-        "To say in tuning what else the picture shows changes nothing at 12 steps ({other} "
-        "without): {difference}.",
-        "table", "dte:12", 'dte@prompts=["a picture of S*"]:12', "level",
+        "To say in tuning what else the picture shows keeps the scenes, {one} of them against "
+        "{other}: {difference}.",
+        "table", "dte:12", 'dte@prompts=["a picture of S*"]:12', "ahead", "scene",
     ),
     Conclusion(
         "Before tuning, the predicted word alone is level with the whole prediction, {one} against "
