@@ -3,8 +3,8 @@
     python figures/make.py [quickstart] [world] [unseen]
     python figures/make.py --check
 
-Each picture carries a digest of the function that drew it and of the files that it was drawn from;
-`--check` fails where one of these has changed since.
+Each picture carries a digest of the function that drew it, of the files that it was drawn from and
+of the settings of tuning; `--check` fails where one of these has changed since.
 """
 
 import hashlib
@@ -22,8 +22,10 @@ from dte_lab.backbone import WEIGHTS, load_backbone
 from dte_lab.common.command import run_command
 from dte_lab.common.images import read_image, to_pil
 from dte_lab.common.plots import picture_grid, save_figure
+from dte_lab.config import MethodConfig
 from dte_lab.evaluation.base_model import evaluation_items, generate
 from dte_lab.evaluation.edits import items
+from dte_lab.recommended import SMALL_WORLD
 from dte_lab.world.captions import caption
 from dte_lab.world.data import pixel_grid, rendered
 from dte_lab.world.scenes import render_image
@@ -84,9 +86,11 @@ FIGURES = {  # name -> what draws it, and the files that it is drawn from
 
 
 def digest(name: str) -> str:
-    """Of a figure's function and files, in hexadecimal."""
+    """Of a figure's function, of its files and of how things are tuned, in hexadecimal."""
     draw, sources = FIGURES[name]
     found = hashlib.sha256(inspect.getsource(draw).encode())
+    if "encoder" in sources:
+        found.update(repr((SMALL_WORLD, MethodConfig())).encode())
     for source in sources:
         path = ROOT / source
         if not path.is_file():  # a part of the small backbone

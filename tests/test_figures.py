@@ -2,6 +2,7 @@
 
 import importlib.util
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,10 @@ def test_a_figure_is_stale_once_its_maker_or_a_source_has_changed(figures, monke
     shutil.copy(tmp_path / "a.png", tmp_path / "kept.png")
     (tmp_path / "numbers.json").write_text("2")
     assert figures.stale() == ["a"]
+
+
+def test_a_figure_of_what_is_tuned_is_stale_once_the_settings_have_changed(figures, monkeypatch):
+    before = {name: figures.digest(name) for name in figures.FIGURES}
+    monkeypatch.setattr(figures, "SMALL_WORLD", replace(figures.SMALL_WORLD, constant_steps=7))
+    changed = {name for name in before if figures.digest(name) != before[name]}
+    assert changed == {"quickstart", "unseen"}
