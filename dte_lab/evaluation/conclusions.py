@@ -101,7 +101,8 @@ CONCLUSIONS = [
         "table", "dte:12", "lora-prior:12", "ahead",
     ),
     Conclusion(
-        "It is ahead of the E4T-style encoder at 12 steps ({other}), as in the paper: {difference}.",
+        "It is ahead of the E4T-style encoder at 12 steps ({other}), as in the paper: "
+        "{difference}.",
         "table", "dte:12", "e4t@token_learning_rate=0.05:12", "ahead",
     ),
     Conclusion(
