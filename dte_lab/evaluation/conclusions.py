@@ -133,8 +133,8 @@ CONCLUSIONS = [
         "long", "dte:12", "ti@batch_size=4:500", "ahead",
     ),
     Conclusion(
-        "They are behind 50 steps of the E4T-style encoder ({other}): {difference}.",
-        "long", "dte:12", "e4t@token_learning_rate=0.05:50", "behind",
+        "They are level with 50 steps of the E4T-style encoder ({other}): {difference}.",
+        "long", "dte:12", "e4t@token_learning_rate=0.05:50", "level",
     ),
     Conclusion(
         "25 steps of the tuning-encoder are level with those 50, {one} against {other}: "
