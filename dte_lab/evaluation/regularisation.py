@@ -30,7 +30,6 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dte_lab.baselines import PROMPT
 from dte_lab.common.command import run_command
 from dte_lab.common.files import write_atomically
 from dte_lab.common.images import to_pil
@@ -46,6 +45,7 @@ from dte_lab.evaluation.methods import Methods
 from dte_lab.evaluation.records import fingerprint, versions, write_document
 from dte_lab.evaluation.v_star_paths import VStarPath, VStarPaths, pretraining_paths
 from dte_lab.pipeline import DTEPipeline
+from dte_lab.setting import picture_prompts
 from dte_lab.tuning import TuneConfig
 from dte_lab.world.scenes import render_image
 from dte_lab.world.sprites import SAMPLE_CONCEPTS
@@ -109,12 +109,14 @@ class Experiment:
         cosines, rows = self.table.nearest_rows(concept.v_star, NUM_WORDS)
         words = [self.table.words[i] for i in rows[0].tolist()]
         similar = self.judged[rows[0].cpu()] @ self.judge.embed([name])[0]
+        pixels = pipe.pixels([picture])
+        prompts = picture_prompts(pipe.backbone, pixels)  # what tuning says of the picture
         values = {
             "word_similarity": similar.mean().item(),
             "nearest_cosine": cosines[0, 0].item(),
             "norm": concept.v_star.norm().item() / self.table.mean_norm,
             "words_kept": len(set(words) & set(before or words)) / len(words),
-            "diffusion": diffusion_loss(pipe, concept, pipe.pixels([picture]), [PROMPT]),
+            "diffusion": diffusion_loss(pipe, concept, pixels, prompts),
         }
         return {key: float(f"{value:.5g}") for key, value in values.items()} | {"words": words}
 

@@ -937,6 +937,8 @@ show(
 # concepts, as right scenes are at their ceiling, there are no ellipses, and the plane is a line.
 
 # %%
+from scipy.stats import spearmanr
+
 from dte_lab.panels.dual_path import plane_figure
 
 
@@ -946,7 +948,8 @@ def plane_alt(x, y):
         for key, row in table.items()
         if key[:2] == ("soft", "attention")
     )
-    said = f"{NAMED[y]} over {NAMED[x]} with ellipses; soft, attention at (x, y):"
+    spread = all(np.ptp(row[m]) > 0 for row in table.values() for m in (x, y))
+    said = f"{NAMED[y]} over {NAMED[x]}{' with ellipses' if spread else ''}; soft, attention at (x, y):"
     return f"{said} {'; '.join(points)}."
 
 
@@ -965,11 +968,12 @@ show(plane_figure(table, "clip_t_small", "clip_i_small"), plane_alt("clip_t_smal
 # %%
 orders = {}
 for one, other in (("identity_scaled", "clip_i_small"), ("scene", "clip_t_small")):
-    ranks = [
-        np.argsort(np.argsort([row[m].mean() for row in table.values()])) for m in (one, other)
-    ]
-    orders[f"{NAMED[one]} and {NAMED[other]}"] = np.corrcoef(ranks)[0, 1]
-said = "; ".join(f"{pair} {r:+.2f}" for pair, r in orders.items())
+    means = [[row[m].mean() for row in table.values()] for m in (one, other)]
+    same = next((NAMED[m] for m, v in zip((one, other), means, strict=True) if np.ptp(v) == 0), "")
+    order = f"none, since {same} is the same everywhere" if same else (
+        f"{spearmanr(*means).statistic:+.2f}")  # fmt: skip
+    orders[f"{NAMED[one]} and {NAMED[other]}"] = order
+said = "; ".join(f"{pair} {order}" for pair, order in orders.items())
 saw(f"{measured_with(document['versions']).capitalize()}.",
     f"Rank correlation of the settings' means: {said}. 1 is the same order.")  # fmt: skip
 

@@ -211,7 +211,7 @@ for run in found:
         said.append(f"{side.setting.regulariser}: {side.measures['truth_error']:.3f} off the "
                     f"truth, length {side.measures['word_length']:.2f}, nearest "
                     f"{words_said(side.words_after[:3])}.")  # fmt: skip
-saw(*dict.fromkeys(said), "Notebook 02 compares seven regularisers over many things.")
+saw(*dict.fromkeys(said))
 
 # %% [markdown]
 # The middle stop asks for the temperature: does a word that is pulled mostly to the nearest of its
