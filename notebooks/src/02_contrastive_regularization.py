@@ -565,9 +565,7 @@ pulls["sum"] = torch.stack(list(pulls.values())).sum(0)
 lengths = [pull.norm() for pull in pulls.values()]
 between = F.cosine_similarity(*list(pulls.values())[:2], dim=0)
 chance = 2 / v_star.numel() ** 0.5  # two standard deviations of random directions
-print(
-    f"cosine between the diffusion and the contrastive pull: {between:+.2f} ({chance:.2f} is luck)"
-)
+print(f"cosine between the diffusion and the contrastive pull: {between:+.2f}; luck: ±{chance:.2f}")
 print(f"the weighted contrastive pull is {lengths[1] / lengths[0]:.2f} times the diffusion pull")
 radial = F.cosine_similarity(of_term, v_star, dim=-1).item()
 print(f"cosine between the contrastive gradient and v* itself: {radial:+.4f} (exercise 3: 0)")

@@ -949,8 +949,8 @@ def plane_alt(x, y):
         if key[:2] == ("soft", "attention")
     )
     spread = all(np.ptp(row[m]) > 0 for row in table.values() for m in (x, y))
-    said = f"{NAMED[y]} over {NAMED[x]}{' with ellipses' if spread else ''}; soft, attention at (x, y):"
-    return f"{said} {'; '.join(points)}."
+    said = f"{NAMED[y]} over {NAMED[x]}{' with ellipses' if spread else ''}"
+    return f"{said}; soft, attention at (x, y): {'; '.join(points)}."
 
 
 print(measured_with(document["versions"]))
