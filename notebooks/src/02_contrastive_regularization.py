@@ -564,8 +564,7 @@ pulls = {name: pull for name, pull in pulls.items() if pull.norm() > 0}  # a sho
 pulls["sum"] = torch.stack(list(pulls.values())).sum(0)
 lengths = [pull.norm() for pull in pulls.values()]
 between = F.cosine_similarity(*list(pulls.values())[:2], dim=0)
-chance = 2 / v_star.numel() ** 0.5  # two standard deviations of random directions
-print(f"cosine between the diffusion and the contrastive pull: {between:+.2f}; luck: ±{chance:.2f}")
+print(f"cosine between the diffusion and the contrastive pull: {between:+.2f}")
 print(f"the weighted contrastive pull is {lengths[1] / lengths[0]:.2f} times the diffusion pull")
 radial = F.cosine_similarity(of_term, v_star, dim=-1).item()
 print(f"cosine between the contrastive gradient and v* itself: {radial:+.4f} (exercise 3: 0)")
@@ -576,6 +575,7 @@ show(
 )
 
 # %%
+chance = 2 / v_star.numel() ** 0.5  # two standard deviations of random directions
 saw(f"The weighted regulariser pulls {lengths[1] / lengths[0]:.2f} times as hard as the picture;",
     "the two", "agree." if between > chance else "are at odds." if between < -chance else
     "are nearly at right angles: one hardly helps or hinders the other.",

@@ -639,7 +639,7 @@ show(
 # move about equally far; but the update of a matrix is still led by a few directions, and the rest
 # of them wait. Muon makes all directions of the update equally long. Its rate falls as one over the
 # step from the sixth step on, for a matrix that goes on moving at full length never comes to rest.
-# Here is each method with either, at the best of a few rates, with the same pictures and seeds.
+# Here is each method with either, with a rate chosen for it, with the same pictures and seeds.
 # Where a row says nothing else, it is Muon for the tuning encoder, and AdamW for the others. Who
 # should gain most: a start that knows much, or one that knows little?
 
@@ -659,6 +659,7 @@ def in_words(method):
     return re.sub("|".join(says), lambda found: says[found[0]], name)
 
 
+# %%
 show_table(
     [(in_words(row["method"]), row["steps"], bracketed(row["fidelity"]), bracketed(row["scene"], 2))
      for row in run["summary"] if row["steps"]],

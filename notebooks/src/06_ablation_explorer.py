@@ -88,8 +88,8 @@ display(panel)
 # **One picture of one thing proves nothing.** The panel makes hypotheses; notebooks 02 to 05 and
 # `dte evaluate` test them, with intervals over many things.
 #
-# Rates do not fall here, so a run of tuning passes through the results of all shorter ones. The
-# panel keeps its states: fewer steps, another guidance or the word alone need no tuning again.
+# How the rates fall does not depend on the last step, so a run of tuning passes through the results
+# of all shorter ones. The panel keeps its states: fewer steps, another guidance or the word alone need no tuning again.
 
 # %% [markdown]
 # ## Three expeditions
