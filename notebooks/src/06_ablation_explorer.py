@@ -89,7 +89,8 @@ display(panel)
 # `dte evaluate` test them, with intervals over many things.
 #
 # How the rates fall does not depend on the last step, so a run of tuning passes through the results
-# of all shorter ones. The panel keeps its states: fewer steps, another guidance or the word alone need no tuning again.
+# of all shorter ones. The panel keeps its states: fewer steps, another guidance or the word alone
+# need no tuning again.
 
 # %% [markdown]
 # ## Three expeditions
