@@ -201,11 +201,11 @@ def test_a_run_that_was_cut_off_goes_on_where_it_stopped(harness, tmp_path, monk
     whole = harness(tmp_path / "whole")
     fit, calls = Methods.concepts, []
 
-    def cut_off(self, spec, pixels, seed):
+    def cut_off(self, spec, pixels, seed, mask=None):
         calls.append(spec.name)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return fit(self, spec, pixels, seed)
+        return fit(self, spec, pixels, seed, mask)
 
     monkeypatch.setattr(Methods, "concepts", cut_off)
     with pytest.raises(KeyboardInterrupt):
@@ -249,9 +249,9 @@ def test_a_finished_run_can_be_given_more_methods_and_steps(harness, tmp_path, m
     harness(tmp_path / "parts", specs[1], {"seed": 3})
     fit, calls = Methods.concepts, []
 
-    def counted(self, spec, pixels, seed):
+    def counted(self, spec, pixels, seed, mask=None):
         calls.append((spec.text, seed))
-        return fit(self, spec, pixels, seed)
+        return fit(self, spec, pixels, seed, mask)
 
     monkeypatch.setattr(Methods, "concepts", counted)
     parts = harness(tmp_path / "parts", specs[0], {"seed": 3})
