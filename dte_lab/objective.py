@@ -71,6 +71,13 @@ def weighted_error(
     return (weights * (output - target).square()).mean() / weights.mean()
 
 
+def distinct(prompts: Sequence[str]) -> tuple[list[str], list[int]]:
+    """The prompts that differ, and which of them each one is."""
+    place = {}
+    rows = [place.setdefault(prompt, len(place)) for prompt in prompts]
+    return list(place), rows
+
+
 @contextmanager
 def objective(
     backbone: Backbone,
@@ -91,11 +98,13 @@ def objective(
     """
     t = batch.timesteps
     v_star = prompt_embedding(prediction.v_star, prompt_encoder.table, method)
-    prompts, hard = batch.prompts, None
+    prompts, hard, rows = batch.prompts, None, slice(None)
+    if len(v_star) == 1 and not isinstance(prompts, PromptTokens):  # what is alike is encoded once
+        prompts, rows = distinct(prompts)
     tokens = prompts if isinstance(prompts, PromptTokens) else prompt_encoder.tokenize(prompts)
-    soft = prompt_encoder.encode(tokens, v_star)  # (B, L, d)
+    soft = prompt_encoder.encode(tokens, v_star)[rows]  # (B, L, d)
     if method.alpha_blend != 1:
-        hard = prompt_encoder.encode(tokens, prompt_encoder.nearest_hard(v_star))
+        hard = prompt_encoder.encode(tokens, prompt_encoder.nearest_hard(v_star))[rows]
     alpha = alpha_at(method.alpha_blend, t, len(backbone.alphas_cumprod))
     noisy = add_noise(backbone, batch.latents, batch.noise, t).to(backbone.dtype)
     target = diffusion_target(backbone, batch.latents, batch.noise, t)

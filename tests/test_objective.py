@@ -106,6 +106,30 @@ def test_contrastive_negatives_are_other_concepts_and_the_bank(tiny_backbone, se
     torch.testing.assert_close(losses["loss"], total)
 
 
+def test_prompts_that_are_alike_are_encoded_once(tiny_backbone, setting, monkeypatch):
+    """For one prediction; loss and gradient are those of all rows encoded."""
+    encode, leaves, latents, noise, t = setting
+    prompts, rows = ["S* at night", "the S*", "S* at night"], []
+    real = PromptEncoder.encode
+    monkeypatch.setattr(PromptEncoder, "encode", lambda *a: rows.append(len(a[1].ids)) or real(*a))
+    found = []
+    for said in (prompts, encode.tokenize(prompts)):
+        v_star = leaves.v_star[:1].detach().requires_grad_()
+        one = EncoderPrediction(v_star, {k: (a[:1], b[:1]) for k, (a, b) in leaves.offsets.items()})
+        with objective(
+            tiny_backbone, encode, one, Batch(latents, noise, t, said), MethodConfig()
+        ) as losses:
+            losses["loss"].backward()
+        found.append((losses["loss"].detach(), v_star.grad))
+    torch.testing.assert_close(*found)
+    assert rows == [2, 2, 3, 3]  # text with v*, and with the nearest word
+    rows.clear()
+    with objective(
+        tiny_backbone, encode, leaves, Batch(latents, noise, t, prompts), MethodConfig()
+    ):
+        assert rows == [3, 3], "each sample has a v* of its own"
+
+
 @pytest.mark.parametrize("regulariser", ["l2", "nearest"])
 def test_a_word_pulls_at_v_star_itself(tiny_backbone, setting, regulariser):
     """With "l2" it is the class word, with "nearest" the nearest word, which prompts then use."""
