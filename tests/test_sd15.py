@@ -208,7 +208,9 @@ def test_personalize_without_an_encoder(pipe, start, tuned, picture):
     mixture *= (share * some.norm(dim=1, keepdim=True)).sum() / mixture.norm()
     torch.testing.assert_close(start.v_star[0], mixture, atol=1e-5, rtol=1e-4)
     assert all((b == 0).all() for _, b in start.offsets.values())
-    assert all(b.abs().max() > 0 for _, b in tuned.offsets.values())
+    flat = "mid_block.attentions.0.transformer_blocks.0.attn1.to_"  # a softmax over one position
+    moved = {name for name, (_, b) in tuned.offsets.items() if b.any()}
+    assert moved | {flat + "q", flat + "k"} == set(tuned.offsets), "rounding may move the two"
     assert not torch.equal(tuned.v_star, start.v_star)
     image = pipe.generate(tuned, "S* at night", num_inference_steps=2, progress=False)[0][0]
     assert image.size == (64, 64)
