@@ -206,10 +206,14 @@ def test_twelve_steps_of_tuning_end_at_the_same_concept(pipe, graphs, picture, p
     groups = [{"params": [v], "lr": about["token_learning_rate"]},
               {"params": matrices, "lr": about["offset_learning_rate"], "muon": True}]  # fmt: skip
     optimizer = MuonAdamW(groups, betas=about["betas"], weight_decay=0.0)
+    for group in optimizer.param_groups:
+        group["initial"] = group["lr"]
     latents = graphs("encode", picture=picture)["latents"]
     ids, slots = (x.int() for x in pipe.prompt_encoder.tokenize([about["prompt"]]))
     generator, losses = stream(2, "tuning"), []
     for step in range(about["num_steps"]):
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial"] * min(1, about["constant_steps"] / (step + 1))
         batch = draw_batch(
             backbone, latents, (about["prompt"],), step, about["batch_size"], generator,
             masks if masked else None,

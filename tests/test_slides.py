@@ -173,7 +173,8 @@ def test_a_folder_of_somebody_else_is_refused_in_one_line(tool, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     command = [sys.executable, "-m", f"tools.{tool}", str(tmp_path)]
     ended = subprocess.run(command, cwd=slides.ROOT, capture_output=True, text=True)
-    assert ended.returncode == 1 and ended.stdout == ""
+    assert ended.returncode == 2 and ended.stdout == ""
     [line] = ended.stderr.splitlines()
-    assert line == f"{tmp_path} holds something that is no site: choose another folder."
+    reason = "holds something that was not built here: choose another folder, or empty it."
+    assert line == f"error: {tmp_path} {reason}"
     assert (tmp_path / "mine.txt").read_text() == "mine"
