@@ -71,7 +71,7 @@ def weighted_error(
     return (weights * (output - target).square()).mean() / weights.mean()
 
 
-def distinct(prompts: Sequence[str]) -> tuple[list[str], list[int]]:
+def unlike_prompts(prompts: Sequence[str]) -> tuple[list[str], list[int]]:
     """The prompts that differ, and which of them each one is."""
     place = {}
     rows = [place.setdefault(prompt, len(place)) for prompt in prompts]
@@ -100,7 +100,7 @@ def objective(
     v_star = prompt_embedding(prediction.v_star, prompt_encoder.table, method)
     prompts, hard, rows = batch.prompts, None, slice(None)
     if len(v_star) == 1 and not isinstance(prompts, PromptTokens):  # what is alike is encoded once
-        prompts, rows = distinct(prompts)
+        prompts, rows = unlike_prompts(prompts)
     tokens = prompts if isinstance(prompts, PromptTokens) else prompt_encoder.tokenize(prompts)
     soft = prompt_encoder.encode(tokens, v_star)[rows]  # (B, L, d)
     if method.alpha_blend != 1:

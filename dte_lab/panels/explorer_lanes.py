@@ -17,7 +17,7 @@ from dte_lab.common.errors import DTEError
 from dte_lab.pipeline import DTEPipeline
 
 LANES = 2
-Job, Made = TypeVar("Job"), TypeVar("Made")
+Asked, Answered = TypeVar("Asked"), TypeVar("Answered")
 
 
 class Stopped(Exception):
@@ -63,8 +63,8 @@ def twin(pipe: DTEPipeline) -> DTEPipeline:
 
 
 def side_by_side(
-    work: Callable[[Job, int], Made], jobs: Sequence[Job], lanes: int, progress: Progress
-) -> list[Made | DTEError]:
+    work: Callable[[Asked, int], Answered], jobs: Sequence[Asked], lanes: int, progress: Progress
+) -> list[Answered | DTEError]:
     """[work(job, lane)], or the DTEError that it raised, of jobs on lanes 0, 1, ... in turn.
 
     The lanes share torch's threads. What else one raises ends the others by `progress`, and is
@@ -72,13 +72,13 @@ def side_by_side(
     """
     lanes, threads = min(lanes, len(jobs)), torch.get_num_threads()
 
-    def made_of(job: Job, lane: int) -> Made | DTEError:
+    def made_of(job: Asked, lane: int) -> Answered | DTEError:
         try:
             return work(job, lane)
         except DTEError as error:
             return error
 
-    def run(lane: int) -> list[Made | DTEError]:
+    def run(lane: int) -> list[Answered | DTEError]:
         torch.set_num_threads(max(1, threads // lanes))
         try:
             return [made_of(job, lane) for job in jobs[lane::lanes]]

@@ -177,7 +177,7 @@ class Explorer:
         answers |= zip(new, side_by_side(answer, new, lanes, progress), strict=True)
         for setting, answer in answers.items():
             if isinstance(answer, Outcome):
-                keep(self.answered, (question, setting), answer, KEPT_ANSWERS)
+                remember(self.answered, (question, setting), answer, KEPT_ANSWERS)
         progress(progress.total - progress.done)  # what was known took no time
         return [answers[setting] for setting in settings]
 
@@ -204,7 +204,7 @@ class Explorer:
         """The concept after the setting's steps; tuned where no run is kept of it."""
         pipe, method = self.pipe_of(setting, lane), setting.method
         known = self._kept(subject, setting) or self._tune(pipe, subject, setting, progress)
-        keep(self.kept, (subject, setting.learning), known, KEPT_RUNS)
+        remember(self.kept, (subject, setting.learning), known, KEPT_RUNS)
         concept = at_step(pipe, known.concept, method, setting.steps, *known.states[setting.steps])
         pixels = to_bytes(pipe.pixels([subject.picture.image]))
         return replace(
@@ -271,7 +271,7 @@ def predicted_with(
     return predicted(pipe, pixels, setting.seed, rank or None)
 
 
-def keep(store: OrderedDict, key: object, value: object, most: int) -> None:
+def remember(store: OrderedDict, key: object, value: object, most: int) -> None:
     """Put the newest last, and forget the oldest."""
     store.pop(key, None)
     store[key] = value
