@@ -143,7 +143,7 @@ def test_processes_share_out_the_shards(tiny_backbone, tmp_path):
 def test_a_disk_that_is_too_small_is_named_beforehand(tiny_backbone, tmp_path, monkeypatch):
     usage = dataclasses.make_dataclass("Usage", ["free"])(free=100)
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(ValueError, match=r"A cache of 11 items takes .* has 0.00 GB left"):
+    with pytest.raises(ValueError, match=r"A cache of 11 items takes .* has 0.00 MB left"):
         fill(tmp_path, Pictures(), tiny_backbone)
 
 

@@ -209,8 +209,12 @@ def test_what_was_seen_is_folded_and_escaped(monkeypatch):
     monkeypatch.setattr("IPython.display.display", lambda data, raw: shown.append(data))
     panels.saw("1 < 2.", "So it is.")
     folded = "<details><summary>What we saw</summary><p>1 &lt; 2. So it is.</p></details>"
-    (data,) = shown
-    assert data == {"text/html": folded, "text/plain": "What we saw: 1 < 2. So it is."}
+    panels.take_along("1 < 2.", "So it is.")
+    listed = "<p>Found here:</p><ul><li>1 &lt; 2.</li><li>So it is.</li></ul>"
+    assert shown == [
+        {"text/html": folded, "text/plain": "What we saw: 1 < 2. So it is."},
+        {"text/html": listed, "text/plain": "Found here:\n- 1 < 2.\n- So it is."},
+    ]
 
 
 def test_stored_numbers_say_which_model_they_are_of(monkeypatch):

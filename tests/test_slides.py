@@ -122,7 +122,7 @@ def test_what_comes_on_which_slide(tmp_path):
     )
     more = new_code_cell("", outputs=[
         page_output(f"<table>{rows * 3}</table>"), page_output(f"<table>{rows * 40}</table>"),
-        page_output(saw),
+        page_output(saw), page_output("<p>Found here:</p><ul><li>A &lt; b.</li><li>C.</li></ul>"),
     ])  # fmt: skip
     quiet = new_markdown_cell("## Hidden\n\nNot this.", metadata={"tags": ["no-slide"]})
     long = "A first sentence. " + "Another one follows here. " * 20
@@ -133,14 +133,15 @@ def test_what_comes_on_which_slide(tmp_path):
     )  # fmt: skip
     assert [(slide.level, slide.title) for slide in found] == [
         (1, "A *title*"), (3, "You can"), (2, "Seen"), (3, "Exercise 1: it"), (3, "Seen"),
-        (3, "Seen"), (3, "Seen"), (3, "What we saw"),
+        (3, "Seen"), (3, "Seen"), (3, "What we saw"), (3, "Found here"),
     ]  # fmt: skip
+    assert found[-1].body == "- A < b.\n- C."
     assert found[0].body == "*The promise.*" and found[0].notes == "More."
     assert found[2].body.startswith("A first sentence. Another")
     shown_of_it = found[2].body.strip()
     assert len(shown_of_it) <= slides.KEY and shown_of_it + " " + found[2].notes == long.strip()
     assert found[4].body.startswith("![a & \\[b\\]](deck/") and found[4].title == "Seen"
-    assert found[-1].body == "- One < two.\n- And three."
+    assert found[-2].body == "- One < two.\n- And three."
     everything = "\n".join(slide.text() for slide in found)
     for word in ("secret", "Hidden", "Not this", "lost", "a hint"):
         assert word not in everything

@@ -1,8 +1,10 @@
 """The wide world: what is held out, what is drawn, and that a build is what the list says."""
 
+import http.client
 import io
 import json
 import tarfile
+import urllib.error
 
 import numpy as np
 import pytest
@@ -174,3 +176,33 @@ def test_a_damaged_cache_is_one_sentence(name, data, wide_cache, tmp_path):
     path.write_bytes(path.read_bytes()[:-9] if data is None else data)
     with pytest.raises(DTEError, match="build it anew"):
         wide.load(tmp_path)
+
+
+class CutOff(io.BytesIO):
+    def read(self, *_):
+        raise http.client.IncompleteRead(b"half", 9)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (urllib.error.URLError(OSError(-3, "Name or service not known")), "Name or service not"),
+        (urllib.error.HTTPError("", 404, "Not Found", None, None), "(Not Found)"),
+        (TimeoutError("timed out"), "(timed out)"),
+        (CutOff(), "IncompleteRead"),
+    ],
+)
+def test_an_archive_that_cannot_be_fetched_is_one_sentence(answer, said, tmp_path, monkeypatch):
+    def opened(address, timeout):
+        assert timeout > 0
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(wide.urllib.request, "urlopen", opened)
+    with pytest.raises(DTEError) as error:
+        wide.fetch_package("@iconify-json/noto-v1", "1.2.3", None, tmp_path)
+    (line,) = str(error.value).splitlines()
+    assert line.startswith("https://registry.npmjs.org/@iconify-json/noto-v1/-/noto-v1-1.2.3.tgz ")
+    assert said in line and str(tmp_path / "iconify-json-noto-v1-1.2.3.tgz") in line
+    assert not list(tmp_path.iterdir())

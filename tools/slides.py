@@ -3,9 +3,10 @@
     python -m tools.slides [FOLDER]      by default build/slides; needs the extra `site`
 
 A heading starts a slide, with the first sentences below it and the first figure, its lists and
-formulas; each other figure and table has one, and so has each answer, "What we saw". The rest of
-the prose is in the speaker's notes (press S). Code and long tables are left out, and so is a
-section whose heading's cell has the tag "no-slide". sphinx-revealjs brings reveal.js along.
+formulas; each other figure and table has one, and so have the answers, "What we saw" and "Found
+here". The rest of the prose is in the speaker's notes (press S). Code and long tables are left out,
+and so is a section whose heading's cell has the tag "no-slide". sphinx-revealjs brings reveal.js
+along.
 """
 
 import argparse
@@ -37,6 +38,7 @@ PICTURE = re.compile(r'<img [^>]*?src="data:image/(\w+);base64,([^"]+)"[^>]*>', 
 ALT = re.compile(r'alt="([^"]*)"')
 TABLE = re.compile(r"<table.*?</table>", re.S)
 ANSWER = re.compile(r"<summary>What we saw</summary><p>(.*?)</p>", re.S)
+FOUND = re.compile(r"<p>Found here:</p><ul><li>(.*?)</li></ul>", re.S)
 
 
 @dataclass
@@ -217,14 +219,15 @@ def results(cell: NotebookNode, title: str, source: Path, stem: str) -> Iterator
                 kind = "long" if len(re.sub("<[^>]*>", "", table)) > CELLS else "short"
                 yield Slide(3, title, f'<div class="{kind}">{table}</div>')
         for text in ANSWER.findall(page):
-            yield from answers(html.unescape(text))
+            yield from answers("What we saw", SENTENCE.split(text))
+        for text in FOUND.findall(page):
+            yield from answers("Found here", text.split("</li><li>"))
 
 
-def answers(text: str) -> Iterator[Slide]:
+def answers(title: str, sentences: list[str]) -> Iterator[Slide]:
     """What was seen, a sentence to a line."""
-    sentences = [f"- {sentence}" for sentence in SENTENCE.split(text)]
-    for part in split_list("\n".join(sentences)):
-        yield Slide(3, "What we saw", part)
+    for part in split_list("\n".join(f"- {html.unescape(said)}" for said in sentences)):
+        yield Slide(3, title, part)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,9 +2,10 @@
 
 A figure function takes pictures and numbers and returns a matplotlib Figure. A panel is a thin
 ipywidgets wrapper around one, over results computed beforehand. `show` puts a figure into the
-notebook together with its alt text, `saw` what there is to see in it, folded; `measured_with` says
-whether stored numbers are of today's weights. One module per notebook; here is what all of them
-use, some of it from `common`: cells import from modules that teach. Needs the extra `notebooks`.
+notebook together with its alt text, `saw` what there is to see in it, folded, and `take_along` what
+was found; `measured_with` says whether stored numbers are of today's weights. One module per
+notebook; here is what all of them use, some of it from `common`: cells import from modules that
+teach. Needs the extra `notebooks`.
 """
 
 from dte_lab.common.images import read_image, square, to_bytes, to_pil
@@ -12,7 +13,14 @@ from dte_lab.common.plots import picture_grid
 from dte_lab.common.quiet import quiet_libraries
 from dte_lab.common.random import stream
 from dte_lab.common.stats import bracketed, interval, verdict
-from dte_lab.panels.shared import describe_machine, measured_with, saw, show, show_table
+from dte_lab.panels.shared import (
+    describe_machine,
+    measured_with,
+    saw,
+    show,
+    show_table,
+    take_along,
+)
 
 __all__ = [
     "bracketed",
@@ -27,6 +35,7 @@ __all__ = [
     "show_table",
     "square",
     "stream",
+    "take_along",
     "to_bytes",
     "to_pil",
     "verdict",

@@ -161,11 +161,14 @@ def fill_cache(
             indices[k : k + ENCODED_AT_ONCE] for k in range(0, len(indices), ENCODED_AT_ONCE)
         ]
         batches = iter(DataLoader(dataset, batch_sampler=sampler, **options))
-    for number in tqdm(missing, desc="cache", unit_scale=SHARD, disable=not main):
-        if max_minutes is not None and time.monotonic() - started > 60 * max_minutes:
-            accelerator.set_trigger()
-            break
-        write_shard(shard_path(folder, number), encoded(backbone, batches, clip_layer))
+    items = [min(SHARD, len(dataset) - SHARD * number) for number in missing]
+    with tqdm(total=sum(items), desc="cache", disable=not main) as bar:
+        for number, count in zip(missing, items, strict=True):
+            if max_minutes is not None and time.monotonic() - started > 60 * max_minutes:
+                accelerator.set_trigger()
+                break
+            write_shard(shard_path(folder, number), encoded(backbone, batches, clip_layer))
+            bar.update(count)
     if accelerator.check_trigger():  # any of the processes has more to do
         return False
     accelerator.wait_for_everyone()
@@ -222,7 +225,8 @@ def announcement(folder: Path, dataset: Dataset, backbone: Backbone) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     there = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     free = shutil.disk_usage(folder).free
-    said = f"a cache of {len(dataset):,} items takes {size / 1e9:.2f} GB in {folder}"
+    took, left = (f"{n / 1e9:.2f} GB" if n >= 1e8 else f"{n / 1e6:.2f} MB" for n in (size, free))
+    said = f"a cache of {len(dataset):,} items takes {took} in {folder}, which has {left} left"
     if size - there > free:
-        raise DTEError(f"{said[0].upper()}{said[1:]}, which has {free / 1e9:.2f} GB left.")
-    return f"{said}, which has {free / 1e9:.2f} GB left"
+        raise DTEError(f"{said[0].upper()}{said[1:]}.")
+    return said

@@ -9,6 +9,7 @@ and neither is anything of the style `UNSEEN_STYLE`, but for those same things: 
 
 import base64
 import hashlib
+import http.client
 import io
 import json
 import tarfile
@@ -35,6 +36,7 @@ from dte_lab.world.wide_names import Emoji, HeldOut, icon_name
 
 LIST = ASSETS / "wide.json"
 REGISTRY = "https://registry.npmjs.org"
+WAIT = 60  # seconds without a byte from it
 INKS = tuple(sorted(COLOURS.keys() - {"white"}))  # what many scenes would swallow is left out
 LEAST_INK = 0.02  # share of the square: what is emptier was drawn with fonts, or not at all
 
@@ -137,13 +139,22 @@ def is_blank(rgba: np.ndarray) -> bool:
 def fetch_package(package: str, version: str, integrity: str | None, folder: Path) -> Path:
     """The archive of a package of npm's registry, from `folder` if it is there already.
 
-    Raises DTEError when it is not the one whose sha512 (in npm's form) is expected.
+    Raises DTEError where it cannot be fetched, and when it is not the one whose sha512 (in npm's
+    form) is expected.
     """
     name = package.split("/")[-1]
     path = Path(folder) / f"{package.strip('@').replace('/', '-')}-{version}.tgz"
     if not path.exists():
-        with urllib.request.urlopen(f"{REGISTRY}/{package}/-/{name}-{version}.tgz") as answer:
-            write_atomically(path, answer.read())
+        address = f"{REGISTRY}/{package}/-/{name}-{version}.tgz"
+        try:
+            with urllib.request.urlopen(address, timeout=WAIT) as answer:
+                archive = answer.read()
+        except (OSError, http.client.HTTPException) as error:  # URLError's reason is an error, too
+            said = reason_of(getattr(error, "reason", None) or error)
+            raise DTEError(
+                f"{address} cannot be fetched ({said}): try again later, or save it as {path}."
+            ) from error
+        write_atomically(path, archive)
     found = integrity_of(path.read_bytes())
     if integrity and found != integrity:
         raise DTEError(f"{path} has the checksum {found}, not {integrity}: delete it.")

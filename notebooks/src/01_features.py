@@ -155,6 +155,28 @@ show(
     "components, the first component alone, and two single channels.",
 )
 
+# %%
+every = principal_maps(patches)  # (N, g, g, 3)
+ring = np.ones(every.shape[1:3], bool)
+ring[2:-2, 2:-2] = False  # the border of a picture, two patches wide
+borders, middles = every[:, ring].mean(1), every[:, ~ring].mean(1)  # (N, 3)
+within = every[:, ring].std(1).mean()
+inward = np.linalg.norm(middles - borders, axis=1).mean() / within
+
+
+def apart(of, same):
+    """Mean distance of pairs that share a label, as a share of that of all others."""
+    d = np.linalg.norm(of[:, None] - of[None], axis=2)
+    return d[same & ~np.eye(len(d), dtype=bool)].mean() / d[~same].mean()
+
+
+alike = {name: apart(of, values[:, None] == values) for name, of, values in
+         (("scene", borders, scene), ("thing", middles, thing))}  # fmt: skip
+saw(f"All {len(items)} pictures, in the three components: the middle is {inward:.1f} times as far",
+    "from the border as the patches of a border scatter. Borders of one scene are",
+    f"{alike['scene']:.0%} as far apart as those of two; middles of one thing, in whatever scene",
+    f"and style, {alike['thing']:.0%} as far as those of two things.")  # fmt: skip
+
 # %% [markdown]
 # ## 2. The UNet's view
 #
@@ -428,7 +450,10 @@ curves = {
         [np.mean([linear_cka(unet[f], s) for s in shuffled]) for f in FRACTIONS],
         [np.std([linear_cka(unet[f], s) for s in shuffled]) for f in FRACTIONS],
     ),
-}
+    "with CLIP embedding, pictures shuffled": (
+        [linear_cka(unet[f], rng.permutation(clip_embeds)) for f in FRACTIONS], None
+    ),
+}  # fmt: skip
 like_clip = dict(zip(FRACTIONS, curves["with CLIP patches"][0], strict=True))
 nearest_clip = max(like_clip, key=like_clip.get)
 
@@ -447,7 +472,13 @@ flat = max(like_clip.values()) - min(v for f, v in like_clip.items() if f < 1)
 saw(
     f"Below the last step the CKA with CLIP's patches varies by {flat:.2f}: "
     f"{'a flat curve, so do not make much of its maximum' if flat < 0.1 else 'it depends on t'}.",
-    f"Shuffled pictures still reach {max(curves['with CLIP patches, pictures shuffled'][0]):.2f}.",
+    "Shuffled pictures still reach "
+    + " and ".join(
+        f"{max(values):.2f} ({name.split(',')[0].removeprefix('with ')})"
+        for name, (values, _) in curves.items()
+        if "shuffled" in name
+    )
+    + ".",
 )
 
 # %% [markdown]
@@ -843,6 +874,7 @@ alike = {
 }
 table = pipe.prompt_encoder.table
 nearest = {f: [w[0] for w in table.nearest(v, k=1)[1]] for f, v in words_at.items()}
+print(f"n = {len(clean)} pictures; ±: one standard deviation over them")
 print("t / T   cosine of v* with its mean over all t   nearest word as at the smallest t")
 for f, cosine in alike.items():
     same = np.mean([a == b for a, b in zip(nearest[f], nearest[FRACTIONS[0]], strict=True)])
@@ -871,6 +903,22 @@ saw(
 # - Split by what must be new. A probe that has met the thing before tells you little.
 # - The UNet's features depend on `t`, so the fusion is told `t`; at the last step they hold nothing
 #   of the picture, and `feature_timesteps` should stay well below it.
-#
+
+# %%
+from dte_lab.panels import take_along
+
+strongest = "; ".join(f"{name} {max(v, key=v.get)}" for name, v in above.items())
+best = {t: max(without_t, key=lambda name: curves[name][0]) for t, curves in probed.items()}
+take_along(
+    f"What decides who is near whom: {strongest}.",
+    "Read best by a probe of clean pictures: "
+    + "; ".join(f"{t} from {b}, {probed[t][b][0]:.0%} (guessing {chance[t]:.0%})"
+                for t, b in best.items()) + ".",
+    "Half of the UNet's lead over guessing is lost at: "
+    + ", ".join(f"{t} {f:g} T" for t, f in lost.items()) + ".",
+    *seen,  # of section 7
+)  # fmt: skip
+
+# %% [markdown]
 # The code is short: `dte_lab/features.py` has both views and `FeatureFusion`, the fusion;
 # `static_features` in `dte_lab/encoder.py` has the choice of `t`.

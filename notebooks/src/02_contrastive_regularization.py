@@ -144,6 +144,20 @@ show(
     f"Rows: the input, v* alone, and its three nearest words, drawn on white. {'; '.join(beside)}.",
 )
 
+# %%
+far = torch.stack(
+    [
+        (pipe.pixels(row[1:]) - pipe.pixels(row[:1])).square().mean((1, 2, 3)).sqrt() / 2
+        for row in rows
+    ]
+)  # (things, v* and three words)
+best = far[:, 1:].min(dim=1).values
+saw("How far the drawings are from the input (root mean square): "
+    + "; ".join(f"{name}, v* {own:.3f}, the best of its words {word:.3f}" for name, own, word
+                in zip(SAMPLE_CONCEPTS, far[:, 0].tolist(), best.tolist(), strict=True))
+    + f". v* is nearer than each of its words for {int((far[:, 0] < best).sum())} of {len(far)}.",
+)  # fmt: skip
+
 # %% [markdown]
 # The encoder was taught first to say the *word of the picture*: a linear map of what the thing
 # looks like. That word can be computed, since the small world can draw the thing on white. How near
@@ -203,10 +217,14 @@ show(
 # %%
 ranks = [np.mean(of_nearest < words[0][1]) for words in nearest]
 by_chance = np.mean([np.mean(at_random < words[0][1]) for words in nearest])
+of_things = table.embeddings[:, -1].cpu().numpy() > 0  # or of anything else
+mixed = (of_things[pairs[0]] != of_things[pairs[1]])[pairs[0] != pairs[1]]
 saw(
     "Share of the words that are further from their nearest other word than v* is from a word:",
     ", ".join(f"{rank:.0%} ({name})" for name, rank in zip(SAMPLE_CONCEPTS, ranks, strict=True))
-    + f". Random pairs: {by_chance:.0%}.",
+    + f". Random pairs: {by_chance:.0%}. The small hill on the far left are pairs of a word for a "
+    f"thing and one for something else: {mixed.mean():.0%} of the pairs, median "
+    f"{np.median(at_random[mixed]):.2f}; of the others, {np.median(at_random[~mixed]):.2f}.",
 )
 
 # %% [markdown]
@@ -677,9 +695,8 @@ show(
 # How to read it. The term acts on the two measures in the middle, so a difference there says only
 # that it does what it is told. Whether words near `v*` *mean* more is the first measure, and the
 # term may well not reach it: it pulls towards whatever words are nearest, be they right or wrong.
-# The last measure may show a price, but mind its prompt: it is "a picture of S*", without the
-# scene, which the prompt of tuning names. So a larger diffusion loss with the term can mean a worse
-# fit of the thing, or an `S*` that carries less of the scene. The tables above have the verdicts.
+# The last measure may show a price: it is the loss under the prompt of tuning, and where it is
+# larger, the picture is fitted less well. The tables above have the verdicts.
 #
 # ### Four encoders
 #
@@ -763,13 +780,23 @@ for path, label in {"dual path": "dte", "soft path alone": "dte@alpha_blend=1"}.
         f"differences: {after}",
     )
 
+# %%
+scenes_of = {label: [line for line in summary if line["method"] == label]
+             for label in ("dte", "dte@alpha_blend=1")}  # fmt: skip
+kept = "; ".join(
+    f"{path} {', '.join(format(line['scene']['mean'], '.3f') for line in scenes_of[label])}"
+    for path, label in (("dual path", "dte"), ("soft path alone", "dte@alpha_blend=1"))
+)
+at = ", ".join(str(line["steps"]) for line in scenes_of["dte"])
+saw(f"Right scenes with the term, at {at} steps: {kept}. 1 is the ceiling, where no",
+    "regulariser has anything to save.")  # fmt: skip
+
 # %% [markdown]
 # How to read it. Look at the scale of the second column first. Where a measure stands at its
 # ceiling, as right scenes may with the dual path, the term has nothing to give, and what holds `v*`
 # beside the words leaves it less free to be this one thing. The term can show what it is for where
 # tuning costs scenes: with the soft path alone, if anywhere. If right scenes stand at the ceiling
-# there as well, these settings are too easily kept for the term to have anything to save. Does the
-# difference in the table lie above zero? Then the term and the dual path protect the same thing.
+# there as well, these settings are too easily kept for the term to have anything to save.
 #
 # And the other two? The tables below have the same differences from the encoder without a term,
 # dual path, for each kind that has been trained for the present model; where L2 and nearest word
@@ -838,7 +865,6 @@ show_table(lines, ["Trained with", "Steps", *measured.values()], "Minus the enco
 from dte_lab.evaluation.v_star_paths import VStarPath, read_paths
 from dte_lab.evaluation.word_map import neighbours_kept, place, word_positions
 
-of_things = table.embeddings[:, -1].cpu().numpy() > 0
 for word in ("beach", "night", "red", "the", "cat"):
     if word in table.words:
         own = of_things[table.words.index(word)]
@@ -944,7 +970,14 @@ drift = {
     for (of, kind, name), (_, v) in vectors.items() if of == "tuning"
 }  # fmt: skip
 nearer = sum(gap > 0 for gap in gaps)
-saw(f"With the term v* ends nearer to a word for {nearer} of {len(gaps)} things,",
+parted = []
+for name in watched:
+    (at, cosines), (_, others) = ((a, v["cosine"]) for a, v in (
+        curves["contrastive", name], curves["none", name]))  # fmt: skip
+    apart = (step for step, one, two in zip(at, cosines, others, strict=True) if one - two > 0.05)
+    parted.append(f"{name} {next(apart, 'never')}")
+saw(f"By more than 0.05 in cosine they part at step: {', '.join(parted)}.",
+    f"With the term v* ends nearer to a word for {nearer} of {len(gaps)} things,",
     f"by {np.mean(gaps):+.3f} in cosine on average. From its start v* turned to a cosine of",
     f"{min(drift.values()):.2f} at least, {max(drift.values()):.2f} at most.")  # fmt: skip
 
@@ -1068,6 +1101,23 @@ saw(f"{measured_with(experiment['versions']).capitalize()}. Nearest to a word:",
 # - Computing log and sum of exponentials together keeps a small temperature safe.
 # - A map of words is a drawing. Ask how many neighbours it keeps, and put the measured distance
 #   beside it.
-#
+
+# %%
+from dte_lab.panels import take_along
+
+with_term = of_start("differences", "shipped")[-1]
+take_along(
+    f"v* alone draws nearer to the input than all its nearest words for "
+    f"{int((far[:, 0] < best).sum())} of {len(far)} things.",
+    f"In {steps} steps the term takes v* nearer to a word, by "
+    f"{bracketed(with_term['nearest_cosine'], sign='+')} in cosine; what the words mean is "
+    f"{verdict(with_term['word_similarity'])}, {bracketed(with_term['word_similarity'], sign='+')} "
+    "(MiniLM).",
+    f"An encoder trained with it, against one without, harmonic mean after tuning: "
+    f"{bracketed(paired(rows, labels['contrastive'], labels['none'])[-1]['fidelity'], sign='+')}.",
+    f"The map keeps {kept:.0%} of the ten nearest words.",
+)
+
+# %% [markdown]
 # The code is short: `dte_lab/contrastive.py` has the terms, `dte_lab/tokens.py` the words,
 # `dte_lab/evaluation/regularisation.py` the experiment.

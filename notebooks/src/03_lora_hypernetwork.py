@@ -306,7 +306,7 @@ head, group = next((h, g) for h, g in net.groups.items() if g.side == "A")
 number = group.numbers[0]
 key = net.keys[number // 2]  # matrix 2i is the A of key i
 with torch.no_grad():
-    A = net.heads[head](answers[:, number]).unflatten(-1, group.shape)  # (1, Din, r)
+    A = net.heads[head](answers[:, number]).unflatten(-1, group.shape)  # (n, Din, r)
 print(f"A of {key}: {tuple(A.shape)}")
 assert torch.allclose(A, offsets[key][0], atol=1e-5)
 
@@ -585,9 +585,9 @@ else:
     said = "which of the two decides more is not clear"
 print(f"sharing the thing against sharing the scene: {thing_or_scene['mean']:+.2f}, 95 % interval")
 print(f"[{thing_or_scene['low']:+.2f}, {thing_or_scene['high']:+.2f}], so {said}")
-said = "a trace" if trace["low"] > 0 else "no clear trace"
+said = "the change carries" if trace["low"] > 0 else "it is not clear that the change carries"
 print(f"sharing the scene against sharing nothing: {trace['mean']:+.2f}, 95 % interval")
-print(f"[{trace['low']:+.2f}, {trace['high']:+.2f}], so there is {said} of the scene in the change")
+print(f"[{trace['low']:+.2f}, {trace['high']:+.2f}], so {said} the scene")
 
 # %% [markdown]
 # The scene in the change is not what one wants: it may be drawn again under a prompt that asks for
@@ -837,6 +837,16 @@ show(
     "rank and over what was seen in training; the numbers are in the table above.",
 )
 
+# %%
+twice = [name for name in summary if name in longer and LAST in dict(longer[name]["unseen"])]
+orders = [tuple(sorted(twice, key=lambda n: summary[n]["by_seed"][k])) for k in range(n_seeds)]
+once = tuple(sorted(twice, key=lambda name: dict(longer[name]["unseen"])[LAST]))
+name_of = {name: label for label, name in named}
+saw(f"{'; '.join(measured_with(document['versions']) for document in documents).capitalize()}.",
+    f"From the least loss, with the larger budget: {', '.join(name_of[n] for n in once)}.",
+    f"{orders.count(once)} of {n_seeds} seeds have that order with the smaller one, and",
+    f"{'all seeds agree' if len(set(orders)) == 1 else 'the seeds do not agree'}.")  # fmt: skip
+
 # %% [markdown]
 # Read both panels with the budget in mind. A higher rank costs numbers, and the table says how
 # many; whole matrices cost the most, in numbers and in seconds per step. An empty cell was not
@@ -1012,6 +1022,19 @@ show(
 #   widths, not with the number of layers.
 # - Norms, cosines and singular values of a change come from `r × r` matrices.
 # - The export is an ordinary LoRA and an ordinary textual-inversion file. It carries the soft path.
-#
+
+# %%
+from dte_lab.panels import take_along
+
+take_along(
+    f"Without their common part, two predicted changes that share the scene are alike by "
+    f"{interval(other)['mean']:.2f}, two that share the thing by {interval(same)['mean']:.2f}.",
+    f"Drawn on white, the tuned change takes {gain['mean']:.3f} [{gain['low']:.3f}, "
+    f"{gain['high']:.3f}] off the distance that v* alone leaves; rank {enough} is enough for that.",
+    f"A stock pipeline draws our picture from the exported files, to {apart(theirs, ours)} grey "
+    "levels.",
+)
+
+# %% [markdown]
 # Everything here is in short files: `dte_lab/hypernetwork.py` has the network, `dte_lab/lora.py`
 # the product `x A B` and the measures, `dte_lab/export.py` the files.
