@@ -534,8 +534,11 @@ def test_a_padded_picture_is_whole_and_its_padding_is_not_the_thing():
     marked = read_picture(cut_out())
     cropped = np.asarray(square_mask(marked, 32, "crop"))  # columns 8 to 40 of 48
     assert cropped[16, 4:28].min() == 255 and cropped[16, :4].max() == 0 == cropped[16, 28:].max()
-    with pytest.raises(DTEError, match="fit is one of crop, pad"):
-        square(image, 32, "stretch")
+    for wrong in ("stretch", np.array(["crop", "pad"]), None):
+        with pytest.raises(DTEError, match="fit is one of crop, pad"):
+            square(image, 32, wrong)
+        with pytest.raises(DTEError, match="fit is one of crop, pad"):
+            read_pictures(image, fit=wrong)
 
 
 def warned(picture: Picture, fit: str = "crop") -> list[str]:

@@ -97,6 +97,7 @@ def read_pictures(
 
     What this returns is taken as it is. Warns as `warn_of_backgrounds`, refuses a blank picture.
     """
+    check_one_of("fit", fit, FITS)
     if isinstance(sources, list) and sources and all(isinstance(x, Picture) for x in sources):
         return sources
     sources = each_picture(sources)
