@@ -85,16 +85,16 @@ def saw(*sentences: str) -> None:
     """Display what is to be seen in the results above, folded: the reader looks first."""
     text = " ".join(sentences)
     folded = f"<details><summary>What we saw</summary><p>{html.escape(text)}</p></details>"
-    _say(folded, f"What we saw: {text}")
+    _rich_or_plain(folded, f"What we saw: {text}")
 
 
 def take_along(*sentences: str) -> None:
     """Display what a notebook has found, a sentence to a line, below its "To take along"."""
     lines = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences)
-    _say(f"<p>Found here:</p><ul>{lines}</ul>", "\n- ".join(["Found here:", *sentences]))
+    _rich_or_plain(f"<p>Found here:</p><ul>{lines}</ul>", "\n- ".join(["Found here:", *sentences]))
 
 
-def _say(rich: str, plain: str) -> None:
+def _rich_or_plain(rich: str, plain: str) -> None:
     from IPython.display import display
 
     display({"text/html": rich, "text/plain": plain}, raw=True)
