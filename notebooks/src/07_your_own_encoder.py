@@ -419,7 +419,8 @@ for owner in (mine, DTEPipeline(backbone, shipped)):
     for steps in (0, 12):
         concept = owner.personalize(thing, num_steps=steps, progress=False)
         rows.append([thing] + [r[0] for r in owner.generate(concept, prompts, progress=False)])
-labels = ["yours, predicted", "yours, 12 steps", "the shipped one, predicted", "… 12 steps"]
+labels = [f"{whose}, {when}" for whose in ("yours", "the shipped one") for when in
+          ("predicted", "12 steps")]  # fmt: skip
 show(picture_grid(rows, ["the input", "beach", "night", "white"], labels),
      f"{names[8].capitalize()} in three scenes, from your encoder and from the shipped one, before "
      "and after tuning.")  # fmt: skip
