@@ -35,7 +35,6 @@ from dte_lab.sd15 import (
 )
 
 WEIGHTS = Path(__file__).parent / "weights"
-ABLATIONS = ("contrastive", "none")  # encoders shipped for "small", by their regulariser
 AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "PatchAutoencoder": PatchAutoencoder}
 ABLATIONS = ("none",)  # encoders shipped for "small", by their regulariser
 

@@ -450,6 +450,22 @@ def test_without_voila_one_sentence_says_what_to_install(monkeypatch):
         explore.explore(device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"backbone": "nowhere"}, "nowhere"),
+        ({"encoder": "small/unknown"}, "no encoder at small/unknown"),
+        ({"encoder": ""}, "no encoder at"),
+        ({"device": "gpu"}, "gpu"),
+    ],
+)
+def test_what_cannot_be_explored_opens_no_page(asked, said, monkeypatch):
+    monkeypatch.setattr(explore, "find_spec", lambda name: object())
+    monkeypatch.setattr(explore.subprocess, "run", lambda command: pytest.fail("it was started"))
+    with pytest.raises(DTEError, match=said):
+        explore.explore(**{"device": "cpu"} | asked)
+
+
 def test_the_command_starts_voila_and_leaves_nothing(monkeypatch):
     calls = []
 

@@ -37,13 +37,16 @@ def explore(
     if find_spec("voila") is None or find_spec("ipywidgets") is None:
         raise DTEError('The explorer needs voila: pip install "dte_lab[explore]".')
     from dte_lab.common.device import checked_device
+    from dte_lab.hardware.doctor import of_model
 
+    device = str(checked_device(device))
+    for finding in of_model(backbone, encoder, device):  # before a page opens that cannot work
+        if not finding.good:
+            raise DTEError(finding.text)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "explorer.ipynb"
         encoder = None if encoder is None else str(encoder)
-        write_atomically(
-            path, app_notebook(backbone, encoder, str(checked_device(device))).encode()
-        )
+        write_atomically(path, app_notebook(backbone, encoder, device).encode())
         command = [sys.executable, "-m", "voila", str(path), f"--port={port}"]
         command += ["--no-browser"] * no_browser
         typer.echo(f"the explorer: http://localhost:{port} (Ctrl-C ends it)")

@@ -47,9 +47,14 @@ def examine(
     yield from _optional()
     yield from _device(device)
     with quiet_libraries():
-        parts = [_backbone(backbone, device), _encoder(backbone, encoder), *_room(backbone, device)]
+        parts = [*of_model(backbone, encoder, device), *_room(backbone, device)]
     yield from parts
     yield _folder(Path(out))
+
+
+def of_model(backbone: str, encoder: Path | str | None, device: str | None) -> list[Finding]:
+    """Whether backbone and encoder are there."""
+    return [_backbone(backbone, device), _encoder(backbone, encoder)]
 
 
 def _libraries() -> Iterator[Finding]:
@@ -182,15 +187,15 @@ def _encoder(backbone: str, encoder: Path | str | None) -> Finding:
     from dte_lab.backbone_parts import backbone_folder
     from dte_lab.encoder import encoder_folder
 
-    folder = encoder_folder(encoder or backbone_folder(backbone) / "encoder")
+    folder = encoder_folder(backbone_folder(backbone) / "encoder" if encoder is None else encoder)
     try:
         check_path("the encoder", folder / "config.json")
     except DTEError as error:
         return Finding("encoder", str(error), False)
     if (folder / "config.json").is_file():
         return Finding("encoder", str(folder))
-    if encoder or backbone == "small":
-        return Finding("encoder", f"there is none at {folder}", False)
+    if encoder is not None or backbone == "small":
+        return Finding("encoder", f"there is no encoder at {folder}", False)
     return Finding("encoder", "none: v* starts from the nearest words, see docs/sd15.md")
 
 
