@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 import re
 import sys
 
@@ -191,6 +192,21 @@ def test_labels_of_points_do_not_collide():
     for i, box in enumerate(boxes):
         assert not any(box.overlaps(other) for other in boxes[:i])
         assert not any(box.contains(*ax.transData.transform(p[:2])) for p in points)
+
+
+def test_a_label_is_nearer_to_its_own_point():
+    """Where the first place that is free would be read as the neighbour's."""
+    figure = Figure(figsize=(3, 3), dpi=72)
+    ax = figure.add_axes((0, 0, 1, 1), xlim=(0, 216), ylim=(0, 216))
+    points = [(100, 100, "a"), (114, 104, "b"), (112, 92, "c"), (60, 150, "d")]
+    shared.label_points(ax, points)
+    figure.draw_without_rendering()
+    for (*_, text), label in zip(points, ax.texts, strict=True):
+        assert label.get_text() == text
+        box = label.get_window_extent()
+        middle = (box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2
+        apart = {name: math.dist(middle, (u, v)) for u, v, name in points}
+        assert min(apart, key=apart.get) == text, apart
 
 
 def test_describe_machine_names_the_device():

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -250,28 +251,33 @@ def plain(ax: Axes) -> None:
 def label_points(ax: Axes, labels: Sequence[tuple[float, float, str]], fontsize: float = 8) -> None:
     """Write texts beside points (x, y), each where no other is yet; one without room is left out.
 
-    Call it when the axes have all else. No label lies on another, nor on another's point.
+    Call it when the axes have all else. No label lies on another, nor on another's point; where
+    there is a choice, it is clearly nearer to its own.
     """
     ax.figure.draw_without_rendering()  # so that points have places
     scale, taken = 72 / ax.figure.dpi, []
     places = [tuple(scale * ax.transData.transform((x, y))) for x, y, _ in labels]
+    points = [(u - 3, v - 3, u + 3, v + 3) for u, v in places]
     for (x, y, text), (left, bottom) in zip(labels, places, strict=True):
         width, height = 0.62 * fontsize * len(text), 1.1 * fontsize
+        others, free = [place for place in places if place != (left, bottom)], []
         for right_by, up_by in (
             (5, 3), (5, -height - 3), (-width - 5, 3), (-width - 5, -height - 3),
             (-width / 2, 7), (-width / 2, -height - 7), (9, -height / 2), (-width - 9, -height / 2),
         ):  # fmt: skip
             a, b = left + right_by, bottom + up_by
-            box = (a, b, a + width, b + height)
-            others = [(u - 3, v - 3, u + 3, v + 3) for u, v in places]
-            if any(_overlap(box, other) for other in taken + others):
+            box, middle = (a, b, a + width, b + height), (a + width / 2, b + height / 2)
+            if any(_overlap(box, other) for other in taken + points):
                 continue
-            taken.append(box)
-            ax.annotate(
-                text, (x, y), (right_by, up_by), textcoords="offset points", fontsize=fontsize,
-                color=INK, va="bottom",
-            )  # fmt: skip
-            break
+            other = min((math.dist(middle, place) for place in others), default=math.inf)
+            free.append((other / math.dist(middle, (left, bottom)), box, (right_by, up_by)))
+        if not free:
+            continue
+        _, box, by = next((place for place in free if place[0] > 1.25), max(free))
+        taken.append(box)
+        ax.annotate(
+            text, (x, y), by, textcoords="offset points", fontsize=fontsize, color=INK, va="bottom"
+        )
 
 
 def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
