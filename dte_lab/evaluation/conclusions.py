@@ -182,8 +182,8 @@ CONCLUSIONS = [
         "editability", "dte:0", "dte@alpha_blend=1:0", "behind",
     ),
     Conclusion(
-        "After 12 steps they are level ({other} for the soft path alone): {difference}.",
-        "editability", "dte:12", "dte@alpha_blend=1:12", "level",
+        "After 12 steps the blend is ahead, {one} against {other}: {difference}.",
+        "editability", "dte:12", "dte@alpha_blend=1:12", "ahead",
     ),
     Conclusion(
         "From no encoder, orthogonal updates of the offsets (Muon) are ahead of AdamW's after 12 "
