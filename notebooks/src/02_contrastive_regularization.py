@@ -695,8 +695,9 @@ show(
 # How to read it. The term acts on the two measures in the middle, so a difference there says only
 # that it does what it is told. Whether words near `v*` *mean* more is the first measure, and the
 # term may well not reach it: it pulls towards whatever words are nearest, be they right or wrong.
-# The last measure may show a price: it is the loss under the prompt of tuning, and where it is
-# larger, the picture is fitted less well. The tables above have the verdicts.
+# The last measure may show a price, but mind its prompt: it is "a picture of S*", without the
+# scene, which the prompt of tuning names. So a larger diffusion loss with the term can mean a worse
+# fit of the thing, or an `S*` that carries less of the scene. The tables above have the verdicts.
 #
 # ### Four encoders
 #
