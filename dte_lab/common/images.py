@@ -48,7 +48,6 @@ def read_image(source: PictureSource) -> Image.Image:
 
     EXIF orientation is applied, transparency is put on white, 16-bit depth is scaled to 8, CMYK
     and palettes are converted, and of an animation the first frame is taken.
-
     Raises ImageError for anything that is missing, is no picture, is damaged, has a side under
     `MIN_SIDE` or more than `MAX_PIXELS` pixels (judged by the header, before decoding), or more
     than 100 MB.

@@ -129,8 +129,8 @@ def fill_cache(
 
     clip_layer: the hidden state that the encoder reads. max_minutes: ends this call, to be
     continued by the next. say: told the size beforehand. num_workers: as in `loading`. Of a stream
-    as many whole shards are written as hold the pictures that are asked for.
-    Raises DTEError where the folder holds a cache of something else, or the disk has no room.
+    as many whole shards are written as the pictures asked for fill. Raises DTEError where the
+    folder holds a cache of something else, or the disk has no room.
     """
     started, path, main = time.monotonic(), folder / CACHE, accelerator.is_main_process
     processes = Processes(accelerator.process_index, accelerator.num_processes)
@@ -161,9 +161,9 @@ def fill_cache(
             indices[k : k + ENCODED_AT_ONCE] for k in range(0, len(indices), ENCODED_AT_ONCE)
         ]
         batches = iter(DataLoader(dataset, batch_sampler=sampler, **options))
-    items = [min(SHARD, len(dataset) - SHARD * number) for number in missing]
-    with tqdm(total=sum(items), desc="cache", disable=not main) as bar:
-        for number, count in zip(missing, items, strict=True):
+    items = {number: min(SHARD, len(dataset) - SHARD * number) for number in missing}
+    with tqdm(total=sum(items.values()), desc="cache", disable=not main) as bar:
+        for number, count in items.items():
             if max_minutes is not None and time.monotonic() - started > 60 * max_minutes:
                 accelerator.set_trigger()
                 break

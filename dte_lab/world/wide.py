@@ -36,7 +36,6 @@ from dte_lab.world.wide_names import Emoji, HeldOut, icon_name
 
 LIST = ASSETS / "wide.json"
 REGISTRY = "https://registry.npmjs.org"
-WAIT = 60  # seconds without a byte from it
 INKS = tuple(sorted(COLOURS.keys() - {"white"}))  # what many scenes would swallow is left out
 LEAST_INK = 0.02  # share of the square: what is emptier was drawn with fonts, or not at all
 
@@ -139,21 +138,18 @@ def is_blank(rgba: np.ndarray) -> bool:
 def fetch_package(package: str, version: str, integrity: str | None, folder: Path) -> Path:
     """The archive of a package of npm's registry, from `folder` if it is there already.
 
-    Raises DTEError where it cannot be fetched, and when it is not the one whose sha512 (in npm's
-    form) is expected.
+    Raises DTEError where it cannot be fetched, or has another sha512 (in npm's form).
     """
     name = package.split("/")[-1]
     path = Path(folder) / f"{package.strip('@').replace('/', '-')}-{version}.tgz"
     if not path.exists():
         address = f"{REGISTRY}/{package}/-/{name}-{version}.tgz"
         try:
-            with urllib.request.urlopen(address, timeout=WAIT) as answer:
+            with urllib.request.urlopen(address, timeout=60) as answer:
                 archive = answer.read()
         except (OSError, http.client.HTTPException) as error:  # URLError's reason is an error, too
             said = reason_of(getattr(error, "reason", None) or error)
-            raise DTEError(
-                f"{address} cannot be fetched ({said}): try again later, or save it as {path}."
-            ) from error
+            raise DTEError(f"{address} cannot be had ({said}): save it as {path}.") from error
         write_atomically(path, archive)
     found = integrity_of(path.read_bytes())
     if integrity and found != integrity:
@@ -253,10 +249,9 @@ def make_list(versions: dict[str, str], folder: Path) -> dict:
         path = fetch_package(source.npm, versions[source.package], None, folder)
         with tarfile.open(path) as archive:
             packages[source.package] = {
-                "version": versions[source.package],
-                "integrity": integrity_of(path.read_bytes()),
+                "version": versions[source.package], "integrity": integrity_of(path.read_bytes()),
                 **choose(source, archive, emoji, HeldOut(aliases)),
-            }
+            }  # fmt: skip
     return {"aliases": aliases, "packages": packages}
 
 
@@ -266,8 +261,8 @@ def choose(source: Source, archive: tarfile.TarFile, emoji: Emoji, held_out: Hel
     key: the list in `Wide` that an icon belongs to.
     """
     icons, info = read_json(archive, "icons.json"), read_json(archive, "info.json")
-    members = archive.getnames()
-    about = read_json(archive, "metadata.json") if "package/metadata.json" in members else {}
+    has_more = "package/metadata.json" in archive.getnames()
+    about = read_json(archive, "metadata.json") if has_more else {}
     category = {i: c for c, names in about.get("categories", {}).items() for i in names}
     kept, seen = [], set()
     counts = dict.fromkeys(("hidden", "person", "held out", "style", "blank", "twice"), 0)
@@ -296,11 +291,10 @@ def choose(source: Source, archive: tarfile.TarFile, emoji: Emoji, held_out: Hel
             kept.append(["drawings", icon, name, digest])
             continue
         counts[why] += 1
-    licence = info["license"]["spdx"]
-    return {"licence": licence, "author": info["author"], "left_out": counts, "icons": kept}
+    whose = {"licence": info["license"]["spdx"], "author": info["author"]}
+    return whose | {"left_out": counts, "icons": kept}
 
 
 def _size(icon: str) -> int:
     """48 of 'heart-48', for packages that draw an icon in several sizes."""
-    last = icon.rsplit("-", 1)[-1]
-    return int(last) if last.isdigit() else 0
+    return int(last) if (last := icon.rsplit("-", 1)[-1]).isdigit() else 0
