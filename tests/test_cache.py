@@ -65,8 +65,9 @@ def test_items_are_what_the_frozen_parts_see(tiny_backbone, tmp_path, targets):
         embeds = output.image_embeds[0] / output.image_embeds[0].norm()
         torch.testing.assert_close(found["embeds"], embeds)
     size = sum(f.get_tensor(n).nbytes for f, _ in cached.shards.values() for n in f.keys())
-    assert size == 11 * (bytes_each(tiny_backbone, 2 if targets else 1) + 8)  # and the concept
-    assert "11 items takes 0.00 GB" in said[0]
+    expected = 11 * bytes_each(tiny_backbone, 2 if targets else 1)
+    assert size == expected + 11 * 8  # and the concept
+    assert f"11 items takes {expected / 1e6:.2f} MB" in said[0]
 
 
 def test_a_cached_run_has_the_losses_of_one_on_the_same_values(

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from dte_lab.backbone import Backbone
@@ -157,9 +157,7 @@ def fill_cache(
         batches = iter(DataLoader(part, batch_size=ENCODED_AT_ONCE, **options))
     else:
         indices = [i for n in missing for i in range(n * SHARD, min((n + 1) * SHARD, len(dataset)))]
-        sampler = [
-            indices[k : k + ENCODED_AT_ONCE] for k in range(0, len(indices), ENCODED_AT_ONCE)
-        ]
+        sampler = BatchSampler(indices, ENCODED_AT_ONCE, drop_last=False)
         batches = iter(DataLoader(dataset, batch_sampler=sampler, **options))
     items = {number: min(SHARD, len(dataset) - SHARD * number) for number in missing}
     with tqdm(total=sum(items.values()), desc="cache", disable=not main) as bar:
